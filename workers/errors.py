@@ -1,0 +1,168 @@
+"""Every error that Mergemill raises on purpose.
+
+::
+
+    MergemillError
+    ├── RecipeError (ValueError)             the recipe cannot be understood
+    ├── PlanError (ValueError)               the recipe and its inputs do not fit; lists every problem
+    ├── HeaderError (ValueError)             a safetensors header is malformed
+    ├── NonFiniteError (ArithmeticError)     NaN or Inf in an input, or an overflow on rounding
+    ├── StoreError (OSError)                 the object store refused or failed
+    │   ├── ObjectNotFoundError (FileNotFoundError)
+    │   ├── AccessDeniedError (PermissionError)
+    │   ├── AlreadyExistsError (FileExistsError)     put_if_absent lost
+    │   ├── ObjectChangedError               the object is not the one that was planned with
+    │   ├── TruncatedReadError (EOFError)    fewer bytes came than were asked for
+    │   ├── UploadNotFoundError              the multipart upload is gone (completed or aborted)
+    │   ├── InvalidPartError                 complete named a part that the store does not have
+    │   └── StoreUnavailableError            it kept failing after every retry
+    └── JobError
+        ├── JobNotFoundError (LookupError)
+        ├── IllegalTransitionError           the job's state does not allow this
+        ├── ConflictError                    somebody else changed the record first
+        ├── LeaseLostError                   another scheduler owns the job now
+        ├── OutputConflictError              the output is in use or holds a checkpoint
+        ├── JobFailedError                   the job ended in `failed` (raised by the client)
+        └── FleetError                       the compute cluster cannot run the work
+
+All carry their message in ``args`` alone, so that they survive pickling and JSON.
+"""
+
+from __future__ import annotations
+
+
+
+class MergemillError(Exception):
+    """Base of all errors that Mergemill raises on purpose."""
+
+    @property
+    def code(self) -> str:
+        """A stable snake_case name for the error, without the trailing ``_error``."""
+        name = type(self).__name__.removesuffix("Error")
+        return "".join("_" + c.lower() if c.isupper() else c for c in name).lstrip("_")
+
+
+class RecipeError(MergemillError, ValueError):
+    """The recipe cannot be understood; ``problems`` names each field."""
+
+    def __init__(self, *problems: str) -> None:
+        super().__init__(*problems)
+
+    @property
+    def problems(self) -> tuple[str, ...]:
+        """One sentence per problem, each naming the field."""
+        return tuple(str(problem) for problem in self.args)
+
+    def __str__(self) -> str:
+        return "; ".join(self.problems)
+
+
+class PlanError(RecipeError):
+    """The recipe and its inputs do not fit together; ``problems`` lists all that was found."""
+
+
+class HeaderError(MergemillError, ValueError):
+    """A safetensors header or shard index is malformed."""
+
+
+class NonFiniteError(MergemillError, ArithmeticError):
+    """An input holds NaN or Inf, or rounding to the output dtype overflowed."""
+
+
+class StoreError(MergemillError, OSError):
+    """The object store refused or failed."""
+
+    def __str__(self) -> str:  # OSError would print an errno pair for two arguments
+        return " ".join(str(argument) for argument in self.args)
+
+
+class ObjectNotFoundError(StoreError, FileNotFoundError):
+    """No object has this name."""
+
+
+class AccessDeniedError(StoreError, PermissionError):
+    """The store does not let these credentials do this."""
+
+
+class AlreadyExistsError(StoreError, FileExistsError):
+    """``put_if_absent`` found an object in place."""
+
+
+class ObjectChangedError(StoreError):
+    """The object's ETag is not the one that the plan was made with."""
+
+
+class TruncatedReadError(StoreError, EOFError):
+    """Fewer bytes came than were asked for."""
+
+
+class UploadNotFoundError(StoreError):
+    """The multipart upload does not exist: it was completed, aborted or swept."""
+
+
+class InvalidPartError(StoreError):
+    """Completing named a part that the store does not hold with that ETag."""
+
+
+class StoreUnavailableError(StoreError):
+    """The store kept failing after every retry."""
+
+
+class JobError(MergemillError):
+    """Something about a job, not about its mathematics."""
+
+
+class JobNotFoundError(JobError, LookupError):
+    """No job has this id."""
+
+
+class IllegalTransitionError(JobError):
+    """The job's state does not allow this event; the message holds the record's history."""
+
+
+class ConflictError(JobError):
+    """Somebody else changed the record between our read and our write."""
+
+
+class LeaseLostError(JobError):
+    """Another scheduler owns the job now; whoever sees this must stop touching it."""
+
+
+class OutputConflictError(JobError):
+    """The output is claimed by another job, overlaps an input, or already holds a checkpoint."""
+
+
+class JobFailedError(JobError):
+    """The job ended in ``failed``."""
+
+
+class FleetError(JobError):
+    """The compute cluster cannot run the work that it was given."""
+
+
+def _all_errors(root: type[MergemillError]) -> dict[str, type[MergemillError]]:
+    found = {root.__name__: root}
+    for child in root.__subclasses__():
+        found |= _all_errors(child)
+    return found
+
+
+def to_json(error: BaseException) -> dict[str, object]:
+    """Describe ``error`` as JSON: ``{"type", "detail", "problems"}``."""
+    described: dict[str, object] = {"type": type(error).__name__, "detail": str(error)}
+    if isinstance(error, RecipeError):
+        described["problems"] = list(error.problems)
+    return described
+
+
+def from_json(described: dict[str, object]) -> MergemillError:
+    """The inverse of :func:`to_json`; an unknown type becomes a plain :class:`MergemillError`."""
+    kind = _all_errors(MergemillError).get(str(described["type"]))
+    if kind is None:
+        return MergemillError(f"{described['type']}: {described['detail']}")
+    problems = described.get("problems")
+    if issubclass(kind, RecipeError) and isinstance(problems, list):
+        return kind(*(str(problem) for problem in problems))
+    return kind(str(described["detail"]))
+
+

@@ -1,0 +1,1 @@
+"""The arithmetic itself: ``reference.py`` in torch is the meaning."""

@@ -1,0 +1,305 @@
+"""What a worker is handed, and what it hands back: frozen, and JSON round-trips.
+
+A :class:`Part` is one contiguous byte range of one output shard with all that is needed to make it; a
+:class:`SurveyTask` is one piece of one survey pass. Neither names a job, an upload or a credential, so a
+part's id (:func:`part_id`) depends on the bytes that it makes and on nothing else.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, TypeAdapter
+
+BLOCK_BYTES = 1 << 20
+"""Digest blocks, in bytes of output; big tensors are only ever split on a multiple of it."""
+
+SURVEY_ELEMENTS = 1 << 18
+"""Survey blocks, in elements: the fixed grid of every statistic, and the step of every merge."""
+
+DTYPE_BYTES = {
+    "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1,
+    "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1,
+}  # fmt: skip
+"""Bytes an element of each safetensors dtype that Mergemill can carry."""
+
+MERGEABLE_DTYPES = ("F32", "F16", "BF16")
+"""The dtypes that arithmetic is done on (in float32)."""
+
+JSONValue = Any
+"""A value that :mod:`json` reads and writes."""
+
+Facts = dict[str, JSONValue]
+"""What a survey found out about one tensor (thresholds, norms): small, JSON, exact."""
+
+
+@dataclass(frozen=True, slots=True)
+class TensorRef:
+    """One tensor of one input, or a run of its elements: where its bytes are, never the bytes."""
+
+    uri: str
+    """The object that holds it."""
+    etag: str
+    """The object's ETag when it was planned with; reads are pinned to it."""
+    start: int
+    """First byte within the object."""
+    end: int
+    """One past the last byte within the object."""
+    dtype: str
+    """Safetensors dtype name."""
+
+    @property
+    def nbytes(self) -> int:
+        """Length in bytes."""
+        return self.end - self.start
+
+    def elements(self, first: int, last: int) -> TensorRef:
+        """The run of elements ``[first, last)`` of this one."""
+        width = DTYPE_BYTES[self.dtype]
+        return TensorRef(self.uri, self.etag, self.start + first * width, self.start + last * width, self.dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInput:
+    """One model's share in a merge."""
+
+    index: int
+    """Position in the recipe's ``models``; seeds its DARE mask and decides the order of summation."""
+    ref: TensorRef
+    """Its elements."""
+    parameters: dict[str, JSONValue] = field(default_factory=dict)
+    """The model's own parameters, resolved for this tensor."""
+
+
+@dataclass(frozen=True, slots=True)
+class Arithmetic:
+    """A method applied to a run of elements of one tensor: common to merging and to surveying it."""
+
+    name: str
+    """The tensor's name."""
+    method: str
+    """Name of the merge method."""
+    parameters: dict[str, JSONValue]
+    """The method's global parameters, resolved for this tensor."""
+    base: TensorRef | None
+    """The base model's elements, for methods that have one."""
+    models: tuple[ModelInput, ...]
+    """The models' elements, in the recipe's order."""
+    seed: int
+    """The recipe's random seed."""
+    numel: int
+    """Elements in the whole tensor."""
+    first: int
+    """First element of this run."""
+    last: int
+    """One past the last element of this run."""
+
+    @property
+    def refs(self) -> tuple[TensorRef, ...]:
+        """All byte ranges that it reads: the base first, then the models."""
+        base = () if self.base is None else (self.base,)
+        return base + tuple(model.ref for model in self.models)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the run is all of the tensor."""
+        return self.first == 0 and self.last == self.numel
+
+
+@dataclass(frozen=True, slots=True)
+class HeaderPiece:
+    """Literal bytes: a shard's safetensors header with its length prefix and padding."""
+
+    kind: Literal["header"]
+    text: str
+    """The header's JSON, padded with spaces; the 8-byte little-endian length comes before it."""
+
+    @property
+    def nbytes(self) -> int:
+        """Length in bytes in the output."""
+        return 8 + len(self.text.encode())
+
+
+@dataclass(frozen=True, slots=True)
+class CopyPiece:
+    """Input bytes that go to the output as they are."""
+
+    kind: Literal["copy"]
+    name: str
+    """The tensor's name."""
+    ref: TensorRef
+    """The bytes."""
+    offset: int
+    """Where in the output tensor they begin, in bytes; a multiple of :data:`BLOCK_BYTES`."""
+    tensor_nbytes: int
+    """Bytes of the whole output tensor."""
+
+    @property
+    def nbytes(self) -> int:
+        """Length in bytes in the output."""
+        return self.ref.nbytes
+
+
+@dataclass(frozen=True, slots=True)
+class MergePiece:
+    """A run of merged elements."""
+
+    kind: Literal["merge"]
+    arithmetic: Arithmetic
+    """What to compute."""
+    dtype: str
+    """Safetensors dtype of the output."""
+    survey: str | None
+    """Id of the survey whose facts this needs; ``None`` when it can do without or surveys its whole tensor itself."""
+
+    @property
+    def name(self) -> str:
+        """The tensor's name."""
+        return self.arithmetic.name
+
+    @property
+    def nbytes(self) -> int:
+        """Length in bytes in the output."""
+        return (self.arithmetic.last - self.arithmetic.first) * DTYPE_BYTES[self.dtype]
+
+    @property
+    def offset(self) -> int:
+        """Where in the output tensor it begins, in bytes."""
+        return self.arithmetic.first * DTYPE_BYTES[self.dtype]
+
+    @property
+    def tensor_nbytes(self) -> int:
+        """Bytes of the whole output tensor."""
+        return self.arithmetic.numel * DTYPE_BYTES[self.dtype]
+
+
+Piece = Annotated[HeaderPiece | CopyPiece | MergePiece, Field(discriminator="kind")]
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One contiguous byte range of one output shard, and all that is needed to make it."""
+
+    shard: str
+    """File name of the shard within the output."""
+    number: int
+    """Part number in the shard's multipart upload, from 1."""
+    offset: int
+    """First byte within the shard."""
+    pieces: tuple[Piece, ...]
+    """What makes up the bytes, in order, without gaps."""
+    semantics_version: int
+    """Version of the mathematics; part of the id, so that two versions never share a part."""
+    allow_nonfinite: bool = False
+    """Let NaN and Inf in inputs through instead of failing."""
+
+    @property
+    def nbytes(self) -> int:
+        """Length in bytes."""
+        return sum(piece.nbytes for piece in self.pieces)
+
+    @property
+    def surveys(self) -> tuple[str, ...]:
+        """Ids of the surveys whose facts it needs."""
+        wanted = (piece.survey for piece in self.pieces if isinstance(piece, MergePiece))
+        return tuple(dict.fromkeys(survey for survey in wanted if survey is not None))
+
+
+@dataclass(frozen=True, slots=True)
+class Survey:
+    """A statistic of one tensor that is too big to be held by one task: passes over a grid of pieces."""
+
+    id: str
+    """Hash of the arithmetic over the whole tensor."""
+    passes: int
+    """How often every byte is read before the merge itself."""
+    pieces: tuple[Arithmetic, ...]
+    """Runs of elements, on multiples of :data:`SURVEY_ELEMENTS`, that cover the tensor."""
+
+
+@dataclass(frozen=True, slots=True)
+class SurveyTask:
+    """One pass over one piece of a survey."""
+
+    survey: str
+    """Id of the survey."""
+    index: int
+    """Which pass, from 0."""
+    arithmetic: Arithmetic
+    """The run of elements to summarise."""
+    facts: Facts
+    """What the passes before this one found."""
+    allow_nonfinite: bool = False
+    """Leave NaN and Inf out of the statistic instead of failing."""
+
+
+@dataclass(frozen=True, slots=True)
+class TensorDigest:
+    """SHA-256 digests of the 1 MiB blocks of a run of one output tensor."""
+
+    name: str
+    """The tensor's name."""
+    first_block: int
+    """Number of the first block within the tensor."""
+    blocks: tuple[str, ...]
+    """Hex SHA-256 of each block, the last one maybe short."""
+
+
+@dataclass(frozen=True, slots=True)
+class PartResult:
+    """What is recorded, once, about a finished part."""
+
+    part: str
+    """The part's id."""
+    shard: str
+    """File name of the shard."""
+    number: int
+    """Part number."""
+    size: int
+    """Bytes uploaded."""
+    etag: str
+    """The store's ETag of the uploaded part."""
+    digests: tuple[TensorDigest, ...]
+    """Digests of the tensor runs in it."""
+    bytes_read: int
+    """Input bytes fetched."""
+    nonfinite: dict[str, int]
+    """Non-finite input elements that were let through, by ``tensor: model``."""
+    peak_bytes: int
+    """VmHWM of the worker process when the part was done."""
+    seconds: dict[str, float]
+    """Wall seconds by stage: read, merge, write."""
+
+
+PART = TypeAdapter(Part)
+PART_RESULT = TypeAdapter(PartResult)
+SURVEY_TASK = TypeAdapter(SurveyTask)
+
+
+def canonical_json(value: JSONValue) -> str:
+    """The one JSON text of a value: sorted keys, no spaces, shortest floats that round-trip, no NaN."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+
+
+def digest(value: JSONValue) -> str:
+    """Hex SHA-256 of the canonical JSON of ``value``."""
+    return hashlib.sha256(canonical_json(value).encode()).hexdigest()
+
+
+def part_id(part: Part) -> str:
+    """The part's id: the first 32 hex digits of the SHA-256 of its canonical JSON."""
+    return digest(PART.dump_python(part, mode="json"))[:32]
+
+
+def tensor_digest(blocks: list[str]) -> str:
+    """A tensor's digest: SHA-256 over the binary SHA-256 of its 1 MiB blocks, as hex. No blocks is the empty tensor."""
+    return hashlib.sha256(b"".join(bytes.fromhex(block) for block in blocks)).hexdigest()
+
+
+def block_count(nbytes: int) -> int:
+    """How many digest blocks ``nbytes`` bytes make."""
+    return math.ceil(nbytes / BLOCK_BYTES)
