@@ -1,0 +1,1 @@
+"""Decisions: recipes, plans, prices, jobs, and the scheduler that carries them out."""
