@@ -177,7 +177,8 @@ class UploadsOpened:
 class Restarted:
     """Nothing made so far can be used: planning again gave another plan, or an upload is gone.
 
-    Planning begins again. Whoever sends it has aborted the uploads and deleted the completed shards. It counts as an attempt.
+    Planning begins again, and counts as an attempt. Whoever sends it has aborted the uploads and deleted
+    the completed shards.
     """
 
     reason: str
@@ -254,7 +255,7 @@ TRANSITIONS: Mapping[type[Event], Mapping[JobState, JobState]] = {
     },
     Cancelled: {_S.PLANNING: _S.CANCELLED, _S.RUNNING: _S.CANCELLED},
 }
-"""Where each event leads from each state; what is not here is illegal, and so is what :func:`_refusal` names."""
+"""Where each event leads from each state; what is not here, or is named by :func:`_refusal`, is illegal."""
 
 _NO_PLAN: Mapping[str, object] = {
     "plan_digest": None,
@@ -264,7 +265,6 @@ _NO_PLAN: Mapping[str, object] = {
     "bytes_total": 0,
     "parts_total": 0,
     "surveys_total": 0,
-    "uploads": {},
     "completed_shards": (),
 }
 
@@ -337,7 +337,7 @@ def _changes(record: JobRecord, event: Event) -> Mapping[str, object]:
     changes: Mapping[str, object] = {}
     match event:
         case PlanningStarted() | Restarted():
-            changes = _NO_PLAN
+            changes = {**_NO_PLAN, "uploads": {}}
         case Planned():
             facts = {name: getattr(event, name) for name in Planned.__dataclass_fields__}
             changes = {**facts, "price": dict(event.price)}

@@ -22,6 +22,7 @@
         ├── ConflictError                    somebody else changed the record first
         ├── LeaseLostError                   another scheduler owns the job now
         ├── OutputConflictError              the output is in use or holds a checkpoint
+        ├── JobStoreUnavailableError         Redis cannot be reached, or refuses, after every retry
         ├── JobFailedError                   the job ended in `failed` (raised by the client)
         └── FleetError                       the compute cluster cannot run the work
 
@@ -130,6 +131,10 @@ class LeaseLostError(JobError):
 
 class OutputConflictError(JobError):
     """The output is claimed by another job, overlaps an input, or already holds a checkpoint."""
+
+
+class JobStoreUnavailableError(JobError):
+    """The job store cannot be reached, or refuses to work, after every retry."""
 
 
 class JobFailedError(JobError):

@@ -1,0 +1,420 @@
+"""Jobs in Redis: records, leases, finished parts, claims on outputs. The only file that imports redis.
+
+Every key, after the namespace (``mergemill:`` unless told otherwise):
+
+===========================  ==========  ===============================================================
+``jobs``                     sorted set  every job id, all with score 0, so in the order of the ids
+``jobs:<state>``             sorted set  the ids of the jobs in that state, likewise
+``active``                   sorted set  the ids of the jobs that are not in a final state, likewise
+``leases``                   string      counter of all leases ever given out
+``output:<uri>``             string      id of the job that claims this output
+``job:<id>``                 hash        ``record`` (JSON of the JobRecord), and its ``version`` and ``state``
+``job:<id>:writes``          list        nonces of the latest writes of the record
+``job:<id>:lease``           hash        ``token`` and ``owner``; expires when the lease does
+``job:<id>:parts``           hash        part id → JSON of the PartResult
+``job:<id>:surveys``         hash        ``<survey id>:<pass>`` → JSON of the facts
+``job:<id>:progress``        hash        ``bytes_done`` (output) and ``bytes_read`` (input)
+===========================  ==========  ===============================================================
+
+Everything that changes a job's keys under a lease checks the lease's token in the same Lua script, so an
+owner that was paused past its lease changes nothing. Connections are retried, and Redis may have acted
+before a connection broke; every script therefore gives the same answer when it is run again: the record's
+by a nonce, leases by their token's random epoch. Scripts build key names from ids: Redis Cluster, where all
+keys of a script have to be named in advance and live in one slot, is not supported.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import secrets
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import wraps
+from typing import Any, Concatenate, Final, ParamSpec, Self, TypeVar
+
+import redis
+from redis.backoff import ExponentialWithJitterBackoff
+from redis.retry import Retry
+
+from service import jobscripts as scripts
+from service.jobs import JOB_ID, CancelRequested, Event, JobRecord, JobState, Restarted, advance
+from workers.errors import (
+    ConflictError,
+    JobNotFoundError,
+    JobStoreUnavailableError,
+    LeaseLostError,
+    OutputConflictError,
+)
+from workers.task import PART_RESULT, Facts, PartResult
+
+TIMEOUT_S: Final = 5.0
+"""Longest wait for a connection or an answer, in seconds."""
+
+CONNECTION_TRIES: Final = 8
+"""How often a broken connection is tried again, with backoff: about four seconds when refused at once."""
+
+CONFLICT_TRIES: Final = 20
+"""How often :meth:`JobStore.apply` reads and writes again when somebody else wrote in between."""
+
+REMEMBERED_WRITES: Final = 32
+"""Nonces kept a job: how many other writes may come between a write and the retry that looks for it."""
+
+OLDEST_REDIS: Final = (7, 0)
+"""The oldest version of Redis that is supported."""
+
+
+@dataclass(frozen=True, slots=True)
+class Lease:
+    """The right to work on a job, until it expires or is released."""
+
+    job: str
+    """Id of the job."""
+    token: str
+    """``<random epoch>:<counter>``; never given out twice."""
+    owner: str
+    """Who holds it, for people."""
+    ttl_s: float
+    """How long it lasts after it was taken or renewed, in seconds."""
+
+
+@dataclass(frozen=True, slots=True)
+class JobStatus:
+    """A job's record and how far it is, all of one moment."""
+
+    record: JobRecord
+    """The record."""
+    parts_done: int
+    """Finished parts."""
+    bytes_done: int
+    """Output bytes in them."""
+    bytes_read: int
+    """Input bytes that they and the surveys fetched."""
+    surveys_done: int
+    """Finished survey passes."""
+    owner: str | None
+    """Who holds the lease, if anybody does."""
+
+
+@dataclass(frozen=True, slots=True)
+class JobPage:
+    """Some jobs, newest first."""
+
+    records: tuple[JobRecord, ...]
+    """The jobs."""
+    cursor: str | None
+    """Where the next page begins; ``None`` when there is none."""
+
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
+
+def _guarded(
+    method: Callable[Concatenate[JobStore, _P], _R],
+) -> Callable[Concatenate[JobStore, _P], _R]:
+    """Turn what redis raises after its last retry into our own error."""
+
+    @wraps(method)
+    def guarded(self: JobStore, /, *args: _P.args, **kwargs: _P.kwargs) -> _R:
+        try:
+            return method(self, *args, **kwargs)
+        except redis.RedisError as error:
+            raise JobStoreUnavailableError(f"job store: {type(error).__name__}: {error}") from error
+
+    return guarded
+
+
+class JobStore:
+    """Jobs in Redis ≥ 7.0 or Valkey. Safe to share between threads; survives a restart of the server.
+
+    Every method raises :class:`JobStoreUnavailableError` when Redis cannot be reached or refuses to work,
+    and every method that is given a lease raises :class:`LeaseLostError` when it is not in force any more.
+    """
+
+    def __init__(
+        self, url: str, namespace: str = "mergemill", *, clock: Callable[[], float] = time.time
+    ) -> None:
+        self._redis = redis.Redis.from_url(
+            url,
+            decode_responses=True,
+            protocol=2,
+            socket_timeout=TIMEOUT_S,
+            socket_connect_timeout=TIMEOUT_S,
+            socket_keepalive=True,
+            health_check_interval=15,
+            retry=Retry(ExponentialWithJitterBackoff(cap=1.0, base=0.05), CONNECTION_TRIES),
+        )
+        self._namespace = namespace
+        self._clock = clock
+
+    def close(self) -> None:
+        """Close all connections."""
+        self._redis.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    # Records
+
+    @_guarded
+    def create(self, record: JobRecord) -> None:
+        """Store a new job.
+
+        :raises ConflictError: there is one with this id.
+        """
+        fields = (record.model_dump_json(), record.version, record.state, _terminal(record))
+        keys = (self._job(record.id), self._key("jobs"), self._key("active"))
+        if self._run(scripts.CREATE, keys, record.id, secrets.token_hex(8), *fields) != "created":
+            raise ConflictError(f"there is already a job {record.id}")
+
+    @_guarded
+    def get(self, job: str) -> JobRecord:
+        """The job's record.
+
+        :raises JobNotFoundError: there is none.
+        """
+        return self._parse(job, self._redis.hget(self._job(job), "record"))
+
+    @_guarded
+    def status(self, job: str) -> JobStatus:
+        """The job's record, progress and owner, read in one transaction.
+
+        :raises JobNotFoundError: there is none.
+        """
+        key = self._job(job)
+        with self._redis.pipeline(transaction=True) as pipe:
+            pipe.hget(key, "record")
+            pipe.hlen(f"{key}:parts")
+            pipe.hmget(f"{key}:progress", "bytes_done", "bytes_read")
+            pipe.hlen(f"{key}:surveys")
+            pipe.hget(f"{key}:lease", "owner")
+            record, parts, (done, read), surveys, owner = pipe.execute()
+        return JobStatus(self._parse(job, record), parts, int(done or 0), int(read or 0), surveys, owner)
+
+    @_guarded
+    def list(self, limit: int, cursor: str | None = None, state: JobState | None = None) -> JobPage:
+        """The newest ``limit`` jobs, or those after ``cursor``; only those in ``state``, when it is given.
+
+        New jobs come before every cursor, so paging neither repeats nor skips because of them.
+
+        :raises ValueError: the limit is below 1, or the cursor is none of ours.
+        """
+        if limit < 1:
+            raise ValueError("limit must be at least 1")
+        index = self._key("jobs") if state is None else self._key("jobs", state)
+        start = "+" if cursor is None else f"({_read_cursor(cursor)}"
+        found = self._run(scripts.PAGE, (index, self._key("job")), start, limit + 1)
+        records = tuple(JobRecord.model_validate_json(text) for text in found[:limit])
+        return JobPage(records, _cursor(records[-1].id) if len(found) > limit else None)
+
+    @_guarded
+    def apply(self, job: str, event: Event, token: str | None = None) -> JobRecord:
+        """Advance the job by ``event`` and store the result, if nobody else did anything in between.
+
+        When others did, the event is tried again on what they made of the record.
+        :class:`~service.jobs.Restarted` forgets all parts and surveys in the same step.
+
+        :param token: the lease's; only :class:`~service.jobs.CancelRequested` needs none.
+        :raises JobNotFoundError: there is no such job.
+        :raises IllegalTransitionError: its state does not allow the event.
+        :raises LeaseLostError: the token's lease is not in force.
+        :raises ConflictError: others kept changing the record.
+        """
+        if token is None and not isinstance(event, CancelRequested):
+            raise ValueError(f"{type(event).__name__} needs the token of a lease")
+        key, nonce = self._job(job), secrets.token_hex(8)
+        for _ in range(CONFLICT_TRIES):
+            with self._redis.pipeline(transaction=True) as pipe:
+                pipe.hget(key, "record")
+                pipe.hget(f"{key}:lease", "token")
+                text, held = pipe.execute()
+            record = self._parse(job, text)
+            if token is not None and held != token:  # else a former owner would see an illegal transition
+                raise LeaseLostError(f"{job}: the lease {token} is not in force")
+            after = advance(record, event, self._clock())
+            effect = "restarted" if isinstance(event, Restarted) else _terminal(after)
+            fields = (after.model_dump_json(), after.version, after.state, REMEMBERED_WRITES, effect)
+            keys = (key, self._key("jobs"), self._key("active"))
+            answer = self._run(scripts.SAVE, keys, job, nonce, token or "", record.version, *fields)
+            if answer == "saved":
+                return after
+            if answer == "fenced":
+                raise LeaseLostError(f"{job}: the lease {token} is not in force")
+        raise ConflictError(f"{job}: it changed {CONFLICT_TRIES} times while {event} was to be stored")
+
+    # Leases
+
+    @_guarded
+    def claim_next(self, owner: str, ttl_s: float) -> tuple[JobRecord, Lease] | None:
+        """Take the lease of the oldest unfinished job that nobody holds; ``None`` when there is none."""
+        keys = (self._key("leases"), self._key("active"), self._key("job"))
+        found = self._run(scripts.CLAIM_NEXT, keys, secrets.token_hex(8), owner, _milliseconds(ttl_s))
+        if found is None:
+            return None
+        record = JobRecord.model_validate_json(found[0])
+        return record, Lease(record.id, found[1], owner, ttl_s)
+
+    @_guarded
+    def acquire(self, job: str, owner: str, ttl_s: float) -> Lease | None:
+        """Take the lease of this job; ``None`` when somebody holds it.
+
+        :raises JobNotFoundError: there is no such job.
+        """
+        keys = (self._key("leases"), self._job(job))
+        token = self._run(scripts.ACQUIRE, keys, secrets.token_hex(8), owner, _milliseconds(ttl_s))
+        if token == "missing":  # noqa: S105 - an answer of the script
+            raise JobNotFoundError(f"there is no job {job}")
+        return None if token is None else Lease(job, token, owner, ttl_s)
+
+    @_guarded
+    def renew(self, lease: Lease) -> None:
+        """Let the lease last another ``ttl_s`` from now."""
+        if not self._run(scripts.RENEW, (self._job(lease.job),), lease.token, _milliseconds(lease.ttl_s)):
+            raise LeaseLostError(f"{lease.job}: the lease {lease.token} is not in force")
+
+    @_guarded
+    def release(self, lease: Lease) -> None:
+        """Give the lease back; it is no error when it is not in force any more."""
+        self._run(scripts.RELEASE, (self._job(lease.job),), lease.token)
+
+    # Finished work
+
+    @_guarded
+    def record_part(self, lease: Lease, result: PartResult) -> bool:
+        """Record a finished part, once; whether this call did it.
+
+        ``False`` may also mean that it did, and that the first answer was lost.
+
+        :raises ConflictError: the job is not running, so it has no uploads that the part could belong to.
+        """
+        text = PART_RESULT.dump_json(result).decode()
+        size, read = result.size, result.bytes_read
+        return self._record(lease, "parts", JobState.RUNNING, result.part, text, size, read)
+
+    @_guarded
+    def parts(self, job: str) -> dict[str, PartResult]:
+        """The recorded parts by id."""
+        found: dict[str, str] = self._redis.hgetall(f"{self._job(job)}:parts")  # type: ignore[assignment]
+        return {part: PART_RESULT.validate_json(text) for part, text in found.items()}
+
+    @_guarded
+    def record_survey(self, lease: Lease, survey: str, index: int, facts: Facts, bytes_read: int) -> bool:
+        """Record what pass ``index`` of a survey found out, once; whether this call did it."""
+        return self._record(lease, "surveys", "", f"{survey}:{index}", json.dumps(facts), 0, bytes_read)
+
+    @_guarded
+    def surveys(self, job: str) -> dict[tuple[str, int], Facts]:
+        """The recorded facts by survey id and pass."""
+        found: dict[str, str] = self._redis.hgetall(f"{self._job(job)}:surveys")  # type: ignore[assignment]
+        keyed = ((name.rpartition(":"), text) for name, text in found.items())
+        return {(survey, int(index)): json.loads(text) for (survey, _, index), text in keyed}
+
+    @_guarded
+    def clear_parts(self, lease: Lease) -> None:
+        """Forget all finished parts and surveys; :meth:`apply` does so by itself when a job starts over."""
+        self._check(lease, self._run(scripts.CLEAR, (self._job(lease.job),), lease.token))
+
+    # Outputs
+
+    @_guarded
+    def claim_output(self, lease: Lease, uri: str) -> None:
+        """Claim the normalised output ``uri`` for the lease's job; again is no error.
+
+        :raises OutputConflictError: an unfinished job has claimed it.
+        """
+        keys = (self._job(lease.job), self._key("output", uri), self._key("active"))
+        answer = self._run(scripts.CLAIM_OUTPUT, keys, lease.token, lease.job)
+        self._check(lease, answer)
+        if answer != "claimed":
+            raise OutputConflictError(f"{uri} is the output of the unfinished job {answer}")
+
+    @_guarded
+    def release_output(self, lease: Lease, uri: str) -> None:
+        """Give up the claim on ``uri``, if the lease's job has it."""
+        keys = (self._job(lease.job), self._key("output", uri))
+        self._check(lease, self._run(scripts.RELEASE_OUTPUT, keys, lease.token, lease.job))
+
+    # The server
+
+    @_guarded
+    def ping(self) -> None:
+        """Ask whether Redis is there."""
+        self._redis.ping()
+
+    @_guarded
+    def durability_warnings(self) -> tuple[str, ...]:
+        """A sentence for each setting of this Redis that could lose what it has acknowledged."""
+        version = str(self._redis.info("server").get("redis_version", "0.0"))
+        warnings = []
+        if tuple(int(number) for number in version.split(".")[:2]) < OLDEST_REDIS:
+            warnings.append(f"Redis {version} is older than {'.'.join(map(str, OLDEST_REDIS))}")
+        wanted = {"appendonly": "yes", "appendfsync": "always", "maxmemory-policy": "noeviction"}
+        try:
+            found: Any = self._redis.config_get(*wanted)
+        except redis.ResponseError as error:  # managed services forbid or rename CONFIG
+            return (*warnings, f"Redis does not tell how durable it is ({error}); check {_settings(wanted)}")
+        wrong = {name: found[name] for name in wanted if name in found and found[name] != wanted[name]}
+        warnings.extend(f"Redis has {name} {value}, not {wanted[name]}" for name, value in wrong.items())
+        return tuple(warnings)
+
+    def _key(self, *names: str) -> str:
+        return ":".join((self._namespace, *names))
+
+    def _job(self, job: str) -> str:
+        if not JOB_ID.fullmatch(job):  # ids come from URLs; "<id>:parts" must not be one
+            raise JobNotFoundError(f"there is no job {job}")
+        return self._key("job", job)
+
+    def _run(self, script: str, keys: tuple[str, ...], *arguments: str | int) -> Any:
+        return self._redis.register_script(script)(keys=list(keys), args=list(arguments))
+
+    def _record(self, lease: Lease, kind: str, state: str, name: str, *fields: str | int) -> bool:
+        key = self._job(lease.job)
+        answer = self._run(scripts.RECORD, (key, f"{key}:{kind}"), lease.token, state, name, *fields)
+        self._check(lease, answer)
+        if answer not in {"new", "known"}:
+            raise ConflictError(f"{lease.job}: {name} is not recorded, {answer}")
+        return bool(answer == "new")
+
+    @staticmethod
+    def _check(lease: Lease, answer: str) -> None:
+        if answer == "fenced":
+            raise LeaseLostError(f"{lease.job}: the lease {lease.token} is not in force")
+
+    @staticmethod
+    def _parse(job: str, text: Any) -> JobRecord:
+        if text is None:
+            raise JobNotFoundError(f"there is no job {job}")
+        return JobRecord.model_validate_json(text)
+
+
+def _terminal(record: JobRecord) -> str:
+    return "terminal" if record.state.is_terminal else ""
+
+
+def _milliseconds(seconds: float) -> int:
+    return max(1, round(seconds * 1000))
+
+
+def _settings(wanted: dict[str, str]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in wanted.items())
+
+
+def _cursor(job: str) -> str:
+    """An opaque cursor: clients must not build one, or take one apart."""
+    return base64.urlsafe_b64encode(job.encode()).decode().rstrip("=")
+
+
+def _read_cursor(cursor: str) -> str:
+    try:
+        job = base64.urlsafe_b64decode(cursor + "=" * (-len(cursor) % 4)).decode("ascii")
+    except ValueError:  # binascii's and Unicode's errors are both
+        job = ""
+    if not JOB_ID.fullmatch(job):
+        raise ValueError("the cursor is not one that a page gave out")
+    return job
