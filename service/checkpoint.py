@@ -1,0 +1,175 @@
+"""A Hugging Face style checkpoint as planning sees it: names, shapes, byte ranges and small files. Pure."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from workers.errors import HeaderError
+from workers.safetensors_format import Header
+from workers.store.base import ObjectInfo
+from workers.store.uris import join
+from workers.task import MERGEABLE_DTYPES, TensorRef
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+CONFIG_FILE = "config.json"
+
+MAX_INDEX_BYTES = 256 << 20
+"""Longest shard index that is read."""
+MAX_CONFIG_BYTES = 16 << 20
+"""Longest config.json that is read."""
+
+TIED_NAMES = (
+    "lm_head.weight",
+    "embed_out.weight",
+    "output.weight",
+    "encoder.embed_tokens.weight",
+    "decoder.embed_tokens.weight",
+    "cls.predictions.decoder.weight",
+    "model.decoder.embed_tokens.weight",
+    "model.encoder.embed_tokens.weight",
+)
+"""Tensors that transformers may tie to the input embedding, and then need not be in the file."""
+
+_WEIGHTS = re.compile(r"\.(safetensors|bin|pt|pth|ckpt|h5|msgpack|onnx|gguf|pkl|pickle|npz)(\.index\.json)?$")
+_SHARD_NAME = re.compile(r"^[^/\\\x00]+\.safetensors$")
+_TOKENIZER = re.compile(
+    r"^(tokenizer.*|vocab.*|merges\.txt|special_tokens_map\.json|added_tokens\.json|.*\.model|.*\.tiktoken"
+    r"|chat_template.*|spiece\..*)$"
+)
+_COPIED = re.compile(r"^[^/]+\.(json|txt|model|jinja|tiktoken|py|bpe|vocab)$")
+_NEVER_COPIED = {CONFIG_FILE, "mergemill.json", "README.md", "adapter_config.json"}
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """One tensor of a checkpoint."""
+
+    name: str
+    """Its key."""
+    shape: tuple[int, ...]
+    """Sizes of its dimensions."""
+    ref: TensorRef
+    """Where its bytes are."""
+
+    @property
+    def dtype(self) -> str:
+        """Safetensors dtype name."""
+        return self.ref.dtype
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def is_float(self) -> bool:
+        """Whether arithmetic can be done on it."""
+        return self.dtype in MERGEABLE_DTYPES
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One input model, known by its headers."""
+
+    uri: str
+    """The directory or prefix that holds it."""
+    tensors: Mapping[str, StoredTensor]
+    """By name, in the order of the files."""
+    config: Mapping[str, Any] | None
+    """Its config.json, or None."""
+    files: Mapping[str, ObjectInfo]
+    """Small files beside the weights that a merged model may need, by name."""
+    pins: Mapping[str, str]
+    """ETag of every weight file, by URI."""
+    digests: Mapping[str, str] = field(default_factory=dict)
+    """SHA-256 of the integer and boolean tensors, where they had to be compared."""
+
+    @property
+    def is_tied(self) -> bool:
+        """Whether its config ties the output head to the input embedding."""
+        return bool((self.config or {}).get("tie_word_embeddings", False))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all its tensors."""
+        return sum(tensor.ref.nbytes for tensor in self.tensors.values())
+
+
+def parse_index(text: bytes, uri: str) -> dict[str, str]:
+    """Read ``model.safetensors.index.json``: tensor name to shard file name.
+
+    :raises HeaderError: it is malformed, or names a file outside its directory.
+    """
+    try:
+        document = json.loads(text)
+        weight_map = document["weight_map"]
+    except (ValueError, RecursionError, KeyError, TypeError) as error:
+        raise HeaderError(f"{uri}: not a shard index with a weight_map ({type(error).__name__}: {error})") from error
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise HeaderError(f"{uri}: weight_map must map tensor names to files, and be non-empty")
+    for name, file in weight_map.items():
+        if not isinstance(file, str) or not _SHARD_NAME.match(file) or file.startswith("."):
+            raise HeaderError(f"{uri}: tensor {name!r} points to {file!r}, which is not a .safetensors file beside it")
+    return weight_map
+
+
+def tensors_of(uri: str, etag: str, header: Header) -> dict[str, StoredTensor]:
+    """The tensors of one weight file."""
+    return {
+        entry.name: StoredTensor(
+            entry.name,
+            entry.shape,
+            TensorRef(uri, etag, header.data_start + entry.start, header.data_start + entry.end, entry.dtype),
+        )
+        for entry in header.entries
+    }
+
+
+def gather(uri: str, weight_map: Mapping[str, str] | None, files: Mapping[str, dict[str, StoredTensor]]) -> dict[str, StoredTensor]:
+    """All tensors of a checkpoint whose weight files hold ``files`` (by file name).
+
+    :raises HeaderError: the index and the files do not agree; names the first tensors concerned.
+    """
+    found: dict[str, StoredTensor] = {}
+    for file, tensors in files.items():
+        for name, tensor in tensors.items():
+            if name in found:
+                raise HeaderError(f"{uri}: tensor {name!r} is in two weight files, {file} and another")
+            if weight_map is not None and weight_map.get(name) != file:
+                raise HeaderError(f"{uri}: tensor {name!r} is in {file}, the index says {weight_map.get(name)!r}")
+            found[name] = tensor
+    if weight_map is not None and (lost := [name for name in weight_map if name not in found]):
+        raise HeaderError(f"{uri}: the index lists {len(lost)} tensor(s) that no file holds, first {lost[0]!r}")
+    return found
+
+
+def is_weight_file(name: str) -> bool:
+    """Whether a file holds weights in any format (only safetensors is ever read)."""
+    return _WEIGHTS.search(name) is not None
+
+
+def is_copied(name: str) -> bool:
+    """Whether a file of the reference model goes to the merged checkpoint as it is."""
+    return _COPIED.match(name) is not None and name not in _NEVER_COPIED and not is_weight_file(name)
+
+
+def is_tokenizer_file(name: str) -> bool:
+    """Whether a file belongs to the tokenizer."""
+    return _TOKENIZER.match(name) is not None
+
+
+def shard_uri(checkpoint: str, name: str) -> str:
+    """URI of a weight file of a checkpoint."""
+    return join(checkpoint, name)
+
+
+def content_digest(data: bytes) -> str:
+    """Hex SHA-256 of a small file."""
+    return hashlib.sha256(data).hexdigest()

@@ -1,0 +1,277 @@
+"""One output on the object store: claimed, filled, committed, or given up.
+
+The object store knows no leases, so what makes a paused scheduler harmless is written there: the claim
+object, multipart uploads that an abort or a completion ends, and an index that is put only where none is.
+Until ``model.safetensors.index.json`` exists there is no merged checkpoint; after it exists it is whole.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import PurePosixPath
+from typing import Any
+
+import structlog
+
+from service.checkpoint import INDEX_FILE, SINGLE_FILE
+from service.plan import Plan, Shard
+from workers.errors import (
+    AlreadyExistsError,
+    InvalidPartError,
+    ObjectNotFoundError,
+    OutputConflictError,
+    StoreError,
+    StoreUnavailableError,
+    UploadNotFoundError,
+)
+from workers.store.base import ObjectInfo, ObjectStore, Upload, UploadedPart
+from workers.store.uris import join
+from workers.task import PART_RESULT, PartResult, canonical_json
+
+HIDDEN = ".mergemill"
+"""Everything that is there only while a job runs is below it."""
+CLAIM = f"{HIDDEN}/claim.json"
+PROGRESS = f"{HIDDEN}/progress.json"
+PLAN_METADATA = "mergemill-plan"
+"""User metadata of every shard: the digest of the plan that made it."""
+
+MAX_SMALL_BYTES = 1 << 30
+"""Longest file that is copied or read whole."""
+
+log = structlog.get_logger(__name__)
+
+
+def overlap(output: str, inputs: Iterable[str]) -> list[str]:
+    """What is wrong with an output that equals, lies inside or contains an input."""
+    problems = []
+    for uri in dict.fromkeys(inputs):
+        if uri == output or output.startswith(uri + "/") or uri.startswith(output + "/"):
+            problems.append(f"output {output} overlaps the input {uri}: choose another place")
+    return problems
+
+
+class Output:
+    """The output of one job. Every method can be repeated after a crash.
+
+    :param guard: called before every change; raises when this process may no longer make any.
+    """
+
+    def __init__(self, store: ObjectStore, uri: str, job: str, guard: Callable[[], None]) -> None:
+        self.store = store
+        self.uri = uri
+        self.job = job
+        self._guard = guard
+
+    def existing(self) -> str | None:
+        """What makes the output a checkpoint already, or None."""
+        for name in (INDEX_FILE, SINGLE_FILE):
+            try:
+                self.store.head(join(self.uri, name))
+            except ObjectNotFoundError:
+                continue
+            return name
+        shards = (info.uri for info in self.store.list(self.uri + "/model") if info.uri.endswith(".safetensors"))
+        return next((PurePosixPath(uri).name for uri in shards), None)
+
+    def claim(self, document: Mapping[str, Any], is_over: Callable[[str], bool]) -> dict[str, str]:
+        """Claim the output; the upload ids that an earlier claim of this very job recorded.
+
+        :param is_over: whether another job, by id, has ended for good.
+        :raises OutputConflictError: another job's claim is there.
+        """
+        body = {**document, "job": self.job, "uploads": {}}
+        uri = join(self.uri, CLAIM)
+        while True:
+            self._guard()
+            try:
+                self.store.put_if_absent(uri, canonical_json(body).encode())
+                return {}
+            except AlreadyExistsError:
+                held = self._claim()
+            if held is None:
+                continue  # its owner removed it in between
+            if held["job"] != self.job:
+                if not is_over(held["job"]):
+                    raise OutputConflictError(
+                        f"{self.uri} is claimed by the job {held['job']}; wait for it or cancel it. If no service "
+                        f"knows that job any more, delete {uri}"
+                    )
+                log.warning("taking over the claim of a job that has ended", output=self.uri, job=held["job"])
+                self._abort(held)
+                self.store.put(uri, canonical_json(body).encode())
+                return {}
+            if held["plan_digest"] != document["plan_digest"]:
+                self._abort(held)
+                self.store.put(uri, canonical_json(body).encode())
+                return {}
+            return dict(held["uploads"])
+
+    def open_uploads(self, plan: Plan, document: Mapping[str, Any], known: Mapping[str, str]) -> dict[str, str]:
+        """Open one upload a shard, adopt those recorded in ``known``, abort the rest, and record all in the claim."""
+        uploads = {}
+        for shard in plan.shards:
+            uri = join(self.uri, shard.name)
+            wanted = known.get(shard.name)
+            for upload in self.store.list_uploads(uri):
+                if upload.id == wanted:
+                    uploads[shard.name] = upload.id
+                else:
+                    self._guard()
+                    self.store.abort(upload)
+            if shard.name not in uploads:
+                self._guard()
+                uploads[shard.name] = self.store.open_upload(uri, shard.size, {PLAN_METADATA: plan.digest}).id
+        self._guard()
+        body = {**document, "job": self.job, "uploads": uploads}
+        self.store.put(join(self.uri, CLAIM), canonical_json(body).encode())
+        return uploads
+
+    def upload(self, shard: str, uploads: Mapping[str, str]) -> Upload:
+        """The open upload of a shard."""
+        return Upload(join(self.uri, shard), uploads[shard])
+
+    def held_parts(self, shard: str, uploads: Mapping[str, str]) -> list[UploadedPart]:
+        """The parts that the store holds for a shard.
+
+        :raises UploadNotFoundError: the upload is gone.
+        """
+        return self.store.list_parts(self.upload(shard, uploads))
+
+    def save_progress(self, plan_digest: str, uploads: Mapping[str, str], results: Iterable[PartResult]) -> None:
+        """Write the finished parts beside the output, for when Redis is lost."""
+        self._guard()
+        parts = [PART_RESULT.dump_python(result, mode="json") for result in results]
+        body = {"job": self.job, "plan_digest": plan_digest, "uploads": dict(uploads), "parts": parts}
+        self.store.put(join(self.uri, PROGRESS), canonical_json(body).encode())
+
+    def load_progress(self, plan_digest: str, uploads: Mapping[str, str]) -> dict[str, PartResult]:
+        """The finished parts written beside the output, if they belong to this plan and these uploads."""
+        try:
+            body = json.loads(self.read(join(self.uri, PROGRESS)))
+        except ObjectNotFoundError:
+            return {}
+        if (body["job"], body["plan_digest"], body["uploads"]) != (self.job, plan_digest, dict(uploads)):
+            return {}
+        results = [PART_RESULT.validate_python(part) for part in body["parts"]]
+        return {result.part: result for result in results}
+
+    def make_room(self, plan: Plan) -> None:
+        """Before the first completion of an overwrite: take away what would make a mixture loadable."""
+        index = join(self.uri, INDEX_FILE)
+        if not self._is(index, plan.index.encode()):
+            self._guard()
+            self.store.delete(index)
+        self._guard()
+        self.store.delete(join(self.uri, SINGLE_FILE))
+
+    def complete(self, shard: Shard, uploads: Mapping[str, str], plan_digest: str) -> None:
+        """Complete a shard's upload; after a lost answer, recognise that it is complete.
+
+        :raises UploadNotFoundError: it is gone, and the shard is not there.
+        """
+        upload = self.upload(shard.name, uploads)
+        for attempt in (1, 2):
+            self._guard()
+            try:
+                self.store.complete(upload, self.store.list_parts(upload))
+                return
+            except (UploadNotFoundError, StoreUnavailableError):
+                made = self._made_by(upload.uri, plan_digest)
+                if made is not None and made.size == shard.size:
+                    return
+                raise
+            except InvalidPartError:
+                if attempt == 2:
+                    raise
+
+    def put(self, name: str, data: bytes) -> None:
+        """Write one small file."""
+        self._guard()
+        self.store.put(join(self.uri, name), data)
+
+    def read(self, uri: str, etag: str | None = None) -> bytes:
+        """Read one small object whole."""
+        info = self.store.head(uri)
+        if info.size > MAX_SMALL_BYTES:
+            raise StoreError(f"{uri} has {info.size} bytes, more than the {MAX_SMALL_BYTES} that are copied")
+        buffer = bytearray(info.size)
+        if buffer:
+            self.store.read_into(uri, 0, memoryview(buffer), etag or info.etag)
+        return bytes(buffer)
+
+    def delete_stale_shards(self, plan: Plan) -> None:
+        """Delete the weights that an overwritten checkpoint left and that are not ours."""
+        ours = {join(self.uri, shard.name) for shard in plan.shards}
+        for info in list(self.store.list(self.uri + "/")):
+            beside = "/" not in info.uri[len(self.uri) + 1 :]
+            if beside and info.uri.endswith(".safetensors") and info.uri not in ours:
+                self._guard()
+                self.store.delete(info.uri)
+
+    def put_index(self, plan: Plan) -> None:
+        """Write the commit marker.
+
+        :raises OutputConflictError: another index is there.
+        """
+        uri, data = join(self.uri, INDEX_FILE), plan.index.encode()
+        self._guard()
+        try:
+            self.store.put_if_absent(uri, data)
+        except AlreadyExistsError:
+            if not self._is(uri, data):
+                raise OutputConflictError(f"{uri} was written by somebody else in the meantime") from None
+
+    def clear(self) -> None:
+        """Remove everything hidden, the claim last, so that a crash in between still finds it claimed."""
+        claim = join(self.uri, CLAIM)
+        for info in list(self.store.list(join(self.uri, HIDDEN) + "/")):
+            if info.uri != claim:
+                self._guard()
+                self.store.delete(info.uri)
+        self._guard()
+        self.store.delete(claim)
+
+    def give_up(self) -> None:
+        """Abort every upload, delete shards that this job completed without a commit, and remove its claim.
+
+        Nothing is touched where the claim is not this job's.
+        """
+        held = self._claim()
+        if held is None or held["job"] != self.job:
+            return
+        self._abort(held)
+        for shard in held["shards"]:
+            uri = join(self.uri, shard)
+            if self._made_by(uri, held["plan_digest"]):
+                self._guard()
+                self.store.delete(uri)
+        self.clear()
+
+    def _claim(self) -> dict[str, Any] | None:
+        try:
+            held: dict[str, Any] = json.loads(self.read(join(self.uri, CLAIM)))
+        except ObjectNotFoundError:
+            return None
+        return held
+
+    def _abort(self, held: Mapping[str, Any]) -> None:
+        """Abort all uploads of a claim's shards: also those that were opened and not yet recorded."""
+        for shard in held["shards"]:
+            for upload in self.store.list_uploads(join(self.uri, shard)):
+                self._guard()
+                self.store.abort(upload)
+
+    def _is(self, uri: str, data: bytes) -> bool:
+        try:
+            return self.store.head(uri).size == len(data) and self.read(uri) == data
+        except ObjectNotFoundError:
+            return False
+
+    def _made_by(self, uri: str, plan_digest: str) -> ObjectInfo | None:
+        """The object, if a plan of this digest made it."""
+        try:
+            info = self.store.head(uri)
+        except ObjectNotFoundError:
+            return None
+        return info if info.metadata.get(PLAN_METADATA) == plan_digest else None

@@ -1,0 +1,156 @@
+"""Geometry: output tensors into shards, shards into pieces, pieces into parts. Pure.
+
+Every byte of every shard belongs to exactly one piece of exactly one part; parts are contiguous, at least
+5 MiB but for a shard's last, and no task holds more than it may.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+from service.checkpoint import StoredTensor
+from service.matching import OutputTensor
+from service.price import MIN_PART_BYTES, merge_bytes
+from workers.binding import bind
+from workers.task import (
+    BLOCK_BYTES,
+    DTYPE_BYTES,
+    SURVEY_ELEMENTS,
+    Arithmetic,
+    CopyPiece,
+    MergePiece,
+    ModelInput,
+    Piece,
+    Survey,
+    digest,
+)
+
+GRAIN_ELEMENTS = math.lcm(SURVEY_ELEMENTS, BLOCK_BYTES // 2, BLOCK_BYTES // 4)
+"""Merged tensors are split on multiples of it: survey blocks and digest blocks of every output dtype at once."""
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What a task may hold and make."""
+
+    part_bytes: int
+    """Output bytes that a part aims at."""
+    whole_bytes: int
+    """Output bytes up to which a tensor that needs a survey stays in one part and is read once."""
+    held_bytes: int
+    """Input and output bytes that a task may hold at once."""
+
+
+def shards_of(tensors: Sequence[OutputTensor], shard_bytes: int) -> list[list[OutputTensor]]:
+    """Fill shards in order up to ``shard_bytes`` of data, as Hugging Face does; a bigger tensor has its own.
+
+    Within a shard wider dtypes come first, so that every tensor is aligned to its elements.
+    """
+    shards: list[list[OutputTensor]] = [[]]
+    filled = 0
+    for tensor in tensors:
+        if shards[-1] and filled + tensor.nbytes > shard_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(tensor)
+        filled += tensor.nbytes
+    return [sorted(shard, key=lambda tensor: -DTYPE_BYTES[tensor.dtype]) for shard in shards]
+
+
+def shard_name(number: int, count: int) -> str:
+    """Hugging Face's name of shard ``number`` of ``count``, also when there is only one."""
+    return f"model-{number:05d}-of-{count:05d}.safetensors"
+
+
+def pieces_of(tensor: OutputTensor, limits: Limits, semantics_version: int) -> tuple[list[Piece], Survey | None]:
+    """Cut one output tensor into pieces that a task can hold, with the survey that they then need."""
+    if tensor.numel == 0:
+        return [], None
+    if isinstance(tensor.source, StoredTensor):
+        return list(_copies(tensor, tensor.source, min(limits.part_bytes, limits.held_bytes // 2))), None
+    whole = tensor.source
+    passes = len(bind(whole).passes)
+    held = merge_bytes(whole, DTYPE_BYTES[tensor.dtype])
+    most = limits.whole_bytes if passes else limits.part_bytes
+    if tensor.nbytes <= most and held <= limits.held_bytes:
+        return [MergePiece("merge", whole, tensor.dtype, None)], None
+    step = _step(whole, tensor.dtype, limits)
+    runs = [slice_arithmetic(whole, first, min(first + step, whole.numel)) for first in range(0, whole.numel, step)]
+    if len(runs) == 1:  # smaller than the grain: it cannot be split, and is whole after all
+        return [MergePiece("merge", whole, tensor.dtype, None)], None
+    survey = None
+    if passes:
+        identity = digest([semantics_version, arithmetic_json(whole)])[:32]
+        survey = Survey(identity, passes, tuple(runs))
+    return [MergePiece("merge", run, tensor.dtype, survey.id if survey else None) for run in runs], survey
+
+
+def slice_arithmetic(whole: Arithmetic, first: int, last: int) -> Arithmetic:
+    """The run of elements ``[first, last)`` of an arithmetic over a whole tensor."""
+    return Arithmetic(
+        whole.name,
+        whole.method,
+        whole.parameters,
+        None if whole.base is None else whole.base.elements(first, last),
+        tuple(ModelInput(m.index, m.ref.elements(first, last), m.parameters) for m in whole.models),
+        whole.seed,
+        whole.numel,
+        first,
+        last,
+    )
+
+
+def arithmetic_json(arithmetic: Arithmetic) -> object:
+    """JSON that identifies an arithmetic."""
+    refs = [[r.uri, r.etag, r.start, r.end, r.dtype] for r in arithmetic.refs]
+    models = [[model.index, model.parameters] for model in arithmetic.models]
+    return [arithmetic.name, arithmetic.method, arithmetic.parameters, models, refs, arithmetic.seed]
+
+
+def pack(
+    pieces: Iterable[Piece], target: int, limit: int, held: Callable[[Piece], int], minimum: int = MIN_PART_BYTES
+) -> Iterator[list[Piece]]:
+    """Group consecutive pieces into parts of about ``target`` bytes that hold at most ``limit``.
+
+    A part is closed only once it has ``minimum`` bytes, so every part but the last has at least as many.
+    """
+    group: list[Piece] = []
+    size = holding = 0
+    for piece in pieces:
+        if size >= minimum and (size + piece.nbytes > target or holding + held(piece) > limit):
+            yield group
+            group, size, holding = [], 0, 0
+        group.append(piece)
+        size += piece.nbytes
+        holding += held(piece)
+    if group:
+        yield group
+
+
+def held_by(piece: Piece) -> int:
+    """Bytes that a task holds for a piece: its inputs and its output."""
+    if isinstance(piece, MergePiece):
+        return merge_bytes(piece.arithmetic, DTYPE_BYTES[piece.dtype])
+    if isinstance(piece, CopyPiece):
+        return 2 * piece.nbytes
+    return piece.nbytes
+
+
+def _step(whole: Arithmetic, dtype: str, limits: Limits) -> int:
+    """Elements a piece: what fills a part and fits in memory, on the grain, and enough for S3's smallest part."""
+    width = DTYPE_BYTES[dtype]
+    each = max(1, merge_bytes(whole, width) // whole.numel)
+    wanted = min(limits.part_bytes // width, limits.held_bytes // each)
+    least = math.ceil(MIN_PART_BYTES / width / GRAIN_ELEMENTS) * GRAIN_ELEMENTS
+    return max(least, wanted // GRAIN_ELEMENTS * GRAIN_ELEMENTS)
+
+
+def _copies(tensor: OutputTensor, source: StoredTensor, most: int) -> Iterator[CopyPiece]:
+    step = max(MIN_PART_BYTES, most // BLOCK_BYTES * BLOCK_BYTES)
+    ref = source.ref
+    for start in range(0, ref.nbytes, step):
+        end = min(start + step, ref.nbytes)
+        piece = type(ref)(ref.uri, ref.etag, ref.start + start, ref.start + end, ref.dtype)
+        yield CopyPiece("copy", tensor.name, piece, start, ref.nbytes)

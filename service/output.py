@@ -1,0 +1,153 @@
+"""What goes beside the shards: config, model card, manifest and the digests of the files. Pure."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
+
+from service.plan import Plan, Shard
+from service.planning import Planned
+from service.recipe import DTYPES
+from workers.methods import get_method
+from workers.safetensors_format import parse, prefix
+from workers.task import PartResult, block_count, tensor_digest
+
+CONFIG = "config.json"
+CARD = "README.md"
+MANIFEST = "mergemill.json"
+TREE = "sha256-tree-1mib"
+"""Name of the digest of shards: SHA-256 over the header's SHA-256 and the tensors' digests in file order."""
+
+
+@dataclass(frozen=True, slots=True)
+class OutputFile:
+    """One file of the merged checkpoint."""
+
+    name: str
+    """File name."""
+    size: int
+    """Length in bytes."""
+    digest: str
+    """``sha256:`` of the bytes, or ``sha256-tree-1mib:`` for shards."""
+
+
+def config_json(planned: Planned) -> str | None:
+    """The reference's config.json with the dtype of what was written; None when it has none."""
+    config = planned.inputs.reference.config
+    if config is None:
+        return None
+    corrected = {key: value for key, value in config.items() if key != "_name_or_path"}
+    dtype = _float_dtype(planned)
+    if dtype is not None:
+        keys = [key for key in ("torch_dtype", "dtype") if key in corrected] or ["torch_dtype"]
+        corrected.update(dict.fromkeys(keys, dtype))
+    return json.dumps(corrected, indent=2, ensure_ascii=False) + "\n"
+
+
+def model_card(planned: Planned, version: str) -> str:
+    """A Hugging Face model card: front matter, the method, the inputs, the recipe."""
+    recipe = planned.recipe
+    method = get_method(recipe.merge_method)
+    names = list(dict.fromkeys([*([recipe.base_model] if recipe.base_model else []), *(m.model for m in recipe.models)]))
+    front: dict[str, Any] = {"library_name": "transformers", "tags": ["mergemill", "merge"]}
+    hub = [name.partition("@")[0] for name in names if "://" not in name and not name.startswith("/")]
+    if hub:
+        front["base_model"] = hub
+    source = f" ([arXiv:{method.paper}](https://arxiv.org/abs/{method.paper}))" if method.paper[:4].isdigit() else ""
+    lines = [
+        "---",
+        yaml.safe_dump(front, sort_keys=False).strip(),
+        "---",
+        "# Merged model",
+        "",
+        f"Merged by [Mergemill](https://github.com/mergemill/mergemill) {version} with `{method.name}`{source}.",
+        "",
+        "## Models",
+        "",
+        *(f"- `{name}`{' (base)' if name == recipe.base_model else ''}" for name in names),
+        "",
+        "## Recipe",
+        "",
+        "```yaml",
+        recipe.to_yaml().strip(),
+        "```",
+        "",
+        f"`{MANIFEST}` beside this file names every input by ETag and every output tensor by digest.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def tensor_digests(plan: Plan, results: Iterable[PartResult]) -> dict[str, str]:
+    """The digest of every output tensor, from the block digests of its parts.
+
+    :raises ValueError: a block is missing or is there twice.
+    """
+    blocks: dict[str, dict[int, str]] = {}
+    for result in results:
+        for found in result.digests:
+            own = blocks.setdefault(found.name, {})
+            for offset, block in enumerate(found.blocks):
+                if own.setdefault(found.first_block + offset, block) != block:
+                    raise ValueError(f"two different digests for block {found.first_block + offset} of {found.name}")
+    digests = {}
+    for shard in plan.shards:
+        for name, nbytes in shard_tensors(shard):
+            own = blocks.get(name, {})
+            if sorted(own) != list(range(block_count(nbytes))):
+                raise ValueError(f"{name} has digests of {len(own)} blocks, not of {block_count(nbytes)}")
+            digests[name] = tensor_digest([own[number] for number in range(len(own))])
+    return digests
+
+
+def shard_tensors(shard: Shard) -> list[tuple[str, int]]:
+    """``(name, bytes)`` of a shard's tensors, in the order of the file."""
+    header = parse(shard.header.encode(), shard.size)
+    return [(entry.name, entry.nbytes) for entry in header.entries]
+
+
+def shard_digest(shard: Shard, digests: Mapping[str, str]) -> str:
+    """The digest of a whole shard, composed from those of its header and tensors."""
+    tree = hashlib.sha256(hashlib.sha256(prefix(shard.header)).digest())
+    for name, _ in shard_tensors(shard):
+        tree.update(bytes.fromhex(digests[name]))
+    return f"{TREE}:{tree.hexdigest()}"
+
+
+def manifest(
+    planned: Planned, digests: Mapping[str, str], files: Iterable[OutputFile], nonfinite: Mapping[str, int], version: str
+) -> dict[str, Any]:
+    """``mergemill.json``: all that is needed to make the same bytes again, and to check them."""
+    recipe = planned.recipe
+    checkpoints = {c.uri: c for c in (planned.inputs.reference, *planned.inputs.models)}
+    return {
+        "mergemill": version,
+        "semantics_version": planned.plan.semantics_version,
+        "plan_digest": planned.plan.digest,
+        "recipe": recipe.to_json(),
+        "seed": recipe.seed,
+        "models": dict(planned.uris),
+        "inputs": {uri: dict(checkpoint.pins) for uri, checkpoint in checkpoints.items()},
+        "notices": list(planned.plan.notices),
+        "nonfinite": dict(nonfinite),
+        "files": [{"name": file.name, "size": file.size, "digest": file.digest} for file in files],
+        "tensors": dict(digests),
+    }
+
+
+def text_file(name: str, data: bytes) -> OutputFile:
+    """The listing of a small file."""
+    return OutputFile(name, len(data), f"sha256:{hashlib.sha256(data).hexdigest()}")
+
+
+def _float_dtype(planned: Planned) -> str | None:
+    """The recipe's name of the one dtype of all float tensors, or None when they are mixed."""
+    names = {value: key for key, value in DTYPES.items()}
+    headers = (parse(shard.header.encode(), shard.size) for shard in planned.plan.shards)
+    found = {entry.dtype for header in headers for entry in header.entries if entry.dtype in names}
+    return names[found.pop()] if len(found) == 1 else None

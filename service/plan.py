@@ -1,0 +1,202 @@
+"""The plan: every byte of the output, and the parts and surveys that make it. Pure.
+
+``make_plan`` is a function of the recipe, the inputs' headers and the options; the same of all three give
+byte-identical JSON, wherever and whenever.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
+
+from service.layout import Limits, held_by, pack, pieces_of, shard_name, shards_of
+from service.matching import Inputs, match
+from service.price import BASELINE_BYTES, MAX_PARTS, MIN_PART_BYTES, Price, price, workspace_bytes
+from service.recipe import Recipe
+from workers.errors import PlanError
+from workers.safetensors_format import encode, layout
+from workers.task import HeaderPiece, Part, Piece, Survey, digest, part_id
+
+SEMANTICS_VERSION = 1
+"""Version of the mathematics and of the layout: changes whenever the same plan could give other bytes."""
+
+MIB = 1 << 20
+
+
+class PlanOptions(BaseModel):
+    """How to run a merge; nothing here changes a merged value, only ``shard_bytes`` changes the files."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    shard_bytes: int = Field(default=5_000_000_000, ge=1, le=5 << 40)
+    """Most tensor bytes of one output file."""
+    part_bytes: int = Field(default=64 * MIB, ge=MIN_PART_BYTES, le=4 << 30)
+    """Output bytes of one unit of work."""
+    whole_tensor_bytes: int = Field(default=256 * MIB, ge=MIN_PART_BYTES, le=4 << 30)
+    """Output bytes up to which a tensor is surveyed and merged in one read."""
+    worker_memory_bytes: int = Field(default=2048 * MIB, ge=1)
+    """Most memory of one worker process, everything included."""
+    overwrite: bool = False
+    """Replace a checkpoint that is already at the output."""
+    allow_nonfinite: bool = False
+    """Let NaN and Inf in the inputs through."""
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """One output file, laid out to the byte."""
+
+    name: str
+    """File name."""
+    size: int
+    """Length in bytes."""
+    header: str
+    """Its safetensors header, padded."""
+    parts: int
+    """How many parts make it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A merge, ready to run: frozen, no closures, JSON round-trips."""
+
+    semantics_version: int
+    """See :data:`SEMANTICS_VERSION`."""
+    shards: tuple[Shard, ...]
+    """The output files with weights."""
+    parts: tuple[Part, ...]
+    """What makes them, shard by shard, in order."""
+    surveys: tuple[Survey, ...]
+    """What must be known before some of the parts."""
+    weight_map: dict[str, str]
+    """Tensor name to shard name."""
+    total_size: int
+    """Bytes of all tensors."""
+    notices: tuple[str, ...]
+    """What the user should know."""
+    price: Price
+    """What it costs."""
+
+    @property
+    def index(self) -> str:
+        """The text of ``model.safetensors.index.json``, the commit marker."""
+        document = {"metadata": {"total_size": self.total_size}, "weight_map": self.weight_map}
+        return json.dumps(document, indent=2, ensure_ascii=False) + "\n"
+
+    @property
+    def digest(self) -> str:
+        """Hex SHA-256 that two plans share only when they make the same bytes of the same parts."""
+        return digest(
+            [
+                self.semantics_version,
+                [[shard.name, shard.size] for shard in self.shards],
+                [part_id(part) for part in self.parts],
+                [survey.id for survey in self.surveys],
+                self.weight_map,
+            ]
+        )
+
+
+PLAN = TypeAdapter(Plan)
+
+
+def make_plan(recipe: Recipe, inputs: Inputs, options: PlanOptions, baseline_bytes: int = BASELINE_BYTES) -> Plan:
+    """Plan a merge.
+
+    :raises PlanError: lists everything about the inputs that makes the merge impossible.
+    """
+    matched = match(recipe, inputs)
+    if matched.problems:
+        raise PlanError(*matched.problems)
+    if not matched.tensors:
+        raise PlanError(f"{inputs.reference.uri} holds no tensors")
+    limits = _limits(options, 1 + len(inputs.models), baseline_bytes)
+    groups = shards_of(matched.tensors, options.shard_bytes)
+    shards: list[Shard] = []
+    parts: list[Part] = []
+    surveys: list[Survey] = []
+    weight_map: dict[str, str] = {}
+    for number, group in enumerate(groups, start=1):
+        name = shard_name(number, len(groups))
+        header = encode(layout((t.name, t.dtype, t.shape) for t in group), {"format": "pt"})
+        pieces: list[Piece] = [HeaderPiece("header", header)]
+        for tensor in group:
+            cut, survey = pieces_of(tensor, limits, SEMANTICS_VERSION)
+            pieces.extend(cut)
+            surveys.extend([survey] if survey else [])
+            weight_map[tensor.name] = name
+        size = sum(piece.nbytes for piece in pieces)
+        target = max(limits.part_bytes, -(-size // (MAX_PARTS * 9 // 10)))
+        made = _parts(name, pieces, target, limits, options)
+        shards.append(Shard(name, size, header, len(made)))
+        parts.extend(made)
+    if recipe.profile is not None:
+        notices: tuple[str, ...] = (f"semantics follow the profile `{recipe.profile}`", *matched.notices)
+    else:
+        notices = matched.notices
+    plan = Plan(
+        SEMANTICS_VERSION,
+        tuple(shards),
+        tuple(parts),
+        tuple(surveys),
+        dict(sorted(weight_map.items())),
+        sum(tensor.nbytes for tensor in matched.tensors),
+        notices,
+        price(parts, surveys, len(shards), baseline_bytes),
+    )
+    _check(plan, options, baseline_bytes)
+    return plan
+
+
+def plan_summary(plan: Plan) -> dict[str, Any]:
+    """What ``POST /v1/plans`` tells: the price, the files and the notices, without the parts."""
+    return {
+        "digest": plan.digest,
+        "semantics_version": plan.semantics_version,
+        "price": TypeAdapter(Price).dump_python(plan.price, mode="json"),
+        "shards": [{"name": s.name, "size": s.size, "parts": s.parts} for s in plan.shards],
+        "tensors": len(plan.weight_map),
+        "total_size": plan.total_size,
+        "notices": list(plan.notices),
+    }
+
+
+def _limits(options: PlanOptions, inputs: int, baseline_bytes: int) -> Limits:
+    free = options.worker_memory_bytes - baseline_bytes - workspace_bytes(inputs)
+    # A part may begin with up to 5 MiB of neighbours before a tensor that fills all the rest.
+    # Float32 inputs and output are the widest that a byte of bfloat16 output can cost.
+    reserve = MIN_PART_BYTES * (1 + 2 * inputs)
+    return Limits(options.part_bytes, options.whole_tensor_bytes, max(0, free - reserve))
+
+
+def _parts(shard: str, pieces: list[Piece], target: int, limits: Limits, options: PlanOptions) -> list[Part]:
+    made: list[Part] = []
+    offset = 0
+    for group in pack(pieces, target, limits.held_bytes, held_by):
+        part = Part(shard, len(made) + 1, offset, tuple(group), SEMANTICS_VERSION, options.allow_nonfinite)
+        made.append(part)
+        offset += part.nbytes
+    return made
+
+
+def _check(plan: Plan, options: PlanOptions, baseline_bytes: int) -> None:
+    problems = []
+    if plan.price.peak_bytes > options.worker_memory_bytes:
+        problems.append(
+            f"the biggest task ({plan.price.worst}) needs {plan.price.peak_bytes / MIB:.0f} MiB, of which "
+            f"{baseline_bytes / MIB:.0f} MiB are the worker itself, but worker_memory_bytes allows "
+            f"{options.worker_memory_bytes / MIB:.0f} MiB: raise it to at least {plan.price.peak_bytes}"
+        )
+    for shard in plan.shards:
+        if shard.parts > MAX_PARTS:
+            problems.append(
+                f"{shard.name} would need {shard.parts} parts, object stores allow {MAX_PARTS}: "
+                "lower shard_bytes or raise part_bytes and worker_memory_bytes"
+            )
+    if problems:
+        raise PlanError(*problems)
+
+

@@ -1,0 +1,140 @@
+"""What a plan costs: bytes moved, requests, parts, and the peak memory of a task. Pure.
+
+The memory model is a promise (measured peak <= priced peak is a test), and adds up what a task holds, copy
+by copy: the inputs of all its pieces, its output, and the workspace of the arithmetic, on top of the
+baseline of a worker process that has imported everything and done nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from workers.ranges import READ_BYTES, coalesce
+from workers.task import Arithmetic, CopyPiece, HeaderPiece, MergePiece, Part, Survey, TensorRef
+
+BASELINE_BYTES = 480 << 20
+"""VmHWM of a Ray worker that has imported torch, boto3 and `workers`, before its first byte."""
+
+WORKSPACE_BYTES = 64 << 20
+"""Float32 blocks, masks and digests of the step being merged, and allocator slack."""
+
+WORKSPACE_BYTES_PER_INPUT = 6 << 20
+"""The part of the workspace that grows with the number of inputs: float32 blocks and histograms."""
+
+MAX_PARTS = 10_000
+"""Most parts of one S3 multipart upload."""
+MIN_PART_BYTES = 5 << 20
+"""Smallest part of an S3 multipart upload, the last one excepted."""
+
+
+@dataclass(frozen=True, slots=True)
+class Price:
+    """What a merge will cost, before it runs."""
+
+    bytes_read: int
+    """Input bytes fetched, surveys included."""
+    bytes_written: int
+    """Output bytes of all shards."""
+    input_bytes: int
+    """Bytes of the input tensors, counted once."""
+    requests: int
+    """Ranged reads and part uploads."""
+    shards: int
+    """Output files with weights."""
+    parts: int
+    """Part tasks."""
+    survey_tasks: int
+    """Survey tasks over all passes."""
+    surveyed_tensors: int
+    """Tensors that are read more than once because no task can hold them."""
+    most_reads: int
+    """How often the most often read byte is read."""
+    peak_bytes: int
+    """Peak memory of the worst task, the worker's baseline included."""
+    worst: str
+    """The tensor (or tensors) of the worst task."""
+
+
+def merge_bytes(arithmetic: Arithmetic, output_width: int) -> int:
+    """Bytes that a run of merged elements holds: its inputs and its output."""
+    return sum(ref.nbytes for ref in arithmetic.refs) + (arithmetic.last - arithmetic.first) * output_width
+
+
+def workspace_bytes(inputs: int) -> int:
+    """Bytes of the arithmetic's workspace for that many inputs."""
+    return WORKSPACE_BYTES + WORKSPACE_BYTES_PER_INPUT * inputs
+
+
+def part_refs(part: Part) -> tuple[TensorRef, ...]:
+    """All byte ranges that a part reads."""
+    refs: list[TensorRef] = []
+    for piece in part.pieces:
+        if isinstance(piece, MergePiece):
+            refs.extend(piece.arithmetic.refs)
+        elif isinstance(piece, CopyPiece):
+            refs.append(piece.ref)
+    return tuple(refs)
+
+
+def part_peak_bytes(part: Part, baseline_bytes: int = BASELINE_BYTES) -> int:
+    """Peak memory of the task that makes this part."""
+    inputs = max((len(p.arithmetic.refs) for p in part.pieces if isinstance(p, MergePiece)), default=1)
+    held = sum(run.nbytes for run in coalesce(part_refs(part)))
+    return baseline_bytes + held + part.nbytes + workspace_bytes(inputs)
+
+
+def survey_peak_bytes(arithmetic: Arithmetic, baseline_bytes: int = BASELINE_BYTES) -> int:
+    """Peak memory of one survey task."""
+    held = sum(run.nbytes for run in coalesce(arithmetic.refs))
+    return baseline_bytes + held + workspace_bytes(len(arithmetic.refs))
+
+
+def price(parts: Sequence[Part], surveys: Sequence[Survey], shards: int, baseline_bytes: int = BASELINE_BYTES) -> Price:
+    """Add up a plan."""
+    bytes_read = bytes_written = requests = 0
+    peak, worst = baseline_bytes, "nothing"
+    for part in parts:
+        read, reads = _reads(part_refs(part))
+        bytes_read += read
+        bytes_written += part.nbytes
+        requests += reads + 1
+        if (needed := part_peak_bytes(part, baseline_bytes)) > peak:
+            peak, worst = needed, part_label(part)
+    input_bytes = bytes_read  # every tensor is in exactly one part or split over several, so once
+    survey_tasks = 0
+    for survey in surveys:
+        for piece in survey.pieces:
+            read, reads = _reads(piece.refs)
+            bytes_read += read * survey.passes
+            requests += reads * survey.passes
+            survey_tasks += survey.passes
+            if (needed := survey_peak_bytes(piece, baseline_bytes)) > peak:
+                peak, worst = needed, piece.name
+    return Price(
+        bytes_read=bytes_read,
+        bytes_written=bytes_written,
+        input_bytes=input_bytes,
+        requests=requests,
+        shards=shards,
+        parts=len(parts),
+        survey_tasks=survey_tasks,
+        surveyed_tensors=len(surveys),
+        most_reads=1 + max((survey.passes for survey in surveys), default=0),
+        peak_bytes=peak,
+        worst=worst,
+    )
+
+
+def part_label(part: Part) -> str:
+    """A part's tensors, for people: ``model.norm.weight and 3 more``."""
+    names = list(dict.fromkeys(piece.name for piece in part.pieces if not isinstance(piece, HeaderPiece)))
+    if not names:
+        return f"header of {part.shard}"
+    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
+
+
+def _reads(refs: Iterable[TensorRef]) -> tuple[int, int]:
+    runs = coalesce(refs)
+    return sum(run.nbytes for run in runs), sum(math.ceil(run.nbytes / READ_BYTES) for run in runs)

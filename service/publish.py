@@ -1,0 +1,63 @@
+"""The last step of a commit: the small files beside the shards, and then the index."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from importlib.metadata import version
+
+from service.checkpoint import INDEX_FILE, is_tokenizer_file
+from service.commit import Output
+from service.output import (
+    CARD,
+    CONFIG,
+    MANIFEST,
+    OutputFile,
+    config_json,
+    manifest,
+    model_card,
+    shard_digest,
+    tensor_digests,
+    text_file,
+)
+from service.planning import Planned
+from workers.task import PartResult
+
+
+def publish(planned: Planned, results: Mapping[str, PartResult], output: Output, overwrite: bool) -> list[OutputFile]:
+    """Write config, card, tokenizer and manifest, delete what an overwrite leaves stale, and commit.
+
+    :returns: every file of the checkpoint, the index last.
+    """
+    plan = planned.plan
+    digests = tensor_digests(plan, results.values())
+    files = [OutputFile(shard.name, shard.size, shard_digest(shard, digests)) for shard in plan.shards]
+    for name, data in _small_files(planned, output):
+        output.put(name, data)
+        files.append(text_file(name, data))
+    nonfinite: dict[str, int] = {}
+    for result in results.values():
+        for where, count in result.nonfinite.items():
+            nonfinite[where] = nonfinite.get(where, 0) + count
+    document = manifest(planned, digests, files, nonfinite, version("mergemill"))
+    data = json.dumps(document, indent=2, ensure_ascii=False, sort_keys=True).encode() + b"\n"
+    output.put(MANIFEST, data)
+    files.append(text_file(MANIFEST, data))
+    if overwrite:
+        output.delete_stale_shards(plan)
+    output.put_index(plan)
+    files.append(text_file(INDEX_FILE, plan.index.encode()))
+    return files
+
+
+def _small_files(planned: Planned, output: Output) -> list[tuple[str, bytes]]:
+    """Config and card, and the reference's other files with the tokenizer of the chosen model."""
+    reference, tokenizer = planned.inputs.reference, planned.tokenizer
+    found = [(CARD, model_card(planned, version("mergemill")).encode())]
+    if (config := config_json(planned)) is not None:
+        found.append((CONFIG, config.encode()))
+    own = {name: info for name, info in reference.files.items() if not is_tokenizer_file(name)}
+    chosen = {name: info for name, info in tokenizer.files.items() if is_tokenizer_file(name)}
+    for name, info in sorted({**own, **chosen}.items()):
+        found.append((name, output.read(info.uri, info.etag)))
+    return found

@@ -1,0 +1,259 @@
+"""Run one job, from wherever it stands to its end, under a lease.
+
+Everything here can be repeated: a scheduler that takes a job over plans again, compares the plan's digest
+with the recorded one, and goes on from what is recorded. What another scheduler's lease fences off raises
+``LeaseLostError``, after which nothing more is touched.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from dataclasses import replace
+from typing import Any
+
+import structlog
+
+from service.commit import Output, overlap
+from service.jobs import (
+    Cancelled,
+    CommitStarted,
+    Event,
+    Failed,
+    JobRecord,
+    JobState,
+    Planned as PlanRecorded,
+    PlanningStarted,
+    Restarted,
+    ShardCompleted,
+    Succeeded,
+    UploadsOpened,
+)
+from service.jobstore import Lease
+from service.plan import PlanOptions, plan_summary
+from service.planning import Planned, plan_recipe
+from service.publish import publish
+from service.recipe import parse_recipe
+from service.work import Tools, Work
+from workers.errors import (
+    JobNotFoundError,
+    JobStoreUnavailableError,
+    LeaseLostError,
+    MergemillError,
+    PlanError,
+    StoreError,
+    UploadNotFoundError,
+    to_json,
+)
+
+MAX_ATTEMPTS = 5
+"""How often a job starts over when its uploads vanish under it, before it fails."""
+
+log = structlog.get_logger(__name__)
+
+
+class StoppedError(Exception):
+    """This scheduler is shutting down; the job goes on elsewhere or later."""
+
+
+class CancelledError(Exception):
+    """Somebody asked for the job to end."""
+
+
+class JobRunner:
+    """One job under one lease. :meth:`run` returns when the job has ended or is not ours any more."""
+
+    def __init__(self, record: JobRecord, lease: Lease, tools: Tools) -> None:
+        self.record = record
+        self.lease = lease
+        self.tools = tools
+        self.lost = threading.Event()
+        self._options = PlanOptions.model_validate(record.options)
+        self._output = Output(tools.store, record.output, record.id, self._guard)
+        self._checked = 0.0
+        self._log = log.bind(job=record.id)
+
+    def run(self) -> None:
+        """Work until the job has ended, was cancelled, or belongs to somebody else."""
+        try:
+            self._work()
+        except LeaseLostError as error:
+            self._log.warning("lease lost; leaving the job alone", reason=str(error))
+        except StoppedError:
+            self._log.info("scheduler stops; the job can be taken over")
+        except CancelledError:
+            self._end(Cancelled())
+        except JobStoreUnavailableError as error:
+            self._log.error("job state is out of reach; the job waits for it", error=str(error))
+        except MergemillError as error:
+            self._log.warning("job failed", error=type(error).__name__, detail=str(error))
+            self._end(Failed(to_json(error)))
+        except Exception as error:  # a defect of ours must end the job visibly, not vanish with its thread
+            self._log.exception("job failed unexpectedly")
+            self._end(Failed(to_json(error)))
+        finally:
+            self._release()
+
+    def check(self) -> None:
+        """Raise when this job should not go on here: lease lost, scheduler stopping, or cancelled."""
+        if self.lost.is_set():
+            raise LeaseLostError(f"{self.lease.job}: the lease {self.lease.token} is not in force")
+        if self.tools.stopping.is_set():
+            raise StoppedError
+        now = time.monotonic()
+        if now - self._checked >= self.tools.settings.poll_seconds:
+            self._checked = now
+            if self.tools.jobs.get(self.record.id).cancel_requested:
+                raise CancelledError
+
+    def _work(self) -> None:
+        if self.record.state in {JobState.QUEUED, JobState.PLANNING}:
+            self._apply(PlanningStarted())
+        while not self.record.state.is_terminal:
+            self.check()
+            planned = self._plan()
+            if self.record.state in {JobState.RUNNING, JobState.COMMITTING}:
+                self._resume(planned)
+            if self.record.state == JobState.PLANNING:
+                self._open(planned)
+            try:
+                if self.record.state == JobState.RUNNING:
+                    Work(self.record, self.lease, self.tools, self._output, planned, self.check).run()
+                    self.check()
+                    self._apply(CommitStarted())
+                self._commit(planned)
+            except UploadNotFoundError as error:
+                if self.record.attempt >= MAX_ATTEMPTS:
+                    raise
+                self._restart(f"an upload is gone: {error}")
+
+    def _plan(self) -> Planned:
+        """Plan; in the planning state with everything that can be wrong about the output, too."""
+        recipe = parse_recipe(self.record.recipe)
+        settings = self.tools.settings
+        problems: list[str] = []
+        planned = None
+        try:
+            planned = plan_recipe(
+                recipe, self._options, self.tools.store, settings.model_roots, settings.worker_baseline_bytes
+            )
+        except PlanError as error:
+            problems.extend(error.problems)
+        if self.record.state == JobState.PLANNING:
+            problems.extend(self._output_problems())
+            if planned is not None:
+                problems.extend(overlap(self.record.output, planned.uris.values()))
+                problems.extend(self._capacity_problems(planned))
+        if planned is None or problems:
+            raise PlanError(*problems)
+        return planned
+
+    def _output_problems(self) -> list[str]:
+        try:
+            there = self._output.existing()
+        except StoreError as error:
+            return [f"output {self.record.output}: {error}"]
+        if there is None or self._options.overwrite:
+            return []
+        return [f"output {self.record.output} already holds a checkpoint ({there}): set overwrite to replace it"]
+
+    def _capacity_problems(self, planned: Planned) -> list[str]:
+        capacity = self.tools.driver.capacity()
+        price = planned.plan.price
+        if price.peak_bytes <= capacity.max_node_memory_bytes:
+            return []
+        return [
+            f"the biggest task ({price.worst}) needs {price.peak_bytes} bytes of memory, and the largest node of the "
+            f"cluster offers {capacity.max_node_memory_bytes}: lower worker_memory_bytes or add a larger node"
+        ]
+
+    def _document(self, planned: Planned) -> dict[str, Any]:
+        """What the claim object says about the job."""
+        pins = {c.uri: dict(c.pins) for c in (planned.inputs.reference, *planned.inputs.models)}
+        recipe = planned.recipe
+        return {
+            "recipe": recipe.to_json(),
+            "options": self.record.options,
+            "seed": recipe.seed,
+            "plan_digest": planned.plan.digest,
+            "inputs": pins,
+            "shards": [shard.name for shard in planned.plan.shards],
+        }
+
+    def _open(self, planned: Planned) -> None:
+        plan = planned.plan
+        passes = sum(survey.passes for survey in plan.surveys)
+        price = plan_summary(plan)["price"]
+        self._apply(
+            PlanRecorded(
+                plan.digest, plan.semantics_version, price, plan.notices, plan.price.bytes_written, len(plan.parts), passes
+            )
+        )
+        self.tools.jobs.claim_output(self.lease, self.record.output)
+        document = self._document(planned)
+        known = self._output.claim(document, self._is_over)
+        self._apply(UploadsOpened(self._output.open_uploads(plan, document, known)))
+
+    def _resume(self, planned: Planned) -> None:
+        """Go on with recorded uploads and parts, or start over when they are no use any more."""
+        self._log.info("resuming", state=str(self.record.state))
+        if planned.plan.digest != self.record.plan_digest:
+            self._restart("planning again gave another plan: an input or Mergemill changed")
+
+    def _restart(self, reason: str) -> None:
+        self._log.warning("starting over", reason=reason)
+        self._output.give_up()
+        self._apply(Restarted(reason))
+
+    def _commit(self, planned: Planned) -> None:
+        plan = planned.plan
+        results = self.tools.jobs.parts(self.record.id)
+        if self._options.overwrite:
+            self._output.make_room(plan)
+        for shard in plan.shards:
+            if shard.name not in self.record.completed_shards:
+                self._output.complete(shard, self.record.uploads, plan.digest)
+                self._apply(ShardCompleted(shard.name))
+        files = publish(planned, results, self._output, self._options.overwrite)
+        summary = {"files": [{"name": f.name, "size": f.size, "digest": f.digest} for f in files]}
+        self._output.clear()
+        self.tools.jobs.release_output(self.lease, self.record.output)
+        self._apply(Succeeded(summary))
+        self._log.info("job succeeded", output=self.record.output, bytes=plan.price.bytes_written)
+
+    def _end(self, event: Event) -> None:
+        """Give the output up and record why; the uploads are aborted before anybody is told."""
+        try:
+            self._output.give_up()
+            self.tools.jobs.release_output(self.lease, self.record.output)
+        except LeaseLostError:
+            return
+        except MergemillError as error:
+            self._log.exception("could not clean up the output")
+            if isinstance(event, Failed):
+                left = f" (and its uploads under {self.record.output} could not be aborted: {error})"
+                event = replace(event, error={**event.error, "detail": f"{event.error['detail']}{left}"})
+        try:
+            self._apply(event)
+        except LeaseLostError as error:
+            self._log.warning("lease lost at the end; leaving the job alone", reason=str(error))
+
+    def _release(self) -> None:
+        try:
+            self.tools.jobs.release(self.lease)
+        except JobStoreUnavailableError as error:
+            self._log.warning("could not release the lease; it will expire", reason=str(error))
+
+    def _apply(self, event: Event) -> None:
+        self.record = self.tools.jobs.apply(self.record.id, event, self.lease.token)
+
+    def _guard(self) -> None:
+        self.tools.jobs.renew(self.lease)
+
+    def _is_over(self, job: str) -> bool:
+        try:
+            return self.tools.jobs.get(job).state.is_terminal
+        except JobNotFoundError:
+            return False
+
+

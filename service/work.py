@@ -1,0 +1,235 @@
+"""The parts of one job: surveys first where they are needed, everything else at once, finished work recorded once."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from dataclasses import dataclass, field
+
+import structlog
+
+from service.commit import Output
+from service.driver import Driver, TaskRequest
+from service.jobs import JobRecord
+from service.jobstore import JobStore, Lease
+from service.planning import Planned
+from service.price import part_label, part_peak_bytes, survey_peak_bytes
+from service.settings import Settings
+from workers.binding import bind
+from workers.entry import PART_ENTRY, SURVEY_ENTRY
+from workers.errors import StoreError
+from workers.methods.base import Summary
+from workers.methods.evaluate import conclude_pass
+from workers.ranges import coalesce
+from workers.store.base import ObjectStore
+from workers.store.settings import worker_json
+from workers.task import PART, PART_RESULT, SURVEY_TASK, Facts, JSONValue, Part, PartResult, Survey, SurveyTask, part_id
+
+log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class Tools:
+    """What every job of a scheduler shares."""
+
+    settings: Settings
+    """The deployment's settings."""
+    jobs: JobStore
+    """Job state."""
+    store: ObjectStore
+    """Object storage."""
+    driver: Driver
+    """The compute cluster."""
+    stopping: threading.Event
+    """Set when the scheduler shuts down."""
+
+
+@dataclass(slots=True)
+class _Pass:
+    """One survey pass on its way."""
+
+    survey: Survey
+    index: int
+    facts: Facts
+    missing: int
+    summaries: list[Summary] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class _Task:
+    """A request and what to do with its answer."""
+
+    request: TaskRequest
+    finish: Callable[[JSONValue], None]
+
+
+class Work:
+    """Makes all parts of a plan that are not recorded yet."""
+
+    def __init__(
+        self,
+        record: JobRecord,
+        lease: Lease,
+        tools: Tools,
+        output: Output,
+        planned: Planned,
+        check: Callable[[], None],
+    ) -> None:
+        self._record = record
+        self._lease = lease
+        self._tools = tools
+        self._output = output
+        self._plan = planned.plan
+        self._check = check
+        self._store_json = worker_json(tools.settings.store)
+        self._baseline = tools.settings.worker_baseline_bytes
+        self._results: dict[str, PartResult] = {}
+        self._facts: dict[str, Facts] = {}
+        self._ready: deque[_Task] = deque()
+        self._waiting: dict[str, list[Part]] = {}
+        self._saved_at = time.monotonic()
+        self._saved_count = 0
+
+    def run(self) -> None:
+        """Make what is missing; returns when the store holds every part of every shard.
+
+        :raises UploadNotFoundError: a shard's upload is gone, and with it the parts in it.
+        """
+        self._restore()
+        again = 2
+        while missing := self._missing():
+            if not again:
+                raise StoreError(f"the store lost {len(missing)} part(s) again after they were made twice")
+            again -= 1
+            self._make(missing)
+
+    def _restore(self) -> None:
+        digest, uploads = self._plan.digest, self._record.uploads
+        self._results = self._tools.jobs.parts(self._record.id)
+        for result in self._output.load_progress(digest, uploads).values():
+            if result.part not in self._results:  # Redis lost it, the object store did not
+                self._tools.jobs.record_part(self._lease, result)
+                self._results[result.part] = result
+        recorded = self._tools.jobs.surveys(self._record.id)
+        for survey in self._plan.surveys:
+            last = (survey.id, survey.passes - 1)
+            if last in recorded:
+                self._facts[survey.id] = recorded[last]
+
+    def _missing(self) -> list[Part]:
+        """Parts without a record, or whose record the store does not bear out."""
+        held = {
+            (shard.name, part.number): part
+            for shard in self._plan.shards
+            for part in self._output.held_parts(shard.name, self._record.uploads)
+        }
+        missing = []
+        for part in self._plan.parts:
+            result = self._results.get(part_id(part))
+            there = held.get((part.shard, part.number))
+            if result is None or there is None or (there.size, there.etag) != (result.size, result.etag):
+                missing.append(part)
+        return missing
+
+    def _make(self, missing: Iterable[Part]) -> None:
+        wanted: set[str] = set()
+        for part in missing:
+            unknown = [survey for survey in part.surveys if survey not in self._facts]
+            if unknown:
+                wanted.update(unknown)
+                self._waiting.setdefault(unknown[0], []).append(part)
+            else:
+                self._ready.append(self._part(part))
+        recorded = self._tools.jobs.surveys(self._record.id)
+        for survey in self._plan.surveys:
+            if survey.id in wanted:
+                begun = [index for index in range(survey.passes) if (survey.id, index) in recorded]
+                index = 1 + max(begun, default=-1)
+                self._survey(survey, index, recorded[survey.id, index - 1] if index else {})
+        self._loop()
+
+    def _loop(self) -> None:
+        flying: dict[Future[JSONValue], _Task] = {}
+        settings = self._tools.settings
+        try:
+            while self._ready or flying:
+                self._check()
+                while self._ready and len(flying) < settings.max_parts_in_flight:
+                    task = self._ready.popleft()
+                    flying[self._tools.driver.submit(task.request)] = task
+                done, _ = wait(flying, timeout=settings.poll_seconds, return_when=FIRST_COMPLETED)
+                for future in done:
+                    flying.pop(future).finish(future.result())
+                self._save_progress()
+        finally:
+            for future in flying:
+                self._tools.driver.cancel(future)
+
+    def _part(self, part: Part) -> _Task:
+        upload = self._output.upload(part.shard, self._record.uploads)
+        payload = {
+            "part": PART.dump_python(part, mode="json"),
+            "upload": {"uri": upload.uri, "id": upload.id},
+            "facts": {survey: self._facts[survey] for survey in part.surveys},
+            "store": self._store_json,
+        }
+        request = TaskRequest(
+            entry=PART_ENTRY,
+            payload=payload,
+            memory_bytes=part_peak_bytes(part, self._baseline),
+            num_gpus=self._tools.settings.gpus_per_task,
+            label=part_label(part),
+        )
+        return _Task(request, self._part_done)
+
+    def _part_done(self, answer: JSONValue) -> None:
+        result = PART_RESULT.validate_python(answer)
+        self._tools.jobs.record_part(self._lease, result)
+        self._results[result.part] = result
+
+    def _survey(self, survey: Survey, index: int, facts: Facts) -> None:
+        """Queue one pass, before any part: parts wait for surveys, not the other way round."""
+        state = _Pass(survey, index, facts, len(survey.pieces))
+        tasks = []
+        for piece in survey.pieces:
+            task = SurveyTask(survey.id, index, piece, facts, self._plan.parts[0].allow_nonfinite)
+            request = TaskRequest(
+                entry=SURVEY_ENTRY,
+                payload={"task": SURVEY_TASK.dump_python(task, mode="json"), "store": self._store_json},
+                memory_bytes=survey_peak_bytes(piece, self._baseline),
+                label=f"survey of {piece.name}, pass {index + 1} of {survey.passes}",
+            )
+            tasks.append(_Task(request, lambda summary: self._summary_done(state, summary)))
+        self._ready.extendleft(reversed(tasks))
+
+    def _summary_done(self, state: _Pass, summary: Summary) -> None:
+        state.summaries.append(summary)
+        state.missing -= 1
+        if state.missing:
+            return
+        survey, piece = state.survey, state.survey.pieces[0]
+        facts = conclude_pass(bind(piece).passes[state.index], state.summaries, piece.numel, state.facts)
+        read = sum(run.nbytes for each in survey.pieces for run in coalesce(each.refs))
+        self._tools.jobs.record_survey(self._lease, survey.id, state.index, facts, read)
+        if state.index + 1 < survey.passes:
+            self._survey(survey, state.index + 1, facts)
+            return
+        self._facts[survey.id] = facts
+        for part in self._waiting.pop(survey.id, []):
+            unknown = [other for other in part.surveys if other not in self._facts]
+            if unknown:
+                self._waiting.setdefault(unknown[0], []).append(part)
+            else:
+                self._ready.append(self._part(part))
+
+    def _save_progress(self) -> None:
+        """Now and then, and never for more than a small share of the time, write the records beside the output."""
+        now = time.monotonic()
+        if len(self._results) == self._saved_count or now - self._saved_at < self._tools.settings.progress_seconds:
+            return
+        self._output.save_progress(self._plan.digest, self._record.uploads, self._results.values())
+        self._saved_count = len(self._results)
+        self._saved_at = time.monotonic() + 20 * (time.monotonic() - now)

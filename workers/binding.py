@@ -1,0 +1,47 @@
+"""An arithmetic, bound: the method and the parameters that a task names, ready to be called."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+
+from workers.methods import get_method
+from workers.methods.base import Block, Method, Parameters, SurveyPass
+from workers.task import Arithmetic, Facts, canonical_json
+
+
+@dataclass(frozen=True)
+class BoundMethod:
+    """A method with its parameters for one tensor."""
+
+    method: Method
+    """The method."""
+    parameters: Parameters
+    """Its global parameters."""
+    models: Sequence[Parameters]
+    """Each model's parameters."""
+    passes: tuple[SurveyPass, ...]
+    """The survey that these parameters need."""
+
+    def merge(self, block: Block, facts: Facts) -> torch.Tensor:
+        """Merged float32 elements of one block, shape ``[n]``."""
+        return self.method.merge(block, self.parameters, self.models, facts)
+
+
+def bind(arithmetic: Arithmetic) -> BoundMethod:
+    """Find the method and check the parameters that a task was made with."""
+    models = canonical_json([model.parameters for model in arithmetic.models])
+    return _bind(arithmetic.method, canonical_json(arithmetic.parameters), models)
+
+
+@lru_cache(maxsize=256)
+def _bind(name: str, parameters_json: str, models_json: str) -> BoundMethod:
+    method = get_method(name)
+    parameters = method.parameters.model_validate_json(parameters_json)
+    models = tuple(method.model_parameters.model_validate(value) for value in json.loads(models_json))
+    return BoundMethod(method, parameters, models, method.survey(parameters, models))
+
