@@ -1,0 +1,212 @@
+"""The child process that talks to Ray: started, listened to and ended, whatever state it is in."""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import secrets
+import select
+import shutil
+import signal
+import site
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+from service import warden
+from service.dispatch import Policy
+
+WORKER_ENV: Mapping[str, str] = {
+    "OMP_NUM_THREADS": "1",
+    "MALLOC_ARENA_MAX": "2",
+    "MALLOC_MMAP_THRESHOLD_": str(8 << 20),
+    "MALLOC_TRIM_THRESHOLD_": str(16 << 20),
+}
+"""Environment of the workers. Buffers of 8 MiB and more go back to the system when freed, which glibc's
+sliding threshold would put off; the 1 MiB blocks of the arithmetic stay on the heap, free of page faults."""
+
+_SOCKET_PATH_BYTES = 107
+"""Longest path of a Unix socket, without the final NUL."""
+_RAY_SOCKET = "/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store.1"
+"""The longest of what Ray puts below its directory."""
+
+Message = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FleetSettings:
+    """Which Ray to use, and within which bounds."""
+
+    address: str | None = None
+    """The cluster's address; else ``RAY_ADDRESS``; else a Ray is started on this machine."""
+    num_cpus: int | None = None
+    """CPU cores of a Ray started here; ``None`` is what the machine has."""
+    num_gpus: int | None = None
+    """GPUs of a Ray started here; ``None`` is what the machine has."""
+    memory_bytes: int | None = None
+    """Memory for the tasks of a Ray started here; ``None`` leaves it to Ray."""
+    object_store_bytes: int = 128 << 20
+    """Ray's shared memory; hardly used."""
+    state_dir: Path | None = None
+    """Where Ray's sockets and logs go, in a new directory; ``TMPDIR`` when it is too long for sockets."""
+    start_timeout_s: float = 120.0
+    """How long a start may take."""
+    silence_s: float = 60.0
+    """How long the child may be silent before it counts as dead; it speaks every second."""
+    max_starts: int = 5
+    """Starts in a row without a finished task before everything unfinished fails."""
+    max_losses: int = 10
+    """How often one request may lose the child under it before it is given up."""
+    policy: Policy = field(default_factory=Policy)
+    """Bounds on tries and on tasks at once."""
+
+
+class FleetProcess:
+    """A running ``service.fleet`` under its warden.
+
+    Linux ties the warden's life to the thread that makes this object: it has to outlive the child.
+    """
+
+    def __init__(self, settings: FleetSettings, directory: Path, lines: Iterable[str]) -> None:
+        """Start it, with everything of Ray's and its log in ``directory``, and ``lines`` to send it first."""
+        self.ready = False
+        """Whether it has been connected to Ray."""
+        self.why = ""
+        """Why :meth:`messages` came to an end."""
+        self._settings = settings
+        self._log = directory / "driver.log"
+        self._outbox: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+        address = settings.address or os.environ.get("RAY_ADDRESS") or None
+        temp_dir = directory / "ray"
+        shutil.rmtree(temp_dir, ignore_errors=True)
+        self._results, results_out = os.pipe()
+        with self._log.open("wb") as printed:
+            # S603: the command is our own
+            self._process = subprocess.Popen(  # noqa: S603
+                [*_python("service.warden"), str(os.getpid()), *_python("service.fleet"), str(results_out)],
+                stdin=subprocess.PIPE,
+                stdout=printed,
+                stderr=printed,
+                pass_fds=(results_out,),
+                start_new_session=True,
+                env=_environment(local=address is None),
+            )
+        os.close(results_out)
+        config = {
+            "address": address,
+            "num_cpus": settings.num_cpus,
+            "num_gpus": settings.num_gpus,
+            "memory_bytes": settings.memory_bytes,
+            "object_store_bytes": settings.object_store_bytes,
+            "temp_dir": str(temp_dir),
+            "worker_env": dict(WORKER_ENV),
+            "policy": asdict(settings.policy),
+        }
+        for line in (json.dumps(config), *lines):
+            self.send(line)
+        writer = threading.Thread(target=self._write, args=(self._process.stdin,), name="fleet-writer")
+        writer.daemon = True
+        writer.start()
+
+    @property
+    def pid(self) -> int:
+        """The warden's process id."""
+        return self._process.pid
+
+    def send(self, line: str | None) -> None:
+        """Send a line, soon; ``None`` asks it to end. Never blocks, and does not fail when it is dead."""
+        self._outbox.put(line)
+
+    def _write(self, pipe: IO[bytes]) -> None:
+        try:
+            with pipe:
+                while (line := self._outbox.get()) is not None:
+                    pipe.write(line.encode() + b"\n")
+                    pipe.flush()
+        except BrokenPipeError:
+            return  # it died: the end of its messages tells
+
+    def messages(self, closing: Callable[[], bool]) -> Iterator[Message]:
+        """What it says, until it ends, hangs, or ``closing()`` becomes true."""
+        poll = select.poll()
+        poll.register(self._results, select.POLLIN)
+        buffer = b""
+        deadline = time.monotonic() + self._settings.start_timeout_s
+        while True:
+            if not poll.poll(max(0.0, min(0.5, deadline - time.monotonic())) * 1000):
+                if closing():
+                    self.why = "it was closed"
+                    return
+                if time.monotonic() >= deadline:
+                    self.why = "it fell silent" if self.ready else "it did not start in time"
+                    return
+                continue
+            data = os.read(self._results, 1 << 20)
+            if not data:
+                self.why = "it ended"
+                return
+            self.ready = True
+            deadline = time.monotonic() + self._settings.silence_s
+            *lines, buffer = (buffer + data).split(b"\n")
+            for line in lines:
+                yield json.loads(line)
+
+    def last_words(self, lines: int = 12) -> str:
+        """The last lines that it printed."""
+        return "\n".join(self._log.read_text(errors="replace").splitlines()[-lines:])
+
+    def end(self, *, gently: bool) -> bool:
+        """End it and all that it started; whether nothing is left. ``gently`` leaves it time to finish."""
+        self.send(None)
+        process = self._process
+        if not gently:
+            process.terminate()
+        for action in (process.terminate, process.kill):
+            try:
+                process.wait(timeout=10.0)
+                break
+            except subprocess.TimeoutExpired:
+                action()
+        process.wait()
+        os.close(self._results)
+        # A warden that ended in its own way has left nothing; one that was killed could not see to it.
+        return process.returncode != -signal.SIGKILL or warden.kill_session(process.pid)
+
+
+def _python(module: str) -> list[str]:
+    return [sys.executable, "-m", module]
+
+
+def short_directory(wanted: Path | None) -> Path:
+    """A new directory, below ``wanted`` or the system's, that is short enough for Ray's sockets."""
+    for parent in (wanted, Path(tempfile.gettempdir())):
+        name = "/fleet-12345678/ray" + _RAY_SOCKET
+        if parent is not None and len(os.fsencode(parent.absolute())) + len(name) <= _SOCKET_PATH_BYTES:
+            parent.mkdir(parents=True, exist_ok=True)
+            return Path(tempfile.mkdtemp(prefix="fleet-", dir=parent.absolute()))
+    return Path(tempfile.mkdtemp(prefix="fleet-", dir="/tmp"))
+
+
+def _environment(*, local: bool) -> dict[str, str]:
+    """Our environment, with what Ray has to find there: it reads most of it when it is imported."""
+    defaults = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
+    fixed: dict[str, str] = {}
+    if local:
+        # The control process of a Ray of our own does not come back: no point in waiting a minute for it.
+        defaults["RAY_gcs_rpc_server_reconnect_timeout_s"] = "5"
+        if "RAY_AUTH_MODE" not in os.environ:
+            # Nobody else needs its token, so it is not Ray's default, a file in the home directory.
+            fixed |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+        fixed |= WORKER_ENV
+    root = str(Path(__file__).resolve().parent.parent)
+    if root not in site.getsitepackages():  # run from a source tree
+        path = os.environ.get("PYTHONPATH")
+        fixed["PYTHONPATH"] = root if not path else f"{root}{os.pathsep}{path}"
+    return {**defaults, **os.environ, **fixed}

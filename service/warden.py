@@ -1,0 +1,120 @@
+"""Run a command and leave nothing of it behind: ``python -m service.warden PARENT_PID COMMAND...``.
+
+A local Ray is a dozen processes that outlive whoever started them when that one is killed: its agents go on
+for up to a minute. The warden is the small process in between. It adopts every orphan below it
+(``PR_SET_CHILD_SUBREAPER``), and when the command ends, the parent dies or a SIGTERM comes, it kills all
+that is below it, waits until they are gone, and leaves with the command's exit status. Linux only.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+PR_SET_PDEATHSIG = 1
+PR_SET_CHILD_SUBREAPER = 36
+
+
+class _Stop(BaseException):
+    """SIGTERM came, from the parent or because the parent died."""
+
+
+def _prctl(option: int, value: int) -> None:
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(option, value, 0, 0, 0) != 0:
+        code = ctypes.get_errno()
+        raise OSError(code, f"prctl({option}): {os.strerror(code)}")
+
+
+def die_with_parent(parent: int, number: signal.Signals) -> None:
+    """Have the kernel send us ``number`` when ``parent`` dies, or at once if it has died already.
+
+    The parent, to Linux, is the thread that started us: it has to live as long as we are wanted.
+    """
+    _prctl(PR_SET_PDEATHSIG, number)
+    if os.getppid() != parent:
+        os.kill(os.getpid(), number)
+
+
+def _processes() -> Iterator[tuple[int, str, int, int]]:
+    """``(pid, state, parent, session)`` of every process that there is."""
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdigit():
+            continue
+        try:
+            stat = (entry / "stat").read_text(errors="replace")
+        except OSError:  # it ended between the listing and the reading
+            continue
+        state, parent, _group, session = stat[stat.rindex(")") + 2 :].split()[:4]
+        yield int(entry.name), state, int(parent), int(session)
+
+
+def _kill(pid: int) -> None:
+    try:
+        os.kill(pid, signal.SIGKILL)
+    except ProcessLookupError:
+        return
+
+
+def kill_children() -> None:
+    """Kill and reap all descendants; orphans become our children, if we are a child subreaper."""
+    me = os.getpid()
+    while True:
+        for pid, state, parent, _ in _processes():
+            if parent == me and state != "Z":
+                _kill(pid)
+        try:
+            os.waitpid(-1, 0)
+        except ChildProcessError:
+            return
+
+
+def kill_session(session: int, timeout_s: float = 5.0) -> bool:
+    """Kill every process of a session whose warden was killed itself; whether all are gone in time."""
+    deadline = time.monotonic() + timeout_s
+    while True:
+        left = [pid for pid, state, _, its in _processes() if its == session and state != "Z"]
+        if not left:
+            return True
+        if time.monotonic() > deadline:
+            return False
+        for pid in left:
+            _kill(pid)
+        time.sleep(0.02)
+
+
+def _wait_for(child: int) -> int:
+    """Reap orphans until ``child`` ends; its exit status, 128 + n for signal n."""
+    while True:
+        pid, status = os.waitpid(-1, 0)
+        if pid == child:
+            code = os.waitstatus_to_exitcode(status)
+            return code if code >= 0 else 128 - code
+
+
+def _stop(number: int, frame: object) -> None:
+    raise _Stop
+
+
+def main() -> int:
+    """Run the command of ``sys.argv``; returns its exit status."""
+    parent, command = int(sys.argv[1]), sys.argv[2:]
+    signal.signal(signal.SIGTERM, _stop)
+    _prctl(PR_SET_CHILD_SUBREAPER, 1)
+    try:
+        die_with_parent(parent, signal.SIGTERM)
+        return _wait_for(os.posix_spawnp(command[0], command, os.environ))
+    except _Stop:
+        return 128 + signal.SIGTERM
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        kill_children()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
