@@ -18,11 +18,11 @@ from pydantic import BaseModel, ConfigDict
 from workers.task import Facts, JSONValue
 
 Summary = JSONValue
-"""What one survey pass found on some blocks: small JSON, combined exactly, whatever the grouping and the order."""
+"""What one survey pass found on some blocks: small JSON, combined exactly, however grouped and ordered."""
 
 
 class Parameters(BaseModel):
-    """Base of every method's parameters: frozen, unknown names refused, ``lambda`` spelled as in the papers."""
+    """Base of every method's parameters: frozen, unknown names refused, ``lambda`` spelled as papers do."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True, allow_inf_nan=False)
 
@@ -83,7 +83,7 @@ class Method:
     survey: SurveyFunction = lambda parameters, models: ()
     """The passes that must have seen the whole tensor before any element is merged."""
     base: Literal["required", "first_model", "none"] = "none"
-    """Whether a base model is required, is one of the two models (SLERP), or has no part in the arithmetic."""
+    """Whether a base model is required, is one of the two models (SLERP), or has no part in it."""
     min_models: int = 1
     """Fewest models, the base not counted (for ``first_model``: counted)."""
     max_models: int | None = None

@@ -1,0 +1,94 @@
+"""Parameter types that several methods share, and the task vectors that most of them start from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import BeforeValidator, Field
+from pydantic_core import PydanticUseDefault
+
+from workers.methods.base import Block, Parameters
+from workers.task import JSONValue
+
+FLOAT32_MAX = 3.4028234663852886e38
+
+
+def _number(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise ValueError("must be a number, not true or false")
+    return value
+
+
+def _rescale(value: Any) -> Any:
+    # mergekit spells this switch as a boolean.
+    if value is True:
+        raise PydanticUseDefault
+    return "none" if value is False else value
+
+
+Real = Annotated[float, BeforeValidator(_number), Field(ge=-FLOAT32_MAX, le=FLOAT32_MAX)]
+"""A finite number within float32's range; booleans are refused."""
+
+Fraction01 = Annotated[float, BeforeValidator(_number), Field(ge=0, le=1)]
+"""A number from 0 to 1; booleans are refused."""
+
+TrimScope = Literal["tensor", "model"]
+EqualMagnitudes = Literal["keep", "exact_k"]
+ZeroSign = Literal["positive", "majority"]
+Rescale = Annotated[Literal["inverse", "l1", "none"], BeforeValidator(_rescale)]
+"""How DARE makes up for what it drops; ``true`` is the default and ``false`` is ``none``."""
+
+NO_PROFILE_DIFFERENCES: Mapping[str, Mapping[str, JSONValue]] = MappingProxyType(
+    {"paper": {}, "mergekit": {}}
+)
+"""Profiles of a method on which the paper, mergekit and Mergemill agree."""
+
+TRIM_SCOPE_MODEL = (
+    "trim_scope 'model' (one threshold over the whole model) is not supported yet; "
+    "set trim_scope: tensor to trim each tensor by itself"
+)
+
+
+class NoParameters(Parameters):
+    """A method, or its models, without parameters."""
+
+
+class WeightedModel(Parameters):
+    """Parameters of a model that is only weighted."""
+
+    weight: Real = 1.0
+    """What the model, or its task vector, is multiplied by."""
+
+
+class SparseModel(WeightedModel):
+    """Parameters of a model whose task vector is sparsified first."""
+
+    density: Fraction01 = 1.0
+    """The fraction of the task vector's elements that is kept."""
+
+
+class TaskVectorParameters(Parameters):
+    """Global parameters of every method that adds task vectors to a base."""
+
+    normalize: bool = False
+    """Whether to divide by the weights."""
+    lambda_: Real = Field(default=1.0, alias="lambda")
+    """What the merged task vector is multiplied by before it is added to the base."""
+    int8_mask: bool = Field(default=False, exclude=True)
+    """Accepted for mergekit's recipes and ignored: it has no numeric effect."""
+
+
+def base_of(block: Block) -> torch.Tensor:
+    """The base model's elements, shape ``[n]``; the planner gives one to every method that requires it."""
+    if block.base is None:
+        raise ValueError("this method needs the base model's elements")
+    return block.base
+
+
+def task_vectors(block: Block) -> list[torch.Tensor]:
+    """Each model less the base: float32, shape ``[n]``."""
+    base = base_of(block)
+    return [model - base for model in block.models]

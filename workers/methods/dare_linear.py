@@ -1,0 +1,49 @@
+"""DARE, linear: drop and rescale task vectors at random, then add them up (2311.03099)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from workers.methods.base import Block, Method, SurveyPass
+from workers.methods.common import Rescale, SparseModel, TaskVectorParameters
+from workers.methods.drop import Drop
+from workers.methods.elect import add_sum, densities_of
+from workers.task import Facts
+
+
+class DareLinearParameters(TaskVectorParameters):
+    """Global parameters of ``dare_linear``."""
+
+    rescale: Rescale = "inverse"
+    """Divide what is kept by the density, match the L1 norm before the drop, or leave it as it is."""
+
+
+def _drop(parameters: DareLinearParameters, models: Sequence[SparseModel]) -> Drop:
+    return Drop(densities_of(models), parameters.rescale)
+
+
+def survey(parameters: DareLinearParameters, models: Sequence[SparseModel]) -> tuple[SurveyPass, ...]:
+    """The pass that measures norms, where they are to be matched."""
+    return _drop(parameters, models).passes()
+
+
+def merge(
+    block: Block, parameters: DareLinearParameters, models: Sequence[SparseModel], facts: Facts
+) -> torch.Tensor:
+    """Base + lambda times the weighted sum of the sparse task vectors."""
+    return add_sum(block, _drop(parameters, models).vectors(block, facts), parameters, models)
+
+
+DARE_LINEAR = Method(
+    name="dare_linear",
+    summary="Drops elements of task vectors at random, rescales the rest and adds them to the base model.",
+    paper="arXiv:2311.03099",
+    parameters=DareLinearParameters,
+    model_parameters=SparseModel,
+    merge=merge,
+    survey=survey,
+    base="required",
+    profiles={"paper": {"rescale": "inverse"}, "mergekit": {"rescale": "l1"}},
+)

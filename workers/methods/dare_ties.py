@@ -1,0 +1,102 @@
+"""DARE, then TIES: drop and rescale at random, elect signs, merge what agrees (2311.03099, 2306.01708)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Self
+
+import torch
+from pydantic import model_validator
+
+from workers.kernels.reference import KeepCount
+from workers.methods.base import Block, Method, SurveyPass
+from workers.methods.common import (
+    TRIM_SCOPE_MODEL,
+    EqualMagnitudes,
+    Fraction01,
+    Rescale,
+    SparseModel,
+    TrimScope,
+)
+from workers.methods.drop import Drop
+from workers.methods.elect import (
+    ElectingParameters,
+    add_consensus,
+    densities_of,
+    election_passes,
+    weights_of,
+)
+from workers.methods.trim import Trim
+from workers.task import Facts
+
+
+class DareTiesParameters(ElectingParameters):
+    """Global parameters of ``dare_ties``."""
+
+    rescale: Rescale = "inverse"
+    """Divide what is kept by the density, match the L1 norm before the drop, or leave it as it is."""
+    retrim: bool = False
+    """Whether TIES trims the dropped and rescaled task vectors again, as the authors do."""
+    trim_density: Fraction01 = 0.2
+    """With ``retrim``: the fraction of each task vector that the trim keeps, dropped elements counted."""
+    trim_scope: TrimScope = "tensor"
+    """With ``retrim``: over what that is taken: each tensor, or the whole model (not supported yet)."""
+    keep_count: KeepCount = "exact"
+    """With ``retrim``: how ``trim_density`` becomes a number of elements."""
+    equal_magnitudes: EqualMagnitudes = "keep"
+    """With ``retrim``: whether all elements equal to the threshold stay, or exactly k, lowest index first."""
+
+    @model_validator(mode="after")
+    def _supported(self) -> Self:
+        if self.retrim and self.trim_scope == "model":
+            raise ValueError(TRIM_SCOPE_MODEL)
+        return self
+
+
+def _steps(parameters: DareTiesParameters, models: Sequence[SparseModel]) -> tuple[Drop, Trim]:
+    density = parameters.trim_density if parameters.retrim else 1.0
+    return (
+        Drop(densities_of(models), parameters.rescale),
+        Trim((density,) * len(models), parameters.keep_count, parameters.equal_magnitudes),
+    )
+
+
+def survey(parameters: DareTiesParameters, models: Sequence[SparseModel]) -> tuple[SurveyPass, ...]:
+    """The passes for norms, thresholds and the majority sign, each only where it is asked for."""
+    drop, trim = _steps(parameters, models)
+    elections = election_passes(parameters, weights_of(models), trim.after(drop.vectors))
+    return drop.passes() + trim.passes(drop.vectors) + elections
+
+
+def merge(
+    block: Block, parameters: DareTiesParameters, models: Sequence[SparseModel], facts: Facts
+) -> torch.Tensor:
+    """Base + lambda times the disjoint merge of the sparse task vectors."""
+    drop, trim = _steps(parameters, models)
+    vectors = trim.apply(drop.vectors(block, facts), facts, block.first)
+    return add_consensus(block, vectors, parameters, models, facts)
+
+
+DARE_TIES = Method(
+    name="dare_ties",
+    summary="Drops elements of task vectors at random, rescales the rest, then elects signs and merges.",
+    paper="arXiv:2311.03099",
+    parameters=DareTiesParameters,
+    model_parameters=SparseModel,
+    merge=merge,
+    survey=survey,
+    base="required",
+    profiles={
+        "paper": {
+            "rescale": "inverse",
+            "retrim": True,
+            "trim_scope": "model",
+            "keep_count": "paper",
+            "equal_magnitudes": "keep",
+            "zero_sign": "majority",
+            "divisor": "count",
+            "normalize": True,
+        },
+        "mergekit": {"rescale": "l1", "retrim": False, "zero_sign": "positive", "divisor": "weights"},
+    },
+)

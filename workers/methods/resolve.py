@@ -1,0 +1,138 @@
+"""From what a recipe says about parameters to what a method is given: names, profiles, defaults, ranges."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
+
+from pydantic import ValidationError
+from pydantic_core import ErrorDetails
+
+from workers.errors import RecipeError
+from workers.methods.base import Method, Parameters
+from workers.task import JSONValue
+
+Values = Mapping[str, JSONValue]
+
+
+def resolve_parameters(
+    method: Method,
+    profile: str | None,
+    global_values: Values,
+    per_model_values: Sequence[Values],
+    sections: Sequence[str] | None = None,
+) -> tuple[Parameters, tuple[Parameters, ...]]:
+    """The method's global parameters, and each model's.
+
+    What a model says wins over what the recipe says globally, and that over the profile and the defaults; a
+    global value whose name is a model parameter's is the default of all models. ``sections`` name the models'
+    sections in messages; they are ``models[i].parameters`` otherwise. Raises :class:`RecipeError` with every
+    problem found.
+    """
+    sections = sections or [f"models[{index}].parameters" for index in range(len(per_model_values))]
+    problems: list[str] = []
+    defaults = _profile(method, profile, problems)
+    ours, theirs = _names(method.parameters), _names(method.model_parameters)
+
+    # `true` says yes to a switch, and which way it then goes is the profile's to say.
+    given = {
+        name: defaults[name] if value is True and isinstance(defaults.get(name), str) else value
+        for name, value in _scalars("parameters", global_values, problems).items()
+    }
+    for name in given.keys() - ours - theirs:
+        problems.append(f"parameters.{name}: {_unknown(name, method, ours | theirs)}")
+    shared = {**defaults, **given}
+    parameters = _validate(method.parameters, "parameters", _only(shared, ours), problems)
+
+    model_defaults = _only(shared, theirs)
+    if bad := _complaints(method.model_parameters, "parameters", model_defaults):
+        problems += bad
+        model_defaults = {}
+    models = []
+    for section, values in zip(sections, per_model_values, strict=True):
+        own = _scalars(section, values, problems)
+        for name in own.keys() - theirs:
+            hint = (
+                "is set for the whole merge: move it to the recipe's own parameters"
+                if name in ours
+                else _unknown(name, method, theirs)
+            )
+            problems.append(f"{section}.{name}: {hint}")
+        models.append(
+            _validate(method.model_parameters, section, model_defaults | _only(own, theirs), problems)
+        )
+    if problems or parameters is None:
+        raise RecipeError(*sorted(problems))
+    return parameters, tuple(model for model in models if model is not None)
+
+
+def _profile(method: Method, profile: str | None, problems: list[str]) -> Values:
+    if profile is None:
+        return {}
+    if profile not in method.profiles:
+        known = ", ".join(method.profiles) or "none"
+        problems.append(f"profile: {profile!r} is not a profile of {method.name} (it has: {known})")
+    return method.profiles.get(profile, {})
+
+
+def _names(model: type[Parameters]) -> set[str]:
+    """The names that a recipe may use."""
+    return {field.alias or name for name, field in model.model_fields.items()}
+
+
+def _only(values: Values, names: set[str]) -> dict[str, JSONValue]:
+    return {name: value for name, value in values.items() if name in names}
+
+
+def _unknown(name: str, method: Method, known: set[str]) -> str:
+    nearest = get_close_matches(name, sorted(known), n=1)
+    if nearest:
+        return f"is not a parameter of {method.name}; did you mean {nearest[0]!r}?"
+    return f"is not a parameter of {method.name} (known here: {', '.join(sorted(known)) or 'none'})"
+
+
+def _scalars(section: str, values: Values, problems: list[str]) -> dict[str, JSONValue]:
+    """The values that are single ones; the others are reported."""
+    scalars = {}
+    for name, value in values.items():
+        items = value if isinstance(value, list | tuple) else [value]
+        if any(isinstance(item, Mapping) for item in items):
+            problems.append(f"{section}.{name}: values by filter are not supported yet; give one value")
+        elif items is value:
+            problems.append(f"{section}.{name}: gradients (lists) are not supported yet; give one value")
+        else:
+            scalars[name] = value
+    return scalars
+
+
+def _complaints(model: type[Parameters], section: str, values: Values) -> list[str]:
+    """What is wrong with ``values`` as a ``model``; not that some are missing."""
+    try:
+        model.model_validate(values)
+    except ValidationError as error:
+        details = error.errors(include_url=False)
+        return [_sentence(section, detail) for detail in details if detail["type"] != "missing"]
+    return []
+
+
+def _validate(
+    model: type[Parameters], section: str, values: Values, problems: list[str]
+) -> Parameters | None:
+    """``values`` as a ``model``; or ``None``, and the problems with them."""
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        problems += [_sentence(section, detail) for detail in error.errors(include_url=False)]
+        return None
+
+
+def _sentence(section: str, detail: ErrorDetails) -> str:
+    field = ".".join([section, *map(str, detail["loc"])])
+    match detail["type"]:
+        case "missing":
+            return f"{field}: is required"
+        case "value_error":
+            return f"{field}: {detail['ctx']['error']}"
+        case _:
+            message = detail["msg"]
+            return f"{field}: {message[0].lower()}{message[1:]} (got {detail['input']!r})"

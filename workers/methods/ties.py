@@ -1,0 +1,97 @@
+"""TIES: trim each task vector, elect a sign per element, merge the entries that agree (2306.01708)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from pydantic import field_validator
+
+from workers.kernels.reference import KeepCount
+from workers.methods.base import Block, Method, SurveyPass
+from workers.methods.common import (
+    TRIM_SCOPE_MODEL,
+    EqualMagnitudes,
+    SparseModel,
+    TrimScope,
+    task_vectors,
+)
+from workers.methods.elect import (
+    ElectingParameters,
+    add_consensus,
+    densities_of,
+    election_passes,
+    weights_of,
+)
+from workers.methods.trim import Trim
+from workers.task import Facts
+
+
+class TiesParameters(ElectingParameters):
+    """Global parameters of ``ties``."""
+
+    normalize: bool = True
+    """Whether to divide the agreeing entries by their weights."""
+    trim_scope: TrimScope = "tensor"
+    """Over what a density is taken: each tensor, or the whole model (not supported yet)."""
+    keep_count: KeepCount = "exact"
+    """How a density becomes a number of elements."""
+    equal_magnitudes: EqualMagnitudes = "keep"
+    """Whether all elements equal to the threshold stay, or exactly k, lowest flat index first."""
+
+    @field_validator("trim_scope")
+    @classmethod
+    def _supported(cls, value: TrimScope) -> TrimScope:
+        if value == "model":
+            raise ValueError(TRIM_SCOPE_MODEL)
+        return value
+
+
+def _vectors(block: Block, facts: Facts) -> list[torch.Tensor]:
+    return task_vectors(block)
+
+
+def _trim(parameters: TiesParameters, models: Sequence[SparseModel]) -> Trim:
+    return Trim(densities_of(models), parameters.keep_count, parameters.equal_magnitudes)
+
+
+def survey(parameters: TiesParameters, models: Sequence[SparseModel]) -> tuple[SurveyPass, ...]:
+    """The passes for the thresholds, and for the majority sign where that is asked for."""
+    trim = _trim(parameters, models)
+    return trim.passes(_vectors) + election_passes(parameters, weights_of(models), trim.after(_vectors))
+
+
+def merge(
+    block: Block, parameters: TiesParameters, models: Sequence[SparseModel], facts: Facts
+) -> torch.Tensor:
+    """Base + lambda times the disjoint merge of the trimmed task vectors."""
+    trimmed = _trim(parameters, models).apply(task_vectors(block), facts, block.first)
+    return add_consensus(block, trimmed, parameters, models, facts)
+
+
+TIES = Method(
+    name="ties",
+    summary="Trims task vectors by magnitude, elects a sign per element and merges what agrees with it.",
+    paper="arXiv:2306.01708",
+    parameters=TiesParameters,
+    model_parameters=SparseModel,
+    merge=merge,
+    survey=survey,
+    base="required",
+    profiles={
+        "paper": {
+            "trim_scope": "model",
+            "keep_count": "paper",
+            "equal_magnitudes": "keep",
+            "zero_sign": "majority",
+            "divisor": "count",
+        },
+        "mergekit": {
+            "trim_scope": "tensor",
+            "keep_count": "mergekit",
+            "equal_magnitudes": "exact_k",
+            "zero_sign": "positive",
+            "divisor": "weights",
+        },
+    },
+)
