@@ -43,6 +43,7 @@ from workers.errors import (
 from workers.safetensors_format import LENGTH_BYTES, header_length, parse
 from workers.store.base import ObjectInfo, ObjectStore
 from workers.store.uris import join, normalise
+from workers.store.uris import name as base_name
 from workers.task import TensorRef
 
 OPEN_THREADS = 16
@@ -114,10 +115,10 @@ def open_checkpoint(store: ObjectStore, uri: str) -> Checkpoint:
     :raises PlanError: it is missing, unreadable or malformed; lists what was wrong.
     """
     try:
-        files = {info.uri[len(uri) + 1 :]: info for info in store.list(uri + "/")}
+        beside = (info for info in store.list(uri + "/") if "/" not in info.uri[len(uri) + 1 :])
+        files = {base_name(info.uri): info for info in beside}
     except AccessDeniedError:
         files = {}  # no permission to list is common, and the names are known
-    files = {name: info for name, info in files.items() if "/" not in name}
     try:
         weight_map = _weight_map(store, uri, files)
         shards = sorted(set(weight_map.values())) if weight_map is not None else [SINGLE_FILE]

@@ -10,6 +10,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field
 
 import structlog
+from pydantic import SecretStr
 
 from service.commit import Output
 from service.driver import Driver, TaskRequest
@@ -25,7 +26,7 @@ from workers.methods.base import Summary
 from workers.methods.evaluate import conclude_pass
 from workers.ranges import coalesce
 from workers.store.base import ObjectStore
-from workers.store.settings import worker_json
+from workers.store.settings import StoreSettings
 from workers.task import PART, PART_RESULT, SURVEY_TASK, Facts, JSONValue, Part, PartResult, Survey, SurveyTask, part_id
 
 log = structlog.get_logger(__name__)
@@ -84,7 +85,7 @@ class Work:
         self._output = output
         self._plan = planned.plan
         self._check = check
-        self._store_json = worker_json(tools.settings.store)
+        self._store_json = _plain(tools.settings.store)
         self._baseline = tools.settings.worker_baseline_bytes
         self._results: dict[str, PartResult] = {}
         self._facts: dict[str, Facts] = {}
@@ -233,3 +234,10 @@ class Work:
         self._output.save_progress(self._plan.digest, self._record.uploads, self._results.values())
         self._saved_count = len(self._results)
         self._saved_at = time.monotonic() + 20 * (time.monotonic() - now)
+
+
+def _plain(settings: StoreSettings) -> JSONValue:
+    """Store settings as workers need them: with the secrets that a JSON dump would hide."""
+    return {
+        name: value.get_secret_value() if isinstance(value, SecretStr) else value for name, value in settings if value is not None
+    }

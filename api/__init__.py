@@ -1,0 +1,1 @@
+"""The HTTP edge: REST under ``/v1``. Decides nothing; never imports Ray."""

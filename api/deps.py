@@ -1,0 +1,57 @@
+"""What the routes share: settings, job state and stores, made once for each application."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+from fastapi import Depends, Request
+from pydantic import ValidationError
+
+from api.schemas import OptionsBody
+from service.jobstore import JobStore
+from service.plan import PlanOptions
+from service.recipe import validation_problems
+from service.settings import Settings
+from workers.errors import RecipeError
+from workers.store.base import ObjectStore
+
+
+def settings_of(request: Request) -> Settings:
+    """The deployment's settings."""
+    found: Settings = request.app.state.settings
+    return found
+
+
+def jobs_of(request: Request) -> JobStore:
+    """Job state."""
+    found: JobStore = request.app.state.jobs
+    return found
+
+
+def store_of(request: Request) -> ObjectStore:
+    """Object storage."""
+    found: ObjectStore = request.app.state.store
+    return found
+
+
+SettingsDep = Annotated[Settings, Depends(settings_of)]
+JobsDep = Annotated[JobStore, Depends(jobs_of)]
+StoreDep = Annotated[ObjectStore, Depends(store_of)]
+
+
+def plan_options(settings: Settings, body: OptionsBody) -> PlanOptions:
+    """The request's options over the deployment's defaults.
+
+    :raises RecipeError: a value is out of range, or above what the deployment allows.
+    """
+    given: Mapping[str, Any] = {name: value for name, value in body if value is not None}
+    try:
+        options = PlanOptions.model_validate({**settings.default_options.model_dump(), **given})
+    except ValidationError as error:
+        raise RecipeError(*(f"options.{problem}" for problem in validation_problems(error))) from error
+    if options.worker_memory_bytes > settings.worker_memory_bytes:
+        raise RecipeError(
+            f"options.worker_memory_bytes: this service allows at most {settings.worker_memory_bytes}"
+        )
+    return options

@@ -1,0 +1,29 @@
+"""``/v1/methods``: what can be merged with."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter
+
+from api.schemas import MethodInfo
+from workers.methods import METHODS
+
+router = APIRouter(prefix="/v1/methods", tags=["methods"])
+
+
+@router.get("", response_model=list[MethodInfo])
+def list_methods() -> list[MethodInfo]:
+    """Every merge method with the JSON schemas of its parameters."""
+    return [
+        MethodInfo(
+            name=method.name,
+            summary=method.summary,
+            paper=method.paper,
+            base=method.base,
+            min_models=method.min_models,
+            max_models=method.max_models,
+            parameters=method.parameters.model_json_schema(by_alias=True),
+            model_parameters=method.model_parameters.model_json_schema(by_alias=True),
+            profiles={name: dict(values) for name, values in method.profiles.items()},
+        )
+        for method in METHODS.values()
+    ]

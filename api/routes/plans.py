@@ -1,0 +1,35 @@
+"""``/v1/plans``: plan and price a merge without running it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import APIRouter
+
+from api.deps import SettingsDep, StoreDep, plan_options
+from api.schemas import PlanRequest
+from service.commit import overlap
+from service.plan import plan_summary
+from service.planning import plan_recipe
+from service.recipe import parse_recipe
+from workers.errors import PlanError, StoreError
+from workers.store.uris import normalise
+
+router = APIRouter(prefix="/v1/plans", tags=["plans"])
+
+
+@router.post("")
+def plan(body: PlanRequest, settings: SettingsDep, store: StoreDep) -> dict[str, Any]:
+    """Open the models' headers, check everything, and return the price, the files and the notices."""
+    options = plan_options(settings, body.options)
+    planned = plan_recipe(
+        parse_recipe(body.recipe), options, store, settings.model_roots, settings.worker_baseline_bytes
+    )
+    if body.output is not None:
+        try:
+            problems = overlap(normalise(body.output), planned.uris.values())
+        except StoreError as error:
+            problems = [f"output: {error}"]
+        if problems:
+            raise PlanError(*problems)
+    return plan_summary(planned.plan)

@@ -1,0 +1,1 @@
+"""Mergemill's Python client and command line."""
