@@ -5,6 +5,7 @@ Stores know bytes and names, never tensors. Every store passes ``tests/workers/s
 
 from __future__ import annotations
 
+import builtins
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -86,11 +87,11 @@ class ObjectStore(Protocol):
         ...
 
     def list(self, prefix: str) -> Iterator[ObjectInfo]:
-        """All objects whose URI begins with ``prefix`` (a plain string prefix), in the order of their names."""
+        """All objects whose URI begins with ``prefix`` (a plain string), in the order of their names."""
         ...
 
     def presign(self, uri: str, expires_s: int) -> str | None:
-        """A URL that reads the object without credentials for ``expires_s`` seconds; ``None`` where there is no such thing."""
+        """A URL that reads the object without credentials for ``expires_s`` seconds, or ``None``."""
         ...
 
     def open_upload(self, uri: str, size: int, metadata: Mapping[str, str]) -> Upload:
@@ -98,7 +99,7 @@ class ObjectStore(Protocol):
         ...
 
     def put_part(self, upload: Upload, number: int, offset: int, data: Buffer) -> UploadedPart:
-        """Upload one part durably, with a checksum that the store verifies; the same number again replaces it.
+        """Upload a part durably, with a checksum that the store verifies; the same number again replaces it.
 
         :raises UploadNotFoundError: the upload is gone.
         """
@@ -114,14 +115,14 @@ class ObjectStore(Protocol):
         """
         ...
 
-    def list_parts(self, upload: Upload) -> list[UploadedPart]:
+    def list_parts(self, upload: Upload) -> builtins.list[UploadedPart]:
         """The parts that the store holds, by number.
 
         :raises UploadNotFoundError: the upload is gone.
         """
         ...
 
-    def list_uploads(self, uri: str) -> list[Upload]:
+    def list_uploads(self, uri: str) -> builtins.list[Upload]:
         """The open uploads for exactly this object."""
         ...
 

@@ -1,0 +1,232 @@
+"""Objects as files under directories, for ``file:`` URIs.
+
+Beside its objects a directory may hold ``.mergemill/`` with open uploads, temporary files and user metadata.
+All of it is listed and deletable like any object, and it is removed when it is empty. Any number of processes
+may use a directory at once, on one machine or on a shared file system with working ``flock`` and atomic
+``link`` and ``rename``.
+"""
+
+from __future__ import annotations
+
+import builtins
+import json
+import os
+import stat
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from urllib.parse import unquote
+
+from workers.errors import (
+    AlreadyExistsError,
+    ObjectChangedError,
+    ObjectNotFoundError,
+    TruncatedReadError,
+)
+from workers.store import files, uris
+from workers.store.base import Buffer, ObjectInfo, Upload, UploadedPart
+from workers.store.local_uploads import LocalUploads
+from workers.store.settings import StoreSettings
+
+
+class LocalStore:
+    """The :class:`~workers.store.base.ObjectStore` of ``file:`` URIs."""
+
+    def __init__(self, settings: StoreSettings | None = None) -> None:
+        self._uploads = LocalUploads((settings or StoreSettings()).file_lock_timeout_s)
+
+    def head(self, uri: str) -> ObjectInfo:
+        """See :meth:`ObjectStore.head`."""
+        path = _path(uri)
+        with files.mapped_errors("look up", uri):
+            status = path.stat()
+            _check_pin(uri, status, None)
+            return ObjectInfo(uri, status.st_size, files.etag_of(status), _metadata(path, status))
+
+    def read_into(self, uri: str, start: int, buffer: memoryview, etag: str | None = None) -> None:
+        """See :meth:`ObjectStore.read_into`."""
+        with files.mapped_errors("read", uri), files.opened(_path(uri), os.O_RDONLY) as fd:
+            status = os.fstat(fd)
+            _check_pin(uri, status, etag)
+            got = files.read_at(fd, start, buffer) if buffer.nbytes else min(0, status.st_size - start)
+            _check_pin(uri, os.fstat(fd), etag)
+        if got < buffer.nbytes:
+            raise TruncatedReadError(
+                f"{uri} ends at byte {status.st_size}; bytes {start}..{start + buffer.nbytes} were asked for"
+            )
+
+    def put(self, uri: str, data: Buffer, metadata: Mapping[str, str] | None = None) -> ObjectInfo:
+        """See :meth:`ObjectStore.put`."""
+        return self._put(uri, data, metadata, overwrite=True)
+
+    def put_if_absent(self, uri: str, data: Buffer, metadata: Mapping[str, str] | None = None) -> ObjectInfo:
+        """See :meth:`ObjectStore.put_if_absent`."""
+        return self._put(uri, data, metadata, overwrite=False)
+
+    def _put(self, uri: str, data: Buffer, metadata: Mapping[str, str] | None, overwrite: bool) -> ObjectInfo:
+        path = _path(uri)
+        with files.mapped_errors("write", uri):
+            files.make_directories(path.parent)
+            with files.temporary(path, data) as draft:
+                status = draft.stat()
+                keep_metadata(path, status, metadata or {})
+                if overwrite:
+                    old = _status(path)
+                    draft.replace(path)
+                    _forget_metadata(path, old)
+                else:
+                    try:
+                        path.hardlink_to(draft)  # atomic where open(O_EXCL) and write would not be
+                    except FileExistsError:
+                        _forget_metadata(path, status)
+                        raise AlreadyExistsError(f"{uri} is already there") from None
+                files.sync_directory(path.parent)
+            return ObjectInfo(uri, status.st_size, files.etag_of(status), _lower(metadata or {}))
+
+    def delete(self, uri: str) -> None:
+        """See :meth:`ObjectStore.delete`."""
+        path = _path(uri)
+        with files.mapped_errors("delete", uri):
+            status = _status(path)
+            if status is not None and stat.S_ISDIR(status.st_mode):
+                return
+            path.unlink(missing_ok=True)
+            _forget_metadata(path, status)
+            if not path.parent.is_dir():
+                return
+            files.sync_directory(path.parent)
+            files.prune(path.parent)
+
+    def list(self, prefix: str) -> Iterator[ObjectInfo]:
+        """See :meth:`ObjectStore.list`."""
+        slash, _, tail = prefix.rpartition("/")
+        if slash.endswith(":/"):  # file://, or file://localhost
+            slash, tail = prefix, ""
+        directory = _path(slash + "/")
+        with files.mapped_errors("list", prefix):
+            found = sorted((os.fsencode(path), path) for path in _files_under(directory, unquote(tail)))
+        for _, path in found:
+            status = _status(path)
+            if status is not None and stat.S_ISREG(
+                status.st_mode
+            ):  # else it went while we listed, or is a socket
+                yield ObjectInfo(uris.from_path(str(path)), status.st_size, files.etag_of(status))
+
+    def presign(self, uri: str, expires_s: int) -> str | None:
+        """``None``: a file has no URL that works elsewhere."""
+        return None
+
+    def open_upload(self, uri: str, size: int, metadata: Mapping[str, str]) -> Upload:
+        """See :meth:`ObjectStore.open_upload`."""
+        with files.mapped_errors("open an upload for", uri):
+            return Upload(uri, self._uploads.open(_path(uri), size, _lower(metadata)))
+
+    def put_part(self, upload: Upload, number: int, offset: int, data: Buffer) -> UploadedPart:
+        """See :meth:`ObjectStore.put_part`."""
+        with files.mapped_errors(f"write part {number} of", upload.uri):
+            return self._uploads.write(_path(upload.uri), upload, number, offset, data)
+
+    def copy_part(
+        self, upload: Upload, number: int, offset: int, source: str, start: int, end: int, etag: str
+    ) -> UploadedPart:
+        """See :meth:`ObjectStore.copy_part`."""
+        with files.mapped_errors("copy from", source), files.opened(_path(source), os.O_RDONLY) as fd:
+
+            def check() -> None:
+                _check_pin(source, os.fstat(fd), etag)
+
+            check()
+            if end > os.fstat(fd).st_size:
+                raise TruncatedReadError(f"{source} ends before byte {end}")
+            with files.mapped_errors(f"write part {number} of", upload.uri):
+                return self._uploads.copy(_path(upload.uri), upload, number, offset, fd, start, end, check)
+
+    def list_parts(self, upload: Upload) -> builtins.list[UploadedPart]:
+        """See :meth:`ObjectStore.list_parts`."""
+        with files.mapped_errors("list the parts of", upload.uri):
+            return self._uploads.parts(_path(upload.uri), upload)
+
+    def list_uploads(self, uri: str) -> builtins.list[Upload]:
+        """See :meth:`ObjectStore.list_uploads`."""
+        with files.mapped_errors("list the uploads of", uri):
+            return [Upload(uri, each) for each in self._uploads.ids(_path(uri))]
+
+    def complete(self, upload: Upload, parts: Sequence[UploadedPart]) -> None:
+        """See :meth:`ObjectStore.complete`."""
+        path = _path(upload.uri)
+        with files.mapped_errors("complete", upload.uri):
+            old = _status(path)
+            self._uploads.complete(path, upload, parts, keep_metadata)
+            if old is not None:
+                _forget_metadata(path, old)
+
+    def abort(self, upload: Upload) -> None:
+        """See :meth:`ObjectStore.abort`."""
+        with files.mapped_errors("abort the upload of", upload.uri):
+            self._uploads.abort(_path(upload.uri), upload)
+
+
+def keep_metadata(path: Path, status: os.stat_result, metadata: Mapping[str, str]) -> None:
+    """Record user metadata for the file with ``status`` that is about to become ``path``.
+
+    It is filed under the file's ETag, so it never speaks for what was at ``path`` before or comes after.
+    """
+    if metadata:
+        record = _metadata_file(path, status)
+        text = json.dumps({"name": path.name, "metadata": _lower(metadata)})
+        files.in_directory(record.parent, lambda: files.replace_file(record, text.encode()))
+
+
+def _forget_metadata(path: Path, status: os.stat_result | None) -> None:
+    if status is not None:
+        record = _metadata_file(path, status)
+        record.unlink(missing_ok=True)
+        files.prune(record.parent)
+
+
+def _metadata(path: Path, status: os.stat_result) -> dict[str, str]:
+    try:
+        record = json.loads(_metadata_file(path, status).read_bytes())
+    except (FileNotFoundError, ValueError):
+        return {}
+    return dict(record["metadata"]) if record["name"] == path.name else {}
+
+
+def _metadata_file(path: Path, status: os.stat_result) -> Path:
+    return files.hidden_directory(path) / "objects" / f"{files.etag_of(status)}.json"
+
+
+def _path(uri: str) -> Path:
+    return Path(uris.to_path(uri))
+
+
+def _status(path: Path) -> os.stat_result | None:
+    try:
+        return path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+
+
+def _files_under(directory: Path, beginning: str) -> Iterator[Path]:
+    if not directory.is_dir():
+        return
+    for entry in directory.iterdir():
+        if entry.name.startswith(beginning):
+            if entry.is_dir():
+                for root, _, names in os.walk(entry):
+                    yield from (Path(root, each) for each in names)
+            else:
+                yield entry
+
+
+def _lower(metadata: Mapping[str, str]) -> dict[str, str]:
+    return {key.lower(): value for key, value in metadata.items()}
+
+
+def _check_pin(uri: str, status: os.stat_result, etag: str | None) -> None:
+    if not stat.S_ISREG(status.st_mode):
+        raise ObjectNotFoundError(f"{uri} is a directory or a device, not an object")
+    if etag is not None and files.etag_of(status) != etag:
+        found = files.etag_of(status)
+        raise ObjectChangedError(
+            f"{uri} has changed since it was planned with: its ETag is {found}, not {etag}"
+        )

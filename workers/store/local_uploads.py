@@ -1,0 +1,264 @@
+"""Multipart uploads in a directory: one hidden file per upload, written in place.
+
+An upload for ``<dir>/<name>`` lives in ``<dir>/.mergemill/uploads/<id>/``:
+
+- ``upload.json``: name, size and user metadata of the object-to-be; written last on opening;
+- ``data``: the bytes, at their final offsets, space reserved;
+- ``parts/<number>.json``: offset, size and tag of a part whose bytes are on the disk;
+- ``parts/<number>.lock``: held while that part is written.
+
+A record is removed before its part is written again, and written after the bytes are synced, so what is
+recorded is true after a crash at any point. Writers share a lock on ``data`` that completing takes alone: no
+late writer touches the object once it is visible. Completing renames ``data`` away, which can succeed once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import shutil
+import uuid
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from workers.errors import InvalidPartError, StoreError, TruncatedReadError, UploadNotFoundError
+from workers.store import files
+from workers.store.base import Buffer, Upload, UploadedPart
+
+MAX_PARTS = 10_000
+"""As in S3, so that a plan fits every store."""
+
+KeepMetadata = Callable[[Path, os.stat_result, Mapping[str, str]], None]
+
+
+@dataclass(frozen=True, slots=True)
+class _Record:
+    """What ``parts/<number>.json`` holds."""
+
+    offset: int
+    """First byte within the object."""
+    size: int
+    """Length in bytes."""
+    etag: str
+    """CRC-32 of the bytes, or the source of a copy."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Opening:
+    """What ``upload.json`` holds."""
+
+    name: str
+    """File name of the object, so that a moved directory stays whole."""
+    size: int
+    """Bytes of the object."""
+    metadata: dict[str, str]
+    """User metadata of the object."""
+
+
+class LocalUploads:
+    """The uploads beside given paths. Raises plain ``OSError`` where the disk fails."""
+
+    def __init__(self, lock_timeout_s: float) -> None:
+        self._lock_timeout_s = lock_timeout_s
+
+    def open(self, path: Path, size: int, metadata: dict[str, str]) -> str:
+        """Reserve ``size`` bytes for ``path``; the upload's id."""
+        name = uuid.uuid4().hex
+        directory = _uploads(path) / name
+        files.in_directory(directory / "parts", lambda: None)
+        try:
+            with files.opened(directory / "data", os.O_RDWR | os.O_CREAT | os.O_EXCL) as fd:
+                _reserve(fd, size)
+                os.fsync(fd)
+            opening = _Opening(path.name, size, metadata)
+            files.replace_file(directory / "upload.json", json.dumps(asdict(opening)).encode())
+        except OSError:
+            shutil.rmtree(directory, ignore_errors=True)
+            files.prune(directory.parent)
+            raise
+        return name
+
+    def write(self, path: Path, upload: Upload, number: int, offset: int, data: Buffer) -> UploadedPart:
+        """Write one part's bytes and record them."""
+        view = memoryview(data).cast("B")
+        etag = f"{zlib.crc32(view):08x}"
+        with self._writing(path, upload, number, _Record(offset, len(view), etag)) as fd:
+            files.write_at(fd, offset, view)
+        return UploadedPart(number, len(view), etag)
+
+    def copy(
+        self,
+        path: Path,
+        upload: Upload,
+        number: int,
+        offset: int,
+        source: int,
+        start: int,
+        end: int,
+        check: Callable[[], None],
+    ) -> UploadedPart:
+        """As :meth:`write`, from the open file ``source``; ``check`` raises if that changed meanwhile."""
+        status = os.fstat(source)
+        origin = f"{status.st_dev:x}-{files.etag_of(status)}-{start:x}-{end:x}"
+        etag = f"copy-{zlib.crc32(origin.encode()):08x}"
+        with self._writing(path, upload, number, _Record(offset, end - start, etag)) as fd:
+            if files.copy_at(source, start, fd, offset, end - start) < end - start:
+                raise TruncatedReadError(
+                    f"the source of part {number} of {upload.uri} ends before byte {end}"
+                )
+            check()
+        return UploadedPart(number, end - start, etag)
+
+    def parts(self, path: Path, upload: Upload) -> list[UploadedPart]:
+        """What is recorded, by number."""
+        directory, _ = _opened(path, upload)
+        records = _records(directory)
+        return [
+            UploadedPart(number, records[number].size, records[number].etag) for number in sorted(records)
+        ]
+
+    def ids(self, path: Path) -> list[str]:
+        """The open uploads for exactly ``path``."""
+        found = []
+        for directory in sorted(_uploads(path).glob("*")):
+            with contextlib.suppress(UploadNotFoundError):
+                _opened(path, Upload(str(path), directory.name))
+                found.append(directory.name)
+        return found
+
+    def complete(
+        self, path: Path, upload: Upload, parts: Sequence[UploadedPart], keep_metadata: KeepMetadata
+    ) -> None:
+        """Check the parts, and move the data into place."""
+        directory, opening = _opened(path, upload)
+        _check_complete(upload.uri, opening.size, parts, _records(directory))
+        with _gone_is_not_found(upload), files.opened(directory / "data", os.O_RDWR) as fd:
+            os.fsync(fd)
+            with files.locked(fd, fcntl.LOCK_EX, self._lock_timeout_s, upload.uri):
+                files.stamp(fd)
+                keep_metadata(path, os.fstat(fd), opening.metadata)
+                (directory / "data").replace(path)
+        files.sync_directory(path.parent)
+        _remove(directory)
+
+    def abort(self, path: Path, upload: Upload) -> None:
+        """Remove the upload."""
+        with contextlib.suppress(UploadNotFoundError):
+            _remove(_directory(path, upload))
+
+    @contextlib.contextmanager
+    def _writing(self, path: Path, upload: Upload, number: int, record: _Record) -> Iterator[int]:
+        directory, opening = _opened(path, upload)
+        if not 1 <= number <= MAX_PARTS:
+            raise StoreError(f"part number {number} of {upload.uri} is not within 1..{MAX_PARTS}")
+        if not 0 <= record.offset <= record.offset + record.size <= opening.size:
+            raise StoreError(
+                f"part {number} of {upload.uri}, bytes {record.offset} to {record.offset + record.size}, "
+                f"does not fit into {opening.size} bytes"
+            )
+        note = directory / "parts" / f"{number}.json"
+        with (
+            _gone_is_not_found(upload),
+            files.opened(directory / "data", os.O_RDWR) as fd,
+            files.opened(note.with_suffix(".lock"), os.O_RDWR | os.O_CREAT) as part_fd,
+            files.locked(part_fd, fcntl.LOCK_EX, self._lock_timeout_s, upload.uri),
+            files.locked(fd, fcntl.LOCK_SH, self._lock_timeout_s, upload.uri),
+        ):
+            # Between opening and locking it may have been completed, and `fd` be the object that others read.
+            if not os.path.samestat(os.fstat(fd), (directory / "data").stat()):
+                raise UploadNotFoundError(f"upload {upload.id} of {upload.uri} was completed meanwhile")
+            if note.exists():
+                note.unlink()
+                files.sync_directory(note.parent)
+            yield fd
+            os.fdatasync(fd)
+            files.replace_file(note, json.dumps(asdict(record)).encode())
+
+
+def _uploads(path: Path) -> Path:
+    return files.hidden_directory(path) / "uploads"
+
+
+def _directory(path: Path, upload: Upload) -> Path:
+    if not upload.id.isalnum():  # never let an id climb out of the directory
+        raise _not_found(upload)
+    return _uploads(path) / upload.id
+
+
+def _not_found(upload: Upload) -> UploadNotFoundError:
+    return UploadNotFoundError(
+        f"upload {upload.id} of {upload.uri} was completed or aborted, or never opened"
+    )
+
+
+@contextlib.contextmanager
+def _gone_is_not_found(upload: Upload) -> Iterator[None]:
+    try:
+        yield
+    except StoreError:
+        raise
+    except FileNotFoundError as error:
+        raise _not_found(upload) from error
+
+
+def _opened(path: Path, upload: Upload) -> tuple[Path, _Opening]:
+    directory = _directory(path, upload)
+    try:
+        opening = _Opening(**json.loads((directory / "upload.json").read_bytes()))
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise _not_found(upload) from error
+    if opening.name != path.name or not (directory / "data").exists():
+        raise _not_found(upload)
+    return directory, opening
+
+
+def _reserve(fd: int, size: int) -> None:
+    """Set the length, and take the space now where the file system can: better no room now than half-way."""
+    if size:
+        try:
+            os.posix_fallocate(fd, 0, size)
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
+                raise
+    os.ftruncate(fd, size)
+
+
+def _records(directory: Path) -> dict[int, _Record]:
+    records = {}
+    for note in (directory / "parts").glob("*.json"):
+        with contextlib.suppress(FileNotFoundError):  # it is being written again right now
+            records[int(note.stem)] = _Record(**json.loads(note.read_bytes()))
+    return records
+
+
+def _check_complete(uri: str, size: int, parts: Sequence[UploadedPart], records: dict[int, _Record]) -> None:
+    """:raises InvalidPartError: the parts are not so recorded, or do not make ``size`` bytes gaplessly."""
+    if not parts:
+        raise InvalidPartError(f"cannot complete {uri}: no part was named")
+    end = 0
+    for part in sorted(parts, key=lambda each: each.number):
+        record = records.get(part.number)
+        if record is None or record.etag != part.etag:
+            held = "nothing" if record is None else record.etag
+            raise InvalidPartError(f"cannot complete {uri}: part {part.number} is {held}, not {part.etag}")
+        if record.offset != end:
+            raise InvalidPartError(
+                f"cannot complete {uri}: part {part.number} begins at {record.offset}, not {end}"
+            )
+        end += record.size
+    if end != size:
+        raise InvalidPartError(f"cannot complete {uri}: its parts make {end} bytes, not {size}")
+
+
+def _remove(directory: Path) -> None:
+    """Remove an upload: at once for everybody else, by a rename, and then file by file."""
+    doomed = directory.with_name(f"{directory.name}-removed")
+    with contextlib.suppress(FileNotFoundError):
+        directory.rename(doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
+    files.prune(doomed.parent)
