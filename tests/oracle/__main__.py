@@ -1,0 +1,107 @@
+"""Run every case with both tools, compare, and write ``docs/parity.md``: ``make oracle``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from tests.checkpoints import llama_tensors, write_checkpoint
+from tests.oracle.bench import Bench
+from tests.oracle.cases import DARE, PARITY, ROUNDED, write_inputs
+from tests.oracle.ours import merge_by_service, merge_in_process
+from tests.oracle.report import Results, markdown, total
+
+SEED = 1234
+"""mergekit's; ours is the recipe's default."""
+
+FACTORS = {"mergekit": "l1", None: "inverse"}
+"""How DARE makes up for what it drops, by profile."""
+
+
+def main() -> int:
+    """The exit status: 0 when every tensor is within its bound and every checkpoint opens."""
+    arguments = argparse.ArgumentParser(prog="python -m tests.oracle", description=__doc__)
+    arguments.add_argument("--output", type=Path, default=Path("docs/parity.md"), help="the report")
+    arguments.add_argument("--in-process", action="store_true", help="the mathematics alone, no service")
+    options = arguments.parse_args()
+    console = Console()
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory(prefix="mergemill-oracle-") as directory:
+        bench = Bench(Path(directory).resolve())
+        with console.status("Merging with Mergemill"):
+            merge(bench, in_process=options.in_process)
+        with console.status("Merging with mergekit, opening with transformers"):
+            reply = ask(bench)
+        results = Results(
+            versions=reply["versions"],
+            parity={case: total(bench.compare(case)) for case in PARITY},
+            rounded={case: total(bench.compare(case)) for case in ROUNDED},
+            dare={
+                (case, tool, factor): bench.mask(case, made, factor)
+                for case in DARE
+                for tool, factor, made in (
+                    ("mergekit", "l1", bench.theirs(case)),
+                    *(("Mergemill", factor, bench.ours(case, name)) for name, factor in FACTORS.items()),
+                )
+            },
+        )
+        loaded = reply["loaded"]
+        problems = [
+            *results.problems(),
+            *(problem for case in (*PARITY, *ROUNDED) for problem in bench.checkpoint_problems(case)),
+            *(f"{Path(made).name}: {found['problem']}" for made, found in loaded.items() if found["problem"]),
+        ]
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    options.output.write_text(markdown(results, len(loaded), problems))
+    for problem in problems:
+        console.print(f"[red]✗[/red] {problem}")
+    console.print(f"{len(PARITY)} recipes compared, {len(problems)} problems: {options.output}")
+    return 1 if problems else 0
+
+
+def merge(bench: Bench, *, in_process: bool) -> None:
+    """Make all of our results: DARE as mergekit does it and as the paper does, the rest as mergekit."""
+    write_inputs(bench.root / "inputs")
+    jobs = {
+        bench.ours(case, profile): bench.recipe(case, **({"profile": profile} if profile else {}))
+        for case in (*PARITY, *ROUNDED, *DARE)
+        for profile in (FACTORS if case in DARE else ("mergekit",))
+    }
+    if in_process:
+        merge_in_process(jobs)
+        return
+    # A checkpoint that would be loaded in place of the merged shards, if it stayed.
+    write_checkpoint(bench.ours(PARITY[0]), llama_tensors(99), {"model_type": "stale"})
+    merge_by_service(jobs, bench.root / "state")
+
+
+def ask(bench: Bench) -> dict[str, Any]:
+    """Run the other tools, in their environment."""
+    merges = [
+        {"recipe": bench.recipe(case), "output": str(bench.theirs(case)), "seed": SEED}
+        for case in (*PARITY, *ROUNDED, *DARE)
+    ]
+    request, reply = bench.root / "request.json", bench.root / "reply.json"
+    opened = [str(bench.ours(case)) for case in (*PARITY, *ROUNDED)]
+    request.write_text(json.dumps({"merge": merges, "load": opened}))
+    python = os.environ.get("MERGEMILL_ORACLE_PYTHON", ".venv-oracle/bin/python")
+    offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_HOME": str(bench.root / "hub")}
+    command = [python, str(Path(__file__).with_name("foreign.py")), str(request), str(reply)]
+    ran = subprocess.run(command, check=False, env=os.environ | offline, capture_output=True, text=True)
+    if ran.returncode:
+        raise RuntimeError(f"{command[0]} failed:\n{ran.stderr[-4000:]}")
+    found: dict[str, Any] = json.loads(reply.read_text())
+    return found
+
+
+if __name__ == "__main__":
+    sys.exit(main())

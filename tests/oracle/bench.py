@@ -1,0 +1,116 @@
+"""Where the results lie, and what they are compared by."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+from tests.checkpoints import Tensors, read_checkpoint
+from tests.oracle.cases import Case, Recipe, with_models
+from tests.oracle.compare import Distance, Mask, distance, mask_of, scale_of, undefined_by_trim
+
+DTYPE_KEYS = {"dtype", "torch_dtype"}
+
+
+@dataclass(frozen=True, slots=True)
+class Bench:
+    """A directory with the inputs and both tools' results."""
+
+    root: Path
+    """The directory."""
+
+    def model(self, name: str) -> Path:
+        """A model's directory."""
+        return self.root / "inputs" / name
+
+    def ours(self, case: Case, profile: str | None = "mergekit") -> Path:
+        """Our result under a profile."""
+        return self.root / "ours" / f"{case.name}-{profile or 'default'}"
+
+    def theirs(self, case: Case) -> Path:
+        """mergekit's result."""
+        return self.root / "theirs" / case.name
+
+    def recipe(self, case: Case, **more: Any) -> Recipe:
+        """The recipe with its models' paths, and what is added for us."""
+        return with_models(case.recipe, lambda name: str(self.model(name))) | more
+
+    def compare(self, case: Case) -> dict[str, Distance]:
+        """How far each tensor of the two results is apart.
+
+        :raises ValueError: names, shapes or dtypes differ.
+        """
+        ours, theirs = read_checkpoint(self.ours(case)), read_checkpoint(self.theirs(case))
+        if ours.keys() != theirs.keys():
+            raise ValueError(f"{case.name}: only one has {sorted(ours.keys() ^ theirs.keys())}")
+        found = {}
+        for name, base, models, own in self._inputs(case):
+            one, two = ours[name], theirs[name]
+            if (one.shape, one.dtype) != (two.shape, two.dtype):
+                raise ValueError(f"{case.name}: {name} is {one.dtype}{one.shape} and {two.dtype}{two.shape}")
+            scale = scale_of(case.method, case.recipe.get("parameters", {}), base, models, own)
+            undefined = torch.zeros(one.shape, dtype=torch.bool)
+            if case.method == "ties" and base is not None:
+                undefined = undefined_by_trim(base, models, [each["density"] for each in own])
+            found[name] = distance(one, two, scale, undefined)
+        return found
+
+    def mask(self, case: Case, directory: Path, rescale: str) -> Mask:
+        """What a DARE merge of one model kept."""
+        merged = read_checkpoint(directory)
+        density = case.recipe["models"][0]["parameters"]["density"]
+        masks = (
+            mask_of(merged[name], base, models[0], density, rescale)
+            for name, base, models, _ in self._inputs(case)
+            if base is not None
+        )
+        return sum(masks, start=Mask(0, 0, 0))
+
+    def checkpoint_problems(self, case: Case) -> Iterator[str]:
+        """What is wrong with our checkpoint as a checkpoint: its files, index and config."""
+        directory = self.ours(case)
+        if (directory / "model.safetensors").exists():
+            yield f"{case.name}: a stale model.safetensors lies in the way"
+        weight_map = json.loads((directory / "model.safetensors.index.json").read_text())["weight_map"]
+        shards = {path.name for path in directory.glob("*.safetensors")}
+        if odd := sorted(shards ^ set(weight_map.values())):
+            yield f"{case.name}: only the index or only the directory has {odd}"
+        for shard in sorted(shards):
+            with safe_open(directory / shard, framework="pt") as opened:
+                if opened.metadata() != {"format": "pt"}:
+                    yield f"{case.name}: {shard} has the metadata {opened.metadata()}"
+                if set(opened.keys()) != {name for name, held in weight_map.items() if held == shard}:
+                    yield f"{case.name}: {shard} does not hold what the index says"
+        config = json.loads((directory / "config.json").read_text())
+        of_input = json.loads((self.model(case.group + "/base") / "config.json").read_text())
+        if {key: config.get(key) for key in of_input.keys() - DTYPE_KEYS} != _without(of_input, DTYPE_KEYS):
+            yield f"{case.name}: config.json is not the input's"
+        if {config[key] for key in DTYPE_KEYS & config.keys()} != {case.recipe["dtype"]}:
+            yield f"{case.name}: config.json does not say {case.recipe['dtype']}"
+
+    def _inputs(
+        self, case: Case
+    ) -> Iterator[tuple[str, torch.Tensor | None, list[torch.Tensor], list[Mapping[str, Any]]]]:
+        """Every tensor: its name, the base's, the models', and the models' parameters."""
+        entries = case.recipe["models"]
+        models: list[Tensors] = [read_checkpoint(self.model(entry["model"])) for entry in entries]
+        base_name = case.recipe.get("base_model")
+        base = None if base_name is None else read_checkpoint(self.model(base_name))
+        for name in models[0]:
+            inputs = [model[name] for model in models]
+            yield (
+                name,
+                None if base is None else base[name],
+                inputs,
+                [entry["parameters"] for entry in entries],
+            )
+
+
+def _without(values: Mapping[str, Any], keys: set[str]) -> dict[str, Any]:
+    return {key: value for key, value in values.items() if key not in keys}

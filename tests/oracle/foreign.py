@@ -1,0 +1,58 @@
+"""The other tools' side. Runs in their environment, and imports nothing of ours.
+
+``python foreign.py REQUEST REPLY`` reads ``{"merge": [{"recipe", "output", "seed"}], "load": [directory]}``
+and writes ``{"versions": {tool: version}, "loaded": {directory: {"problem", "dtype"}}}``. An error ends it.
+"""
+
+import importlib.metadata
+import json
+import sys
+from pathlib import Path
+
+import torch
+import transformers
+from mergekit.config import MergeConfiguration
+from mergekit.merge import MergeOptions, run_merge
+from transformers import AutoModelForCausalLM
+
+
+def merge(recipe: dict, output: str, seed: int) -> None:
+    """Have mergekit run a recipe."""
+    options = MergeOptions(copy_tokenizer=False, write_model_card=False, quiet=True, random_seed=seed)
+    run_merge(MergeConfiguration.model_validate(recipe), output, options)
+
+
+@torch.inference_mode()
+def load(directory: str) -> dict:
+    """Open a checkpoint with transformers and generate greedily; what is wrong with it, if anything."""
+    model, info = AutoModelForCausalLM.from_pretrained(directory, output_loading_info=True, dtype="auto")
+    tokens = torch.arange(3, 11).unsqueeze(0)
+    logits = model(tokens).logits
+    longer = model.generate(tokens, attention_mask=torch.ones_like(tokens), do_sample=False, max_new_tokens=4)
+    keys = [*info["missing_keys"], *info["unexpected_keys"], *info["mismatched_keys"]]
+    problem = None
+    if keys:
+        problem = f"keys that do not fit: {keys}"
+    elif not torch.isfinite(logits).all():
+        problem = "logits that are not finite"
+    elif longer.shape[1] <= tokens.shape[1]:
+        problem = "nothing was generated"
+    return {"problem": problem, "dtype": str(logits.dtype).removeprefix("torch.")}
+
+
+def main(request_path: str, reply_path: str) -> None:
+    """Do all that is asked in one process: importing takes longer than merging."""
+    transformers.logging.set_verbosity_error()
+    request = json.loads(Path(request_path).read_text())
+    for job in request["merge"]:
+        merge(**job)
+    tools = ("mergekit", "transformers", "torch", "safetensors")
+    reply = {
+        "versions": {tool: importlib.metadata.version(tool).split("+")[0] for tool in tools},
+        "loaded": {directory: load(directory) for directory in request["load"]},
+    }
+    Path(reply_path).write_text(json.dumps(reply))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

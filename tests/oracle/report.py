@@ -1,0 +1,139 @@
+"""What came out, as ``docs/parity.md``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import reduce
+from operator import add
+
+from service.plan import SEMANTICS_VERSION
+from tests.oracle.cases import Case
+from tests.oracle.compare import Distance, Mask
+
+SIGMAS = 5
+"""A mask's share may be this many standard deviations from its density."""
+
+WORDS = """\
+# Parity with other tools
+
+Written by `make oracle`; don't edit it by hand. Mergemill's semantics version {semantics} beside
+{versions}:
+all on CPU, on Llama-shaped checkpoints of two layers with random weights: a base, three fine-tunes of
+σ = 0.001, 0.002 and 0.003 (one of them leaves a layer as it was) and an unrelated model; some in one file,
+some in shards.
+
+{outcome}
+
+## The same recipe, the same numbers
+
+Both run the same YAML with `dtype: float32`; ours adds `profile: mergekit`. Every element has to be within
+10⁻⁶ · (\\|θ_base\\| + Σ\\|wτ\\|) for methods on task vectors, 10⁻⁶ · Σ\\|wθ\\| for averages and
+10⁻⁶ · (\\|θ₁\\| + \\|θ₂\\|) for SLERP: about sixteen float32 roundings of what is summed. *Worst* is the
+largest error in units of that bound. *Undefined* elements are left out: their magnitude in some task vector
+equals the trim's threshold, as others' do, and which of the equals make up exactly k is nobody's promise.
+
+| recipe | elements | undefined | same bits | beyond the bound | worst |
+|---|---:|---:|---:|---:|---:|
+{parity}
+
+## With `dtype: bfloat16`
+
+For information. mergekit then rounds every intermediate to bfloat16; Mergemill computes in float32 and
+rounds once. *Different* is the share of elements whose bfloat16 results are not the same.
+
+| recipe | elements | undefined | different |
+|---|---:|---:|---:|
+{rounded}
+
+## DARE: the mask
+
+The generators differ by design, so the masks are compared in what they promise: the share that is kept, on
+the elements that are big enough to tell, within {sigmas} standard deviations; and the kept ones equal to
+θ_base + factor · τ. The factor is 1/density (`inverse`), or under `profile: mergekit`, as in mergekit itself,
+what restores each tensor's L1 norm (`l1`).
+
+| recipe | whose | factor | elements | kept | σ from the density | beyond the bound |
+|---|---|---|---:|---:|---:|---:|
+{dare}
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Results:
+    """All that was measured."""
+
+    versions: Mapping[str, str]
+    """The other tools' versions."""
+    parity: Mapping[Case, Distance]
+    """Cases that have to agree."""
+    rounded: Mapping[Case, Distance]
+    """Cases for information."""
+    dare: Mapping[tuple[Case, str, str], Mask]
+    """Masks, by case, tool and rescale factor."""
+
+    def problems(self) -> Iterator[str]:
+        """One sentence for everything that is not as it has to be."""
+        for case, distance in self.parity.items():
+            if distance.over or not distance.elements:
+                yield f"{case.name}: {distance.over} of {distance.elements} elements beyond the bound"
+            if distance.undefined > distance.elements // 10:
+                yield f"{case.name}: {distance.undefined} elements are undefined, too many to tell"
+        for (case, tool, factor), mask in self.dare.items():
+            if mask.sigmas(density_of(case)) > SIGMAS:
+                yield f"{case.name} ({tool}, {factor}): keeps {mask.fraction:.2%}"
+            if mask.over:
+                yield f"{case.name} ({tool}, {factor}): {mask.over} kept elements are not factor · τ"
+
+
+def density_of(case: Case) -> float:
+    """The density of a DARE case's one model."""
+    return float(case.recipe["models"][0]["parameters"]["density"])
+
+
+def total(distances: Mapping[str, Distance]) -> Distance:
+    """All tensors of one case together."""
+    return reduce(add, distances.values(), Distance())
+
+
+def markdown(results: Results, opened: int, problems: Sequence[str]) -> str:
+    """The document."""
+    tools = ", ".join(f"{tool} {version}" for tool, version in results.versions.items())
+    outcome = (
+        f"{len(results.parity)} recipes agree in every element that is defined, and transformers opens all\n"
+        f"{opened} merged checkpoints and generates from them."
+        if not problems
+        else "**Not as it should be:**\n\n" + "\n".join(f"- {problem}" for problem in problems)
+    )
+    return WORDS.format(
+        semantics=SEMANTICS_VERSION,
+        versions=tools,
+        outcome=outcome,
+        sigmas=SIGMAS,
+        parity="\n".join(_parity(case, distance) for case, distance in results.parity.items()),
+        rounded="\n".join(_rounded(case, distance) for case, distance in results.rounded.items()),
+        dare="\n".join(
+            f"| {case.name} | {tool} | {factor} | {mask.elements:,} | {mask.fraction:.2%} "
+            f"| {mask.sigmas(density_of(case)):.1f} | {mask.over} |"
+            for (case, tool, factor), mask in results.dare.items()
+        ),
+    )
+
+
+def _parity(case: Case, found: Distance) -> str:
+    same = 1 - found.differing / found.elements
+    cells = (
+        case.name,
+        f"{found.elements:,}",
+        f"{found.undefined:,}",
+        f"{same:.2%}",
+        found.over,
+        f"{found.worst:.2f}",
+    )
+    return f"| {' | '.join(map(str, cells))} |"
+
+
+def _rounded(case: Case, found: Distance) -> str:
+    return (
+        f"| {case.name} | {found.elements:,} | {found.undefined:,} | {found.differing / found.elements:.2%} |"
+    )
