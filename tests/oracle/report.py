@@ -121,7 +121,7 @@ def markdown(results: Results, opened: int, problems: Sequence[str]) -> str:
 
 
 def _parity(case: Case, found: Distance) -> str:
-    same = 1 - found.differing / found.elements
+    same = 1 - found.differing / max(1, found.elements)
     cells = (
         case.name,
         f"{found.elements:,}",
@@ -134,6 +134,4 @@ def _parity(case: Case, found: Distance) -> str:
 
 
 def _rounded(case: Case, found: Distance) -> str:
-    return (
-        f"| {case.name} | {found.elements:,} | {found.undefined:,} | {found.differing / found.elements:.2%} |"
-    )
+    return f"| {case.name} | {found.elements:,} | {found.undefined:,} | {found.differing / max(1, found.elements):.2%} |"
