@@ -36,7 +36,7 @@ STATUS: Mapping[type[MergemillError], int] = {
     StoreError: 502,
     MergemillError: 500,
 }
-"""The most specific entry wins."""
+"""The first entry that fits wins: the most specific come first."""
 
 TITLES = {
     RecipeError: "The recipe cannot be merged",
@@ -62,7 +62,7 @@ def problem(status: int, title: str, detail: str, code: str = "about:blank", **e
 
 def from_error(error: MergemillError) -> JSONResponse:
     """The problem that a domain error is."""
-    kind = next(kind for kind in type(error).__mro__ if kind in STATUS)
+    kind = next(kind for kind in STATUS if isinstance(error, kind))
     extra = {"errors": list(error.problems)} if isinstance(error, RecipeError) else {}
     return problem(STATUS[kind], TITLES[kind], str(error), f"urn:mergemill:error:{error.code}", **extra)
 
@@ -83,7 +83,9 @@ def install(app: FastAPI) -> None:
     async def validation(_: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, RequestValidationError)  # noqa: S101
         errors = [f"{'.'.join(str(step) for step in item['loc'])}: {item['msg']}" for item in error.errors()]
-        return problem(422, "The request is not valid", "; ".join(errors), "urn:mergemill:error:request", errors=errors)
+        return problem(
+            422, "The request is not valid", "; ".join(errors), "urn:mergemill:error:request", errors=errors
+        )
 
     async def unexpected(request: Request, error: Exception) -> JSONResponse:
         log.error("unexpected error", method=request.method, path=request.url.path, exc_info=error)

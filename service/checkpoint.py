@@ -111,12 +111,16 @@ def parse_index(text: bytes, uri: str) -> dict[str, str]:
         document = json.loads(text)
         weight_map = document["weight_map"]
     except (ValueError, RecursionError, KeyError, TypeError) as error:
-        raise HeaderError(f"{uri}: not a shard index with a weight_map ({type(error).__name__}: {error})") from error
+        raise HeaderError(
+            f"{uri}: not a shard index with a weight_map ({type(error).__name__}: {error})"
+        ) from error
     if not isinstance(weight_map, dict) or not weight_map:
         raise HeaderError(f"{uri}: weight_map must map tensor names to files, and be non-empty")
     for name, file in weight_map.items():
         if not isinstance(file, str) or not _SHARD_NAME.match(file) or file.startswith("."):
-            raise HeaderError(f"{uri}: tensor {name!r} points to {file!r}, which is not a .safetensors file beside it")
+            raise HeaderError(
+                f"{uri}: tensor {name!r} points to {file!r}, which is not a .safetensors file beside it"
+            )
     return weight_map
 
 
@@ -132,7 +136,9 @@ def tensors_of(uri: str, etag: str, header: Header) -> dict[str, StoredTensor]:
     }
 
 
-def gather(uri: str, weight_map: Mapping[str, str] | None, files: Mapping[str, dict[str, StoredTensor]]) -> dict[str, StoredTensor]:
+def gather(
+    uri: str, weight_map: Mapping[str, str] | None, files: Mapping[str, dict[str, StoredTensor]]
+) -> dict[str, StoredTensor]:
     """All tensors of a checkpoint whose weight files hold ``files`` (by file name).
 
     :raises HeaderError: the index and the files do not agree; names the first tensors concerned.
@@ -143,10 +149,14 @@ def gather(uri: str, weight_map: Mapping[str, str] | None, files: Mapping[str, d
             if name in found:
                 raise HeaderError(f"{uri}: tensor {name!r} is in two weight files, {file} and another")
             if weight_map is not None and weight_map.get(name) != file:
-                raise HeaderError(f"{uri}: tensor {name!r} is in {file}, the index says {weight_map.get(name)!r}")
+                raise HeaderError(
+                    f"{uri}: tensor {name!r} is in {file}, the index says {weight_map.get(name)!r}"
+                )
             found[name] = tensor
     if weight_map is not None and (lost := [name for name in weight_map if name not in found]):
-        raise HeaderError(f"{uri}: the index lists {len(lost)} tensor(s) that no file holds, first {lost[0]!r}")
+        raise HeaderError(
+            f"{uri}: the index lists {len(lost)} tensor(s) that no file holds, first {lost[0]!r}"
+        )
     return found
 
 

@@ -71,7 +71,9 @@ class Output:
             except ObjectNotFoundError:
                 continue
             return name
-        shards = (info.uri for info in self.store.list(self.uri + "/model") if info.uri.endswith(".safetensors"))
+        shards = (
+            info.uri for info in self.store.list(self.uri + "/model") if info.uri.endswith(".safetensors")
+        )
         return next((PurePosixPath(uri).name for uri in shards), None)
 
     def claim(self, document: Mapping[str, Any], is_over: Callable[[str], bool]) -> dict[str, str]:
@@ -107,7 +109,9 @@ class Output:
                 return {}
             return dict(held["uploads"])
 
-    def open_uploads(self, plan: Plan, document: Mapping[str, Any], known: Mapping[str, str]) -> dict[str, str]:
+    def open_uploads(
+        self, plan: Plan, document: Mapping[str, Any], known: Mapping[str, str]
+    ) -> dict[str, str]:
         """Open one upload a shard, adopt those recorded in ``known``, abort the rest, and record all in the claim."""
         uploads = {}
         for shard in plan.shards:
@@ -138,7 +142,9 @@ class Output:
         """
         return self.store.list_parts(self.upload(shard, uploads))
 
-    def save_progress(self, plan_digest: str, uploads: Mapping[str, str], results: Iterable[PartResult]) -> None:
+    def save_progress(
+        self, plan_digest: str, uploads: Mapping[str, str], results: Iterable[PartResult]
+    ) -> None:
         """Write the finished parts beside the output, for when Redis is lost."""
         self._guard()
         parts = [PART_RESULT.dump_python(result, mode="json") for result in results]

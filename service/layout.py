@@ -64,7 +64,9 @@ def shard_name(number: int, count: int) -> str:
     return f"model-{number:05d}-of-{count:05d}.safetensors"
 
 
-def pieces_of(tensor: OutputTensor, limits: Limits, semantics_version: int) -> tuple[list[Piece], Survey | None]:
+def pieces_of(
+    tensor: OutputTensor, limits: Limits, semantics_version: int
+) -> tuple[list[Piece], Survey | None]:
     """Cut one output tensor into pieces that a task can hold, with the survey that they then need."""
     if tensor.numel == 0:
         return [], None
@@ -77,7 +79,10 @@ def pieces_of(tensor: OutputTensor, limits: Limits, semantics_version: int) -> t
     if tensor.nbytes <= most and held <= limits.held_bytes:
         return [MergePiece("merge", whole, tensor.dtype, None)], None
     step = _step(whole, tensor.dtype, limits)
-    runs = [slice_arithmetic(whole, first, min(first + step, whole.numel)) for first in range(0, whole.numel, step)]
+    runs = [
+        slice_arithmetic(whole, first, min(first + step, whole.numel))
+        for first in range(0, whole.numel, step)
+    ]
     if len(runs) == 1:  # smaller than the grain: it cannot be split, and is whole after all
         return [MergePiece("merge", whole, tensor.dtype, None)], None
     survey = None
@@ -110,7 +115,11 @@ def arithmetic_json(arithmetic: Arithmetic) -> object:
 
 
 def pack(
-    pieces: Iterable[Piece], target: int, limit: int, held: Callable[[Piece], int], minimum: int = MIN_PART_BYTES
+    pieces: Iterable[Piece],
+    target: int,
+    limit: int,
+    held: Callable[[Piece], int],
+    minimum: int = MIN_PART_BYTES,
 ) -> Iterator[list[Piece]]:
     """Group consecutive pieces into parts of about ``target`` bytes that hold at most ``limit``.
 

@@ -105,7 +105,9 @@ class _Matcher:
             (index, checkpoint, own.model_dump(mode="json", by_alias=True))
             for (index, _), checkpoint, own in zip(entries, inputs.models, per_model, strict=True)
         ]
-        self.labels = {id(checkpoint): entry.model for (_, entry), checkpoint in zip(entries, inputs.models, strict=True)}
+        self.labels = {
+            id(checkpoint): entry.model for (_, entry), checkpoint in zip(entries, inputs.models, strict=True)
+        }
         self.found: dict[tuple[str, str, str], list[str]] = {}
         self.notices: list[str] = []
 
@@ -121,7 +123,9 @@ class _Matcher:
     def _sentences(self) -> list[str]:
         sentences = []
         for (what, model, remedy), names in self.found.items():
-            shown = ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
+            shown = ", ".join(names[:_SHOWN]) + (
+                f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+            )
             sentences.append(f"{model}: {what}: {shown}{'; ' + remedy if remedy else ''}")
         return sentences
 
@@ -151,8 +155,14 @@ class _Matcher:
                     )
 
     def _tensor(self, tensor: StoredTensor) -> OutputTensor | None:
-        inputs = [(index, checkpoint, own, self._find(tensor, checkpoint)) for index, checkpoint, own in self.models]
-        present = [(index, checkpoint, own, stored) for index, checkpoint, own, stored in inputs if stored is not None]
+        inputs = [
+            (index, checkpoint, own, self._find(tensor, checkpoint)) for index, checkpoint, own in self.models
+        ]
+        present = [
+            (index, checkpoint, own, stored)
+            for index, checkpoint, own, stored in inputs
+            if stored is not None
+        ]
         if not _mergeable(tensor, [stored for *_, stored in present]):
             return self._buffer(tensor, [(checkpoint, stored) for _, checkpoint, _, stored in present])
         if any(stored.shape != tensor.shape for *_, stored in present):
@@ -165,7 +175,15 @@ class _Matcher:
             return _copy(tensor, tensor) if tensor.dtype == dtype else self._cast(tensor, dtype)
         base = tensor.ref if self.method.base == "required" else None
         arithmetic = Arithmetic(
-            tensor.name, self.method.name, self.parameters, base, models, self.recipe.seed, tensor.numel, 0, tensor.numel
+            tensor.name,
+            self.method.name,
+            self.parameters,
+            base,
+            models,
+            self.recipe.seed,
+            tensor.numel,
+            0,
+            tensor.numel,
         )
         return OutputTensor(tensor.name, tensor.shape, dtype, arithmetic, tensor.numel)
 
@@ -191,7 +209,9 @@ class _Matcher:
         )
         return None
 
-    def _buffer(self, tensor: StoredTensor, present: Sequence[tuple[Checkpoint, StoredTensor]]) -> OutputTensor | None:
+    def _buffer(
+        self, tensor: StoredTensor, present: Sequence[tuple[Checkpoint, StoredTensor]]
+    ) -> OutputTensor | None:
         """Integers, booleans and dtypes without arithmetic: copied when all agree, never cast."""
         if self.recipe.buffers is not None:
             return self._winner(tensor, present)
@@ -217,13 +237,17 @@ class _Matcher:
                 )
         return _copy(tensor, tensor)
 
-    def _winner(self, tensor: StoredTensor, present: Sequence[tuple[Checkpoint, StoredTensor]]) -> OutputTensor:
+    def _winner(
+        self, tensor: StoredTensor, present: Sequence[tuple[Checkpoint, StoredTensor]]
+    ) -> OutputTensor:
         for checkpoint, stored in present:
             if self.labels[id(checkpoint)] == self.recipe.buffers:
                 return _copy(stored, stored)
         return _copy(tensor, tensor)
 
-    def _mismatch(self, tensor: StoredTensor, present: Sequence[tuple[Checkpoint, StoredTensor]]) -> OutputTensor | None:
+    def _mismatch(
+        self, tensor: StoredTensor, present: Sequence[tuple[Checkpoint, StoredTensor]]
+    ) -> OutputTensor | None:
         if self.recipe.mismatched_tensors == "base":
             self.notices.append(f"{tensor.name}: shapes differ; {self.recipe.reference}'s is kept unmerged")
             dtype = self.recipe.out_dtype_name or tensor.dtype
@@ -242,7 +266,9 @@ class _Matcher:
 
     def _cast(self, tensor: StoredTensor, dtype: str) -> OutputTensor:
         only = ModelInput(0, tensor.ref, {})
-        arithmetic = Arithmetic(tensor.name, "passthrough", {}, None, (only,), 0, tensor.numel, 0, tensor.numel)
+        arithmetic = Arithmetic(
+            tensor.name, "passthrough", {}, None, (only,), 0, tensor.numel, 0, tensor.numel
+        )
         return OutputTensor(tensor.name, tensor.shape, dtype, arithmetic, tensor.numel)
 
 
@@ -252,5 +278,3 @@ def _mergeable(tensor: StoredTensor, others: Sequence[StoredTensor | None]) -> b
 
 def _copy(shape_of: StoredTensor, source: StoredTensor) -> OutputTensor:
     return OutputTensor(shape_of.name, source.shape, source.dtype, source, source.numel)
-
-

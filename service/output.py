@@ -53,12 +53,20 @@ def model_card(planned: Planned, version: str) -> str:
     """A Hugging Face model card: front matter, the method, the inputs, the recipe."""
     recipe = planned.recipe
     method = get_method(recipe.merge_method)
-    names = list(dict.fromkeys([*([recipe.base_model] if recipe.base_model else []), *(m.model for m in recipe.models)]))
+    names = list(
+        dict.fromkeys(
+            [*([recipe.base_model] if recipe.base_model else []), *(m.model for m in recipe.models)]
+        )
+    )
     front: dict[str, Any] = {"library_name": "transformers", "tags": ["mergemill", "merge"]}
     hub = [name.partition("@")[0] for name in names if "://" not in name and not name.startswith("/")]
     if hub:
         front["base_model"] = hub
-    source = f" ([arXiv:{method.paper}](https://arxiv.org/abs/{method.paper}))" if method.paper[:4].isdigit() else ""
+    source = (
+        f" ([arXiv:{method.paper}](https://arxiv.org/abs/{method.paper}))"
+        if method.paper[:4].isdigit()
+        else ""
+    )
     lines = [
         "---",
         yaml.safe_dump(front, sort_keys=False).strip(),
@@ -94,7 +102,9 @@ def tensor_digests(plan: Plan, results: Iterable[PartResult]) -> dict[str, str]:
             own = blocks.setdefault(found.name, {})
             for offset, block in enumerate(found.blocks):
                 if own.setdefault(found.first_block + offset, block) != block:
-                    raise ValueError(f"two different digests for block {found.first_block + offset} of {found.name}")
+                    raise ValueError(
+                        f"two different digests for block {found.first_block + offset} of {found.name}"
+                    )
     digests = {}
     for shard in plan.shards:
         for name, nbytes in shard_tensors(shard):
@@ -120,7 +130,11 @@ def shard_digest(shard: Shard, digests: Mapping[str, str]) -> str:
 
 
 def manifest(
-    planned: Planned, digests: Mapping[str, str], files: Iterable[OutputFile], nonfinite: Mapping[str, int], version: str
+    planned: Planned,
+    digests: Mapping[str, str],
+    files: Iterable[OutputFile],
+    nonfinite: Mapping[str, int],
+    version: str,
 ) -> dict[str, Any]:
     """``mergemill.json``: all that is needed to make the same bytes again, and to check them."""
     recipe = planned.recipe

@@ -103,7 +103,9 @@ class Plan:
 PLAN = TypeAdapter(Plan)
 
 
-def make_plan(recipe: Recipe, inputs: Inputs, options: PlanOptions, baseline_bytes: int = BASELINE_BYTES) -> Plan:
+def make_plan(
+    recipe: Recipe, inputs: Inputs, options: PlanOptions, baseline_bytes: int = BASELINE_BYTES
+) -> Plan:
     """Plan a merge.
 
     :raises PlanError: lists everything about the inputs that makes the merge impossible.
@@ -198,5 +200,3 @@ def _check(plan: Plan, options: PlanOptions, baseline_bytes: int) -> None:
             )
     if problems:
         raise PlanError(*problems)
-
-

@@ -99,13 +99,15 @@ def resolve_model(name: str, model_roots: Mapping[str, str]) -> str:
     if bare in model_roots:
         root = model_roots[bare]
         return normalise(f"{root}@{revision}" if revision else root)
-    prefixes = [prefix for prefix in model_roots if (prefix.endswith("/") or not prefix) and bare.startswith(prefix)]
+    prefixes = [
+        prefix for prefix in model_roots if (prefix.endswith("/") or not prefix) and bare.startswith(prefix)
+    ]
     if prefixes:
         prefix = max(prefixes, key=len)
         return join(normalise(model_roots[prefix]), *name[len(prefix) :].split("/"))
     raise PlanError(
         f"{name!r} is a hub name that this service does not know: map it to where its files are with the setting "
-        f"model_roots, for example MERGEMILL_MODEL_ROOTS='{{\"{bare}\": \"s3://bucket/{bare}\"}}'"
+        f'model_roots, for example MERGEMILL_MODEL_ROOTS=\'{{"{bare}": "s3://bucket/{bare}"}}\''
     )
 
 
@@ -159,7 +161,11 @@ def plan_recipe(
     uris = {name: uri for name, uri in resolved.items() if uri is not None}
     distinct = list(dict.fromkeys(uris.values()))
     opened = dict(
-        zip(distinct, _parallel(lambda uri: attempt(lambda: open_checkpoint(store, uri)), distinct), strict=True)
+        zip(
+            distinct,
+            _parallel(lambda uri: attempt(lambda: open_checkpoint(store, uri)), distinct),
+            strict=True,
+        )
     )
     if problems:
         raise PlanError(*dict.fromkeys(problems))
@@ -279,5 +285,3 @@ def _parallel(work: Callable[[T], R], items: Sequence[T]) -> list[R]:
         return [work(item) for item in items]
     with ThreadPoolExecutor(min(OPEN_THREADS, len(items))) as pool:
         return list(pool.map(work, items))
-
-

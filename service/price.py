@@ -91,7 +91,9 @@ def survey_peak_bytes(arithmetic: Arithmetic, baseline_bytes: int = BASELINE_BYT
     return baseline_bytes + held + workspace_bytes(len(arithmetic.refs))
 
 
-def price(parts: Sequence[Part], surveys: Sequence[Survey], shards: int, baseline_bytes: int = BASELINE_BYTES) -> Price:
+def price(
+    parts: Sequence[Part], surveys: Sequence[Survey], shards: int, baseline_bytes: int = BASELINE_BYTES
+) -> Price:
     """Add up a plan."""
     bytes_read = bytes_written = requests = 0
     peak, worst = baseline_bytes, "nothing"

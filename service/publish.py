@@ -24,7 +24,9 @@ from service.planning import Planned
 from workers.task import PartResult
 
 
-def publish(planned: Planned, results: Mapping[str, PartResult], output: Output, overwrite: bool) -> list[OutputFile]:
+def publish(
+    planned: Planned, results: Mapping[str, PartResult], output: Output, overwrite: bool
+) -> list[OutputFile]:
     """Write config, card, tokenizer and manifest, delete what an overwrite leaves stale, and commit.
 
     :returns: every file of the checkpoint, the index last.

@@ -115,13 +115,21 @@ class Recipe(_Frozen):
         if method.base == "first_model" and self.base_model is not None:
             listed = [entry.model for entry in self.models]
             if self.base_model not in listed:
-                problems.append(f"base_model: `{method.name}` goes from base_model to the other; list it in `models`")
+                problems.append(
+                    f"base_model: `{method.name}` goes from base_model to the other; list it in `models`"
+                )
         count = len(self.task_models)
         if count < method.min_models or (method.max_models is not None and count > method.max_models):
             most = method.max_models
-            wanted = f"{method.min_models}" if most == method.min_models else f"{method.min_models} to {most or 'any'}"
+            wanted = (
+                f"{method.min_models}"
+                if most == method.min_models
+                else f"{method.min_models} to {most or 'any'}"
+            )
             besides = " besides the base" if method.base == "required" else ""
-            problems.append(f"models: `{method.name}` takes {wanted} model(s){besides}, the recipe has {count}")
+            problems.append(
+                f"models: `{method.name}` takes {wanted} model(s){besides}, the recipe has {count}"
+            )
         known = {entry.model for entry in self.models} | {self.base_model}
         if self.tokenizer_source == "union":
             problems.append("tokenizer_source: `union` is not supported yet; use `base` or one of the models")
@@ -201,13 +209,15 @@ def parse_yaml(text: str) -> Recipe:
     except (yaml.YAMLError, RecursionError, ValueError) as error:
         raise RecipeError(f"the recipe is not valid YAML: {error}") from error
     if len(documents) != 1:
-        raise RecipeError(f"the text holds {len(documents)} YAML documents; multi-stage merges are not supported yet")
+        raise RecipeError(
+            f"the text holds {len(documents)} YAML documents; multi-stage merges are not supported yet"
+        )
     return parse_recipe(documents[0])
 
 
 def validation_problems(error: ValidationError) -> list[str]:
     """One sentence per problem, each beginning with the field's path."""
-    problems = []
+    problems: list[str] = []
     for item in error.errors(include_url=False):
         path = ".".join(str(step) for step in item["loc"])
         cause = item.get("ctx", {}).get("error")

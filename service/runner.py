@@ -22,12 +22,14 @@ from service.jobs import (
     Failed,
     JobRecord,
     JobState,
-    Planned as PlanRecorded,
     PlanningStarted,
     Restarted,
     ShardCompleted,
     Succeeded,
     UploadsOpened,
+)
+from service.jobs import (
+    Planned as PlanRecorded,
 )
 from service.jobstore import Lease
 from service.plan import PlanOptions, plan_summary
@@ -88,7 +90,7 @@ class JobRunner:
         except MergemillError as error:
             self._log.warning("job failed", error=type(error).__name__, detail=str(error))
             self._end(Failed(to_json(error)))
-        except Exception as error:  # a defect of ours must end the job visibly, not vanish with its thread
+        except Exception as error:  # noqa: BLE001 - a defect of ours must end the job visibly, not vanish with its thread
             self._log.exception("job failed unexpectedly")
             self._end(Failed(to_json(error)))
         finally:
@@ -155,7 +157,9 @@ class JobRunner:
             return [f"output {self.record.output}: {error}"]
         if there is None or self._options.overwrite:
             return []
-        return [f"output {self.record.output} already holds a checkpoint ({there}): set overwrite to replace it"]
+        return [
+            f"output {self.record.output} already holds a checkpoint ({there}): set overwrite to replace it"
+        ]
 
     def _capacity_problems(self, planned: Planned) -> list[str]:
         capacity = self.tools.driver.capacity()
@@ -186,7 +190,13 @@ class JobRunner:
         price = plan_summary(plan)["price"]
         self._apply(
             PlanRecorded(
-                plan.digest, plan.semantics_version, price, plan.notices, plan.price.bytes_written, len(plan.parts), passes
+                plan.digest,
+                plan.semantics_version,
+                price,
+                plan.notices,
+                plan.price.bytes_written,
+                len(plan.parts),
+                passes,
             )
         )
         self.tools.jobs.claim_output(self.lease, self.record.output)
@@ -255,5 +265,3 @@ class JobRunner:
             return self.tools.jobs.get(job).state.is_terminal
         except JobNotFoundError:
             return False
-
-

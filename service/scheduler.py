@@ -11,7 +11,8 @@ from types import FrameType
 
 import structlog
 
-from service.driver import Driver, FleetSettings
+from service.driver import Driver
+from service.fleet_process import FleetSettings
 from service.jobstore import JobStore
 from service.runner import JobRunner
 from service.settings import Settings

@@ -27,7 +27,18 @@ from workers.methods.evaluate import conclude_pass
 from workers.ranges import coalesce
 from workers.store.base import ObjectStore
 from workers.store.settings import StoreSettings
-from workers.task import PART, PART_RESULT, SURVEY_TASK, Facts, JSONValue, Part, PartResult, Survey, SurveyTask, part_id
+from workers.task import (
+    PART,
+    PART_RESULT,
+    SURVEY_TASK,
+    Facts,
+    JSONValue,
+    Part,
+    PartResult,
+    Survey,
+    SurveyTask,
+    part_id,
+)
 
 log = structlog.get_logger(__name__)
 
@@ -229,7 +240,10 @@ class Work:
     def _save_progress(self) -> None:
         """Now and then, and never for more than a small share of the time, write the records beside the output."""
         now = time.monotonic()
-        if len(self._results) == self._saved_count or now - self._saved_at < self._tools.settings.progress_seconds:
+        if (
+            len(self._results) == self._saved_count
+            or now - self._saved_at < self._tools.settings.progress_seconds
+        ):
             return
         self._output.save_progress(self._plan.digest, self._record.uploads, self._results.values())
         self._saved_count = len(self._results)
@@ -239,5 +253,7 @@ class Work:
 def _plain(settings: StoreSettings) -> JSONValue:
     """Store settings as workers need them: with the secrets that a JSON dump would hide."""
     return {
-        name: value.get_secret_value() if isinstance(value, SecretStr) else value for name, value in settings if value is not None
+        name: value.get_secret_value() if isinstance(value, SecretStr) else value
+        for name, value in settings
+        if value is not None
     }

@@ -44,4 +44,3 @@ def _bind(name: str, parameters_json: str, models_json: str) -> BoundMethod:
     parameters = method.parameters.model_validate_json(parameters_json)
     models = tuple(method.model_parameters.model_validate(value) for value in json.loads(models_json))
     return BoundMethod(method, parameters, models, method.survey(parameters, models))
-

@@ -16,7 +16,9 @@ SURVEY_ENTRY = "workers.entry:survey"
 def part(payload: JSONValue) -> JSONValue:
     """Make a part: ``{"part", "upload": {"uri", "id"}, "facts", "store"}`` to the JSON of a ``PartResult``."""
     upload = Upload(payload["upload"]["uri"], payload["upload"]["id"])
-    result = run_part(PART.validate_python(payload["part"]), upload, payload["facts"], _store(payload["store"]))
+    result = run_part(
+        PART.validate_python(payload["part"]), upload, payload["facts"], _store(payload["store"])
+    )
     return PART_RESULT.dump_python(result, mode="json")
 
 

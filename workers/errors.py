@@ -32,7 +32,6 @@ All carry their message in ``args`` alone, so that they survive pickling and JSO
 from __future__ import annotations
 
 
-
 class MergemillError(Exception):
     """Base of all errors that Mergemill raises on purpose."""
 
@@ -169,5 +168,3 @@ def from_json(described: dict[str, object]) -> MergemillError:
     if issubclass(kind, RecipeError) and isinstance(problems, list):
         return kind(*(str(problem) for problem in problems))
     return kind(str(described["detail"]))
-
-

@@ -18,7 +18,7 @@ from workers.binding import bind
 from workers.errors import NonFiniteError
 from workers.kernels.reference import TORCH_DTYPES, round_to, to_float32
 from workers.methods.base import Block, Summary
-from workers.methods.evaluate import survey_facts
+from workers.methods.evaluate import run_survey_pass, survey
 from workers.random import mask_key
 from workers.ranges import coalesce
 from workers.safetensors_format import prefix
@@ -100,14 +100,13 @@ def run_survey(task: SurveyTask, store: ObjectStore) -> Summary:
     inputs = _InputBytes(store, task.arithmetic.refs)
     method = bind(task.arithmetic)
     problems = _NonFinite()
-    survey = method.passes[task.index]
-    summaries = [
-        survey.summarise(block, task.facts)
-        for block in _blocks(task.arithmetic, inputs, problems if task.index == 0 else None)
-    ]
+    counted = problems if task.index == 0 else None
+    summary = run_survey_pass(
+        method.passes[task.index], _blocks(task.arithmetic, inputs, counted), task.facts
+    )
     if problems and not task.allow_nonfinite:
         raise problems.error()
-    return survey.combine(summaries)
+    return summary
 
 
 def peak_bytes() -> int:
@@ -118,10 +117,12 @@ def peak_bytes() -> int:
     return 0
 
 
-def _merge(piece: MergePiece, inputs: _InputBytes, target: memoryview, facts: Facts, problems: _NonFinite) -> None:
+def _merge(
+    piece: MergePiece, inputs: _InputBytes, target: memoryview, facts: Facts, problems: _NonFinite
+) -> None:
     method = bind(piece.arithmetic)
     if method.passes and piece.survey is None:
-        facts = survey_facts(method.passes, lambda: _blocks(piece.arithmetic, inputs, None), piece.arithmetic.numel)
+        facts = survey(method.passes, lambda: _blocks(piece.arithmetic, inputs, None), piece.arithmetic.numel)
     out = torch.frombuffer(target, dtype=TORCH_DTYPES[piece.dtype])
     for block in _blocks(piece.arithmetic, inputs, problems):
         merged = round_to(method.merge(block, facts), TORCH_DTYPES[piece.dtype])
@@ -167,7 +168,8 @@ def _check_overflow(piece: MergePiece, block: Block, merged: torch.Tensor, probl
 
 def _block_digests(view: memoryview) -> tuple[str, ...]:
     return tuple(
-        hashlib.sha256(view[start : start + BLOCK_BYTES]).hexdigest() for start in range(0, len(view), BLOCK_BYTES)
+        hashlib.sha256(view[start : start + BLOCK_BYTES]).hexdigest()
+        for start in range(0, len(view), BLOCK_BYTES)
     )
 
 
@@ -215,7 +217,9 @@ class _InputBytes:
         width = DTYPE_BYTES[ref.dtype]
         view = self.view(ref)[first * width : last * width]
         found = torch.frombuffer(view, dtype=TORCH_DTYPES[ref.dtype])
-        if found.data_ptr() % width:  # a header of odd length: legal, rare, and slow or undefined to compute on
+        if (
+            found.data_ptr() % width
+        ):  # a header of odd length: legal, rare, and slow or undefined to compute on
             found = torch.frombuffer(bytearray(view), dtype=TORCH_DTYPES[ref.dtype])
         return found
 
@@ -245,7 +249,9 @@ class _NonFinite:
             return
         key = f"{piece.name}: output"
         self.counts[key] = self.counts.get(key, 0) + count
-        self._said[key] = f"{self.counts[key]} merged value(s) of tensor {piece.name!r} overflow {piece.dtype}"
+        self._said[key] = (
+            f"{self.counts[key]} merged value(s) of tensor {piece.name!r} overflow {piece.dtype}"
+        )
 
     def error(self) -> NonFiniteError:
         """One error that names everything found in this task."""

@@ -96,7 +96,9 @@ def parse(text: bytes, file_size: int) -> Header:
     metadata = document.pop(_METADATA, {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise HeaderError("__metadata__ must map strings to strings")
-    entries = sorted((_entry(name, value) for name, value in document.items()), key=lambda e: (e.start, e.end))
+    entries = sorted(
+        (_entry(name, value) for name, value in document.items()), key=lambda e: (e.start, e.end)
+    )
     data_start = LENGTH_BYTES + len(text)
     validate(entries, file_size - data_start)
     return Header(tuple(entries), metadata, data_start)

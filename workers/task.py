@@ -60,7 +60,9 @@ class TensorRef:
     def elements(self, first: int, last: int) -> TensorRef:
         """The run of elements ``[first, last)`` of this one."""
         width = DTYPE_BYTES[self.dtype]
-        return TensorRef(self.uri, self.etag, self.start + first * width, self.start + last * width, self.dtype)
+        return TensorRef(
+            self.uri, self.etag, self.start + first * width, self.start + last * width, self.dtype
+        )
 
 
 @dataclass(frozen=True, slots=True)

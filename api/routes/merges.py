@@ -31,7 +31,9 @@ _BODY = {
         "required": True,
         "content": {
             "application/json": {"schema": MergeRequest.model_json_schema()},
-            "application/yaml": {"schema": {"type": "string", "description": "mergekit's YAML; give ?output="}},
+            "application/yaml": {
+                "schema": {"type": "string", "description": "mergekit's YAML; give ?output="}
+            },
         },
     }
 }
@@ -44,7 +46,9 @@ async def submit(
     settings: SettingsDep,
     jobs: JobsDep,
     output: Annotated[str | None, Query(description="with a YAML body: where the checkpoint goes")] = None,
-    overwrite: Annotated[bool | None, Query(description="with a YAML body: replace a checkpoint there")] = None,
+    overwrite: Annotated[
+        bool | None, Query(description="with a YAML body: replace a checkpoint there")
+    ] = None,
 ) -> Job:
     """Accept a merge. The recipe is checked now; models are opened, checked and priced when planning."""
     body = await _body(request)
@@ -60,7 +64,9 @@ async def submit(
         except ValidationError as error:
             raise RecipeError(*validation_problems(error)) from error
         recipe, wanted, options = parse_recipe(merge.recipe), merge.output, merge.options
-    problems = [problem for name in dict.fromkeys(_names(recipe)) for problem in _model_problems(name, settings)]
+    problems = [
+        problem for name in dict.fromkeys(_names(recipe)) for problem in _model_problems(name, settings)
+    ]
     try:
         place = normalise(wanted)
     except StoreError as error:
@@ -158,5 +164,3 @@ def _model_problems(name: str, settings: Settings) -> list[str]:
     except RecipeError as error:
         return [f"models: {problem}" for problem in error.problems]
     return []
-
-
