@@ -27,9 +27,11 @@ class Row:
 
 def table(tasks: Sequence[str], singles: Sequence[Row], merges: Sequence[Row]) -> Table:
     """Test accuracy of every model on every task, the best of each column in bold."""
-    shown = Table(title="Test accuracy, %", title_justify="left")
+    shown = Table(
+        title="Test accuracy, %. Settings are chosen on the validation images.", title_justify="left"
+    )
     shown.add_column("model", no_wrap=True)
-    shown.add_column("chosen on validation")
+    shown.add_column("settings")
     for task in (*tasks, "mean"):
         shown.add_column(task, justify="right")
     best = [max(column) for column in zip(*(_values(row) for row in (*singles, *merges)), strict=True)]

@@ -80,7 +80,7 @@ def merge(bench: Bench, *, in_process: bool) -> None:
         merge_in_process(jobs)
         return
     # A checkpoint that would be loaded in place of the merged shards, if it stayed.
-    write_checkpoint(bench.ours(PARITY[0]), llama_tensors(99), {"model_type": "stale"})
+    write_checkpoint(bench.ours(PARITY[1]), llama_tensors(99), {"model_type": "stale"})
     merge_by_service(jobs, bench.root / "state")
 
 

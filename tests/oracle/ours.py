@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
+import yaml
 
 from service.recipe import parse_recipe
 from tests.checkpoints import Tensors, read_checkpoint, write_checkpoint
@@ -31,20 +35,30 @@ def merge_in_process(jobs: Jobs) -> None:
 
 
 def merge_by_service(jobs: Jobs, state: Path) -> None:
-    """Post each recipe to an embedded stack and wait for all."""
+    """Have an embedded stack merge them all: the first from the command line, the rest by the client, at once."""
     from mergemill import Client
     from mergemill.stack import EmbeddedStack
 
+    first, *others = jobs
     with EmbeddedStack(state_dir=state) as stack, ThreadPoolExecutor(4) as pool:
         client = Client(stack.url)
 
-        def merge(item: tuple[Path, Recipe]) -> None:
-            output, recipe = item
-            job = client.submit(recipe, output=output.as_uri(), overwrite=True)
-            client.wait(job.id)
+        def merge(output: Path) -> None:
+            client.wait(client.submit(jobs[output], output=output.as_uri(), overwrite=True).id)
 
-        for _ in pool.map(merge, jobs.items()):
-            pass
+        _merge_by_command(jobs[first], first, stack.url, state.with_name("recipe.yml"))
+        for future in [pool.submit(merge, output) for output in others]:
+            future.result()
+
+
+def _merge_by_command(recipe: Recipe, output: Path, url: str, file: Path) -> None:
+    file.write_text(yaml.safe_dump(recipe))
+    command = [sys.executable, "-c", "from mergemill.cli import app; app()", "merge", str(file), str(output)]
+    done = subprocess.run(
+        command, env=os.environ | {"MERGEMILL_URL": url}, capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        raise RuntimeError(f"mergemill merge exited with {done.returncode}:\n{done.stdout}{done.stderr}")
 
 
 def _merge(data: Recipe) -> tuple[Tensors, Path]:
