@@ -96,7 +96,7 @@ $(ORACLE)/.installed: Makefile
 	@echo 'Installing into $(ORACLE): a few minutes the first time.'
 	$(PYTHON) -m venv $(ORACLE)
 	$(ORACLE)/bin/python $(PIP_INSTALL) '$(TORCH)'
-	$(ORACLE)/bin/python $(PIP_INSTALL) mergekit==0.1.5 transformers peft
+	$(ORACLE)/bin/python $(PIP_INSTALL) mergekit==0.1.5 transformers==5.23.0 peft==0.21.2
 	@touch $@
 
 .PHONY: test-packages
