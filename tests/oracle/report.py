@@ -134,4 +134,5 @@ def _parity(case: Case, found: Distance) -> str:
 
 
 def _rounded(case: Case, found: Distance) -> str:
-    return f"| {case.name} | {found.elements:,} | {found.undefined:,} | {found.differing / max(1, found.elements):.2%} |"
+    different = found.differing / max(1, found.elements)
+    return f"| {case.name} | {found.elements:,} | {found.undefined:,} | {different:.2%} |"
