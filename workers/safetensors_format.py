@@ -22,10 +22,12 @@ LENGTH_BYTES = 8
 MAX_HEADER_BYTES = 100_000_000
 """Longest header that is accepted, as in the reference implementation."""
 
-MAX_DIMENSION = 2**63 - 1
-"""Largest size of one dimension."""
+MAX_SIZE = 2**63 - 1
+"""Largest dimension, position and number of elements."""
 
 _METADATA = "__metadata__"
+_SHOWN = 200
+"""Characters of a foreign name that a message repeats."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,14 +87,14 @@ def parse(text: bytes, file_size: int) -> Header:
 
     :raises HeaderError: anything is malformed; one message per cause.
     """
+    if not text.startswith(b"{"):  # white space before it is legal JSON, and refused by the specification
+        raise HeaderError("the header does not begin with '{': it is not the JSON of a safetensors file")
     try:
         document = json.loads(text.decode("utf-8"), object_pairs_hook=_no_duplicates)
-    except (UnicodeDecodeError, ValueError, RecursionError) as error:
-        if isinstance(error, HeaderError):
-            raise
+    except HeaderError:
+        raise
+    except (ValueError, RecursionError) as error:
         raise HeaderError(f"the header is not valid JSON: {type(error).__name__}: {error}") from error
-    if not isinstance(document, dict):
-        raise HeaderError("the header is not a JSON object")
     metadata = document.pop(_METADATA, {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise HeaderError("__metadata__ must map strings to strings")
@@ -111,15 +113,15 @@ def validate(entries: Sequence[Entry], data_bytes: int) -> None:
     """
     position = 0
     for entry in entries:
-        expected = math.prod(entry.shape) * DTYPE_BYTES[entry.dtype]
+        expected = _numel(entry) * DTYPE_BYTES[entry.dtype]
         if entry.nbytes != expected:
             raise HeaderError(
-                f"tensor {entry.name!r}: {entry.dtype} of shape {list(entry.shape)} takes {expected} bytes, "
+                f"{_label(entry.name)}: {entry.dtype} of shape {_clip(str(list(entry.shape)))} takes {expected} bytes, "
                 f"but its data_offsets span {entry.nbytes}"
             )
         if entry.start != position:
             what = "overlaps the tensor before it" if entry.start < position else "leaves a gap before it"
-            raise HeaderError(f"tensor {entry.name!r} {what}: starts at {entry.start}, expected {position}")
+            raise HeaderError(f"{_label(entry.name)} {what}: starts at {entry.start}, expected {position}")
         position = entry.end
     if position != data_bytes:
         what = "is truncated" if position > data_bytes else "has bytes that no tensor owns"
@@ -160,25 +162,46 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key, value in pairs:
         if key in found:
-            raise HeaderError(f"the header has the key {key!r} twice")
+            raise HeaderError(f"the header has the key {_clip(repr(key))} twice")
         found[key] = value
     return found
 
 
 def _entry(name: str, value: Any) -> Entry:
+    label = _label(name)
+    if not name.isascii() and any("\ud800" <= character <= "\udfff" for character in name):
+        raise HeaderError(f"{label} has a name that is not Unicode text: it holds half a surrogate pair")
     if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
-        raise HeaderError(f"tensor {name!r} must have exactly dtype, shape and data_offsets")
+        raise HeaderError(f"{label} must have exactly dtype, shape and data_offsets")
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
-    if dtype not in DTYPE_BYTES:
-        raise HeaderError(f"tensor {name!r} has the unknown dtype {dtype!r}")
+    if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
+        raise HeaderError(f"{label} has the dtype {_clip(repr(dtype))}, which is unknown here")
     if not isinstance(shape, list) or not all(_is_size(size) for size in shape):
-        raise HeaderError(f"tensor {name!r} has a shape that is not a list of sizes")
+        raise HeaderError(f"{label} has a shape that is not a list of sizes")
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(_is_size(offset) for offset in offsets):
-        raise HeaderError(f"tensor {name!r} has data_offsets that are not two positions")
+        raise HeaderError(f"{label} has data_offsets that are not two positions")
     if offsets[0] > offsets[1]:
-        raise HeaderError(f"tensor {name!r} ends before it begins: {offsets}")
+        raise HeaderError(f"{label} ends before it begins: {offsets}")
     return Entry(name, dtype, tuple(shape), offsets[0], offsets[1])
 
 
+def _numel(entry: Entry) -> int:
+    """Elements of a shape; multiplied in order and stopped at the first overflow, as the reference implementation."""
+    count = 1
+    for size in entry.shape:
+        count *= size
+        if count > MAX_SIZE:
+            raise HeaderError(f"{_label(entry.name)} has a shape that overflows: {_clip(str(entry.shape))}")
+    return count
+
+
 def _is_size(value: Any) -> bool:
-    return type(value) is int and 0 <= value <= MAX_DIMENSION
+    return type(value) is int and 0 <= value <= MAX_SIZE
+
+
+def _label(name: str) -> str:
+    return f"tensor {_clip(repr(name))}"
+
+
+def _clip(text: str) -> str:
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
