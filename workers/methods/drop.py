@@ -51,11 +51,15 @@ class Drop:
         ]
 
     def _drop(self, block: Block, model: int, vector: torch.Tensor, factor: float) -> torch.Tensor:
-        density = self.densities[model]
-        if density >= 1:
+        if self.densities[model] >= 1:
             return vector
-        mask = keep_mask(block.mask_keys[model], block.first, vector.numel(), density)
-        return reference.drop(vector, mask.to(vector.device), factor)
+        return reference.drop(vector, self.mask(block, model), factor)
+
+    def mask(self, block: Block, model: int) -> torch.Tensor:
+        """Which elements of a block one model keeps: bool, shape ``[n]``."""
+        vector = block.models[model]
+        mask = keep_mask(block.mask_keys[model], block.first, vector.numel(), self.densities[model])
+        return mask.to(vector.device)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,10 +78,9 @@ class Norms(SurveyPass):
             if not self.drop.drawn[model]:
                 sums.append(None)
                 continue
-            sizes = reference.finite_or_zero(vector).abs().double()
-            mask = keep_mask(block.mask_keys[model], block.first, sizes.numel(), self.drop.densities[model])
-            kept = torch.where(mask.to(sizes.device), sizes, 0.0)
-            sums.append([reference.block_sum(sizes), reference.block_sum(kept)])
+            finite = reference.finite_or_zero(vector)
+            kept = reference.drop(finite, self.drop.mask(block, model), 1.0)
+            sums.append([reference.block_sum(x.abs().double()) for x in (finite, kept)])
         return {str(block.first // SURVEY_ELEMENTS): sums}
 
     def combine(self, summaries: Sequence[Summary]) -> Summary:

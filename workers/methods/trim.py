@@ -181,7 +181,7 @@ def _add(histograms: Sequence[list[list[int]] | None]) -> list[list[int]] | None
     for histogram in histograms:
         if histogram is None:
             return None
-        bins, counts = histogram
+        bins, counts = np.asarray(histogram, dtype=np.int64)
         total[bins] += counts
     (filled,) = np.nonzero(total)
     return [filled.tolist(), total[filled].tolist()]
