@@ -7,6 +7,7 @@ import secrets
 import signal
 import socket
 import threading
+from pathlib import Path
 from types import FrameType
 
 import structlog
@@ -96,9 +97,10 @@ class Scheduler:
             return [pair for pair in self._running.values() if pair[1].is_alive()]
 
 
-def main(settings: Settings) -> None:
+def main(settings: Settings, ready_file: Path | None = None) -> None:
     """Run a scheduler with its Ray driver until SIGTERM or SIGINT.
 
+    :param ready_file: made when the compute is there and jobs are being claimed, and removed at the end.
     :raises FleetError: Ray cannot be reached or started.
     """
     fleet = FleetSettings(
@@ -123,4 +125,10 @@ def main(settings: Settings) -> None:
             log.exception("no compute")
             raise
         log.info("compute ready", nodes=capacity.nodes, cpus=capacity.cpus, gpus=capacity.gpus)
-        scheduler.run()
+        if ready_file is not None:
+            ready_file.touch()
+        try:
+            scheduler.run()
+        finally:
+            if ready_file is not None:
+                ready_file.unlink(missing_ok=True)

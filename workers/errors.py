@@ -7,6 +7,8 @@
     ├── PlanError (ValueError)               the recipe and its inputs do not fit; lists every problem
     ├── HeaderError (ValueError)             a safetensors header is malformed
     ├── NonFiniteError (ArithmeticError)     NaN or Inf in an input, or an overflow on rounding
+    ├── ServiceUnavailableError (ConnectionError)   the REST API cannot be reached (raised by the client)
+    ├── StackError                           the embedded stack did not come up
     ├── StoreError (OSError)                 the object store refused or failed
     │   ├── ObjectNotFoundError (FileNotFoundError)
     │   ├── AccessDeniedError (PermissionError)
@@ -24,6 +26,8 @@
         ├── OutputConflictError              the output is in use or holds a checkpoint
         ├── JobStoreUnavailableError         Redis cannot be reached, or refuses, after every retry
         ├── JobFailedError                   the job ended in `failed` (raised by the client)
+        │   └── JobCancelledError            the job ended in `cancelled` (raised by the client)
+        ├── JobTimeoutError (TimeoutError)   the job did not end in time (raised by the client)
         └── FleetError                       the compute cluster cannot run the work
 
 All carry their message in ``args`` alone, so that they survive pickling and JSON.
@@ -67,6 +71,14 @@ class HeaderError(MergemillError, ValueError):
 
 class NonFiniteError(MergemillError, ArithmeticError):
     """An input holds NaN or Inf, or rounding to the output dtype overflowed."""
+
+
+class ServiceUnavailableError(MergemillError, ConnectionError):
+    """The REST API cannot be reached, or broke off before it had answered."""
+
+
+class StackError(MergemillError):
+    """The embedded stack did not come up, or could not be kept up."""
 
 
 class StoreError(MergemillError, OSError):
@@ -138,6 +150,14 @@ class JobStoreUnavailableError(JobError):
 
 class JobFailedError(JobError):
     """The job ended in ``failed``."""
+
+
+class JobCancelledError(JobFailedError):
+    """The job ended in ``cancelled``."""
+
+
+class JobTimeoutError(JobError, TimeoutError):
+    """The job did not end in the time that the caller gave it; it goes on."""
 
 
 class FleetError(JobError):

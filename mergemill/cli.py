@@ -1,0 +1,478 @@
+"""The command line: ``mergemill --help``.
+
+What only some commands need is imported by them: torch alone takes longer than ``--help`` may.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from mergemill.sizes import parse_size, size_text
+from workers.errors import JobError, JobFailedError, MergemillError, RecipeError
+
+if TYPE_CHECKING:
+    from rich.console import Console, RenderableType
+
+    from mergemill.client import Client
+    from mergemill.jobs import Job
+    from service.settings import Settings
+
+INTERRUPTED = 130
+"""Exit status after Ctrl-C, as shells have it."""
+
+
+class _Group(TyperGroup):
+    """Commands whose own errors are a message and exit status 1, not a traceback."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except MergemillError as error:
+            from mergemill.show import show_error
+
+            show_error(_console(), error)
+            raise typer.Exit(1) from error
+
+
+app = typer.Typer(
+    cls=_Group,
+    name="mergemill",
+    help="Merge model checkpoints in object storage, bigger than any machine's memory.",
+    no_args_is_help=True,
+    pretty_exceptions_show_locals=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Url = Annotated[str | None, typer.Option(envvar="MERGEMILL_URL", help="Address of the service.")]
+RecipeFile = Annotated[
+    Path, typer.Argument(metavar="RECIPE", exists=True, dir_okay=False, help="Recipe, as mergekit's YAML.")
+]
+JobId = Annotated[str, typer.Argument(metavar="JOB", help="Id of the job.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def _size(text: str) -> int:
+    try:
+        return parse_size(text)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+
+
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a checkpoint that is at the output.")]
+AllowNonfinite = Annotated[
+    bool, typer.Option("--allow-nonfinite", help="Let NaN and Inf in the inputs through.")
+]
+_SIZE = {"parser": _size, "metavar": "SIZE"}
+ShardSize = Annotated[int | None, typer.Option(help="Most bytes of one output file, as 5GB.", **_SIZE)]
+PartSize = Annotated[int | None, typer.Option(help="Output bytes of one unit of work, as 64MiB.", **_SIZE)]
+WorkerMemory = Annotated[int | None, typer.Option(help="Most memory of one worker, as 2GiB.", **_SIZE)]
+
+
+@app.command()
+def up(
+    port: Annotated[
+        int, typer.Option(envvar="MERGEMILL_PORT", min=0, max=65535, help="Port; 0 is a free one.")
+    ] = 8080,
+    host: Annotated[str, typer.Option(envvar="MERGEMILL_HOST", help="Address to listen on.")] = "127.0.0.1",
+    state_dir: Annotated[
+        Path,
+        typer.Option(envvar="MERGEMILL_STATE_DIR", file_okay=False, help="Where jobs and logs are kept."),
+    ] = Path("~/.mergemill"),
+    redis_url: Annotated[
+        str | None,
+        typer.Option(envvar="MERGEMILL_REDIS_URL", show_envvar=True, help="In place of the embedded Valkey."),
+    ] = None,
+    ray_address: Annotated[
+        str | None, typer.Option(envvar="RAY_ADDRESS", help="In place of a local Ray.")
+    ] = None,
+) -> None:
+    """Run everything on this machine: Valkey, a local Ray, the scheduler and the API. Ctrl-C stops all of it."""
+    from mergemill.stack import EmbeddedStack
+
+    console = _console()
+    with _interruptible():
+        try:
+            with console.status("Starting Valkey, Ray, the scheduler and the API"):
+                stack = EmbeddedStack(
+                    state_dir, port, host=host, ray_address=ray_address, redis_url=redis_url
+                )
+            with stack:
+                for line in (
+                    f"Mergemill is up at {stack.url} (its documentation: {stack.url}/docs).",
+                    f"State and logs are in {stack.state_dir}. Ctrl-C stops everything.",
+                    "",
+                    "In another terminal:",
+                    f"  export MERGEMILL_URL={stack.url}",
+                    "  mergemill merge recipe.yml ./merged",
+                ):
+                    typer.echo(line)
+                threading.Event().wait()
+        except KeyboardInterrupt:
+            typer.echo("Stopped.")
+
+
+@app.command()
+def serve(
+    fd: Annotated[int | None, typer.Option(hidden=True, help="A listening socket to accept on.")] = None,
+) -> None:
+    """Run the REST API; see the settings MERGEMILL_HOST, MERGEMILL_PORT and MERGEMILL_REDIS_URL."""
+    import socket
+
+    import uvicorn
+
+    from api.app import create_app
+    from service.logs import configure
+
+    settings = _settings()
+    configure(settings.log_format)
+    config = uvicorn.Config(
+        create_app(settings),
+        host=settings.host,
+        port=settings.port,
+        log_config=None,
+        server_header=False,
+        timeout_graceful_shutdown=10,
+    )
+    server = uvicorn.Server(config)
+    server.run(None if fd is None else [socket.socket(fileno=fd)])
+    if not server.started:
+        raise typer.Exit(1)
+
+
+@app.command()
+def schedule(
+    ready_file: Annotated[
+        Path | None, typer.Option(dir_okay=False, help="Made once jobs are claimed, removed at the end.")
+    ] = None,
+) -> None:
+    """Run a scheduler; see the settings MERGEMILL_REDIS_URL and RAY_ADDRESS. Any number of them may run."""
+    from service import scheduler
+    from service.logs import configure
+
+    settings = _settings()
+    configure(settings.log_format)
+    scheduler.main(settings, ready_file)
+
+
+@app.command()
+def merge(
+    recipe: RecipeFile,
+    output: Annotated[
+        str, typer.Argument(metavar="OUTPUT", help="s3://bucket/prefix, file:///dir or a path.")
+    ],
+    url: Url = None,
+    overwrite: Overwrite = False,
+    allow_nonfinite: AllowNonfinite = False,
+    shard_size: ShardSize = None,
+    part_size: PartSize = None,
+    worker_memory: WorkerMemory = None,
+    as_json: AsJson = False,
+) -> None:
+    """Merge, and wait for it: on the service, or on an embedded stack of its own. Ctrl-C cancels."""
+    from mergemill.show import job_progress
+
+    document = _read_recipe(recipe)
+    options = _options(overwrite, allow_nonfinite, shard_size, part_size, worker_memory)
+    console = _console()
+    with _interruptible(), _service(url, console) as client:
+        job = _submit(client, document, output, options)
+        with job_progress(console) as show:
+            try:
+                done = client.wait(job.id, show)
+            except KeyboardInterrupt:
+                console.print("Cancelling; Ctrl-C again leaves the job alone.")
+                _cancel_and_wait(client, job.id, console)
+                raise typer.Exit(INTERRUPTED) from None
+    _show_done(done, as_json)
+
+
+@app.command()
+def plan(
+    recipe: RecipeFile,
+    output: Annotated[str | None, typer.Argument(metavar="[OUTPUT]", help="Where it would go.")] = None,
+    url: Url = None,
+    shard_size: ShardSize = None,
+    part_size: PartSize = None,
+    worker_memory: WorkerMemory = None,
+    as_json: AsJson = False,
+) -> None:
+    """Check and price a merge without running it: on the service, or right here without any server."""
+    from mergemill import recipes
+    from mergemill.show import price_table
+
+    document = _read_recipe(recipe)
+    options = _options(False, False, shard_size, part_size, worker_memory)
+    place = None if output is None else recipes.output_uri(output, Path.cwd())
+    with _hub_names_explained(document):
+        if url is not None:
+            with _client(url) as client:
+                found = client.plan(document, place, **options)
+        else:
+            from mergemill.local import plan_here
+
+            found = plan_here(document, place, options, _settings())
+    _print(found, price_table(found), as_json)
+
+
+@app.command()
+def submit(
+    recipe: RecipeFile,
+    output: Annotated[
+        str, typer.Argument(metavar="OUTPUT", help="s3://bucket/prefix, file:///dir or a path.")
+    ],
+    url: Url = None,
+    overwrite: Overwrite = False,
+    allow_nonfinite: AllowNonfinite = False,
+    shard_size: ShardSize = None,
+    part_size: PartSize = None,
+    worker_memory: WorkerMemory = None,
+    as_json: AsJson = False,
+) -> None:
+    """Have a merge queued and print the job's id."""
+    document = _read_recipe(recipe)
+    options = _options(overwrite, allow_nonfinite, shard_size, part_size, worker_memory)
+    with _client(url) as client:
+        job = _submit(client, document, output, options)
+    typer.echo(_json(job.body) if as_json else job.id)
+
+
+@app.command()
+def status(job: JobId, url: Url = None, as_json: AsJson = False) -> None:
+    """Show a job."""
+    from mergemill.show import job_lines
+
+    with _client(url) as client:
+        found = client.get(job)
+    typer.echo(_json(found.body) if as_json else "\n".join(job_lines(found)))
+
+
+@app.command()
+def watch(job: JobId, url: Url = None, as_json: AsJson = False) -> None:
+    """Wait for a job and show its progress. Ctrl-C stops the watching, not the job."""
+    from mergemill.show import job_progress
+
+    with _client(url) as client, job_progress(_console()) as show:
+        done = client.wait(job, show)
+    _show_done(done, as_json)
+
+
+@app.command()
+def cancel(job: JobId, url: Url = None) -> None:
+    """Ask for a job's end."""
+    with _client(url) as client:
+        found = client.cancel(job)
+    typer.echo(f"{found.id} {found.state if found.is_terminal else 'is being cancelled'}")
+
+
+@app.command("list")
+def list_jobs(
+    url: Url = None,
+    state: Annotated[str | None, typer.Option(help="Only jobs in this state.")] = None,
+    limit: Annotated[int, typer.Option(min=1, help="Most jobs to show.")] = 50,
+    as_json: AsJson = False,
+) -> None:
+    """List jobs, newest first."""
+    from itertools import islice
+
+    from mergemill.show import job_table
+
+    with _client(url) as client:
+        found = list(islice(client.jobs(state), limit))
+    _print([job.body for job in found], job_table(found) if found else "no jobs", as_json)
+
+
+@app.command()
+def download(
+    job: JobId,
+    directory: Annotated[Path, typer.Argument(metavar="DIR", file_okay=False, help="Where the files go.")],
+    url: Url = None,
+) -> None:
+    """Download a merged checkpoint and check its digests. Run it again to go on where it broke off."""
+    from mergemill.show import byte_progress
+
+    with _interruptible(), _client(url) as client, byte_progress(_console(), job) as show:
+        client.download(job, directory, show)
+    typer.echo(f"{directory} holds the checkpoint of {job}, every digest checked")
+
+
+@app.command()
+def methods(url: Url = None, as_json: AsJson = False) -> None:
+    """List the merge methods and their parameters."""
+    from mergemill.show import method_table
+
+    if url is not None:
+        with _client(url) as client:
+            found = client.methods()
+    else:
+        from mergemill.local import methods_here
+
+        found = methods_here()
+    _print(found, method_table(found), as_json)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        typer.echo(f"mergemill {version('mergemill')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_show_version, help="Print the version.")
+    ] = False,
+) -> None:
+    """Take the options that go before a command."""
+
+
+def _console() -> Console:
+    """Where people look: standard error, so that standard output is the answer alone."""
+    from rich.console import Console
+
+    return Console(stderr=True)
+
+
+def _print(value: Any, shown: RenderableType, as_json: bool) -> None:
+    """Print an answer, as JSON or for people."""
+    from rich.console import Console
+
+    if as_json:
+        typer.echo(_json(value))
+        return
+    console = Console()
+    if not console.is_terminal:
+        console.width = 10_000  # lines are not broken by a width that nobody has
+    console.print(shown)
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, indent=2, ensure_ascii=False)
+
+
+def _settings() -> Settings:
+    from pydantic import ValidationError
+    from pydantic_settings import SettingsError
+
+    from service.recipe import validation_problems
+    from service.settings import Settings
+
+    try:
+        return Settings()
+    except ValidationError as error:
+        for problem in validation_problems(error):
+            typer.echo(f"error: setting {problem}", err=True)
+        raise typer.Exit(2) from error
+    except SettingsError as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(2) from error
+
+
+def _client(url: str | None) -> Client:
+    from mergemill.client import Client
+
+    return Client(url)
+
+
+@contextmanager
+def _service(url: str | None, console: Console) -> Iterator[Client]:
+    """A client of the service at ``url``, or of a stack that is started for it and stopped afterwards."""
+    if url is not None:
+        with _client(url) as client:
+            yield client
+        return
+    from mergemill.stack import EmbeddedStack
+
+    with console.status("Starting an embedded stack"):
+        stack = EmbeddedStack()
+    with stack, _client(stack.url) as client:
+        yield client
+
+
+def _read_recipe(path: Path) -> dict[str, Any]:
+    """The recipe with local paths as URIs."""
+    from mergemill import recipes
+
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path} cannot be read: {error}") from error
+    return recipes.localise(recipes.read(text), Path.cwd())
+
+
+def _options(
+    overwrite: bool, allow_nonfinite: bool, shard: int | None, part: int | None, memory: int | None
+) -> dict[str, Any]:
+    given = {
+        "overwrite": overwrite or None,
+        "allow_nonfinite": allow_nonfinite or None,
+        "shard_bytes": shard,
+        "part_bytes": part,
+        "worker_memory_bytes": memory,
+    }
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def _submit(client: Client, recipe: dict[str, Any], output: str, options: dict[str, Any]) -> Job:
+    from mergemill import recipes
+
+    with _hub_names_explained(recipe):
+        return client.submit(recipe, recipes.output_uri(output, Path.cwd()), **options)
+
+
+@contextmanager
+def _hub_names_explained(recipe: dict[str, Any]) -> Iterator[None]:
+    """Where a name turns out to be unknown to the service, say too that it is no directory here."""
+    from mergemill import recipes
+
+    try:
+        yield
+    except RecipeError as error:
+        hint = recipes.hub_name_hint(recipe, error.problems, Path.cwd())
+        if hint is None:
+            raise
+        raise type(error)(*error.problems, hint) from error
+
+
+def _cancel_and_wait(client: Client, job: str, console: Console) -> None:
+    try:
+        client.cancel(job)
+    except JobError as error:  # it has ended, or is committing, which is over soon
+        console.print(f"Too late: {error}", highlight=False, soft_wrap=True)
+    try:
+        client.wait(job)
+    except JobFailedError as error:
+        console.print(str(error), highlight=False, soft_wrap=True)
+    else:
+        console.print(f"{job} succeeded", highlight=False)
+
+
+def _show_done(job: Job, as_json: bool) -> None:
+    if as_json:
+        typer.echo(_json(job.body))
+        return
+    for notice in job.notices:
+        typer.echo(f"note: {notice}", err=True)
+    typer.echo(f"{job.id} succeeded: {size_text(job.progress.bytes_total)} at {job.output}")
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Have SIGTERM and SIGHUP do what Ctrl-C does: everything that was begun is ended in order."""
+    numbers = [signal.SIGTERM, signal.SIGHUP] if threading.current_thread() is threading.main_thread() else []
+    before = {number: signal.signal(number, signal.default_int_handler) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

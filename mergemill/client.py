@@ -1,0 +1,288 @@
+"""The Python client: Mergemill's REST API, and nothing of the service behind it."""
+
+from __future__ import annotations
+
+import builtins
+import json
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Self
+
+import httpx
+
+from mergemill import download, recipes
+from mergemill.jobs import File, Job, JobPage
+from workers.errors import (
+    ConflictError,
+    JobCancelledError,
+    JobFailedError,
+    JobNotFoundError,
+    JobStoreUnavailableError,
+    JobTimeoutError,
+    MergemillError,
+    RecipeError,
+    ServiceUnavailableError,
+    from_json,
+)
+
+DEFAULT_URL = "http://127.0.0.1:8080"
+"""Where ``mergemill up`` listens."""
+
+POLL_S = (0.1, 1.0)
+"""Shortest and longest time between two looks at a job, in seconds; in between, a tenth of the time waited."""
+
+PATIENCE_S = 60.0
+"""How long :meth:`Client.wait` bears with an API that does not answer (it may be restarted), in seconds."""
+
+_PROBLEM = "urn:mergemill:error:"
+_BY_STATUS: Mapping[int, type[MergemillError]] = {
+    404: JobNotFoundError,
+    409: ConflictError,
+    422: RecipeError,
+    503: JobStoreUnavailableError,
+}
+
+
+class Client:
+    """A Mergemill service. Thread safe; may be used as a context manager, which closes its connections.
+
+    All methods raise :class:`workers.errors.MergemillError`: the service's own errors under their own
+    classes (:class:`~workers.errors.RecipeError` with all its ``problems``,
+    :class:`~workers.errors.JobNotFoundError`, :class:`~workers.errors.ConflictError`, …), and
+    :class:`~workers.errors.ServiceUnavailableError` when nobody answers.
+
+    :param url: the service's address; else ``MERGEMILL_URL``; else :data:`DEFAULT_URL`.
+    :param timeout: how long one request may take to connect, or to go on, in seconds.
+    :param transport: what carries the requests, for tests.
+    """
+
+    def __init__(
+        self, url: str | None = None, *, timeout: float = 30.0, transport: httpx.BaseTransport | None = None
+    ) -> None:
+        self.url = (url or os.environ.get("MERGEMILL_URL") or DEFAULT_URL).rstrip("/")
+        if not self.url.startswith(("http://", "https://")):
+            raise MergemillError(f"{self.url!r} is not the address of a service; write http://host:port")
+        self._http = httpx.Client(
+            base_url=self.url, timeout=timeout, transport=transport, headers={"Accept-Encoding": "identity"}
+        )
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._http.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"Client({self.url!r})"
+
+    def submit(self, recipe: Mapping[str, Any] | str, output: str, **options: Any) -> Job:
+        """Have a merge queued.
+
+        :param recipe: mergekit's YAML, or the same as a mapping.
+        :param output: ``s3://bucket/prefix`` or ``file:///directory`` (on the service's machine).
+        :param options: ``shard_bytes``, ``part_bytes``, ``whole_tensor_bytes``, ``worker_memory_bytes``,
+            ``overwrite``, ``allow_nonfinite``; what is ``None`` or left out is the service's default.
+        :raises RecipeError: the request is wrong; lists every problem.
+        """
+        return Job.from_json(self._post("/v1/merges", _request(recipe, output, options)))
+
+    def plan(
+        self, recipe: Mapping[str, Any] | str, output: str | None = None, **options: Any
+    ) -> dict[str, Any]:
+        """Plan and price a merge without running it: its digest, price, shards and notices.
+
+        :raises RecipeError: the merge would fail; lists every problem of every model.
+        """
+        found: dict[str, Any] = self._post("/v1/plans", _request(recipe, output, options))
+        return found
+
+    def get(self, job: str) -> Job:
+        """One job, as it is now.
+
+        :raises JobNotFoundError: there is none.
+        """
+        return Job.from_json(self._get(f"/v1/merges/{_segment(job)}"))
+
+    def list(self, limit: int = 50, cursor: str | None = None, state: str | None = None) -> JobPage:
+        """A page of jobs, newest first."""
+        asked = {"limit": limit, "cursor": cursor, "state": state}
+        body = self._get("/v1/merges", {name: value for name, value in asked.items() if value is not None})
+        return JobPage(tuple(map(Job.from_json, body["jobs"])), body["next_cursor"])
+
+    def jobs(self, state: str | None = None) -> Iterator[Job]:
+        """All jobs, newest first, fetched page by page."""
+        cursor = None
+        while True:
+            page = self.list(200, cursor, state)
+            yield from page.jobs
+            cursor = page.next_cursor
+            if cursor is None:
+                return
+
+    def cancel(self, job: str) -> Job:
+        """Ask for a job's end; it is ``cancelled`` soon after.
+
+        :raises JobError: it is committing, or has ended.
+        """
+        return Job.from_json(self._post(f"/v1/merges/{_segment(job)}/cancel", None))
+
+    def wait(
+        self, job: str, on_progress: Callable[[Job], None] | None = None, timeout: float | None = None
+    ) -> Job:
+        """Wait until a job has succeeded.
+
+        :param on_progress: called with the job after every look at it.
+        :param timeout: the longest wait, in seconds.
+        :raises JobFailedError: it failed (its own error is the ``__cause__``) or was cancelled.
+        :raises JobTimeoutError: it has not ended in time.
+        """
+        begun = heard = time.monotonic()
+        while True:
+            try:
+                found = self.get(job)
+            except (ServiceUnavailableError, JobStoreUnavailableError):
+                if time.monotonic() - heard > PATIENCE_S:
+                    raise
+            else:
+                heard = time.monotonic()
+                if on_progress is not None:
+                    on_progress(found)
+                if found.is_terminal:
+                    return _succeeded(found)
+            waited = time.monotonic() - begun
+            pause = min(max(POLL_S[0], waited / 10), POLL_S[1])
+            if timeout is not None:
+                if waited >= timeout:
+                    raise JobTimeoutError(f"{job} has not ended within {timeout:g} s")
+                pause = min(pause, timeout - waited)
+            time.sleep(pause)
+
+    def files(self, job: str) -> builtins.list[File]:
+        """The files of a merged checkpoint.
+
+        :raises ConflictError: the job has not succeeded.
+        """
+        body = self._get(f"/v1/merges/{_segment(job)}/files")
+        return [File(item["name"], item["size"], item["digest"], item["url"]) for item in body["files"]]
+
+    def download(
+        self, job: str, directory: str | Path, on_progress: Callable[[int, int], None] | None = None
+    ) -> Path:
+        """Download a merged checkpoint, several files at once, and check every digest.
+
+        What an interrupted download left behind is used; what is already there is checked and kept. The
+        index comes last, so that a checkpoint that can be loaded is whole.
+
+        :param on_progress: called with the bytes that are here, and those of all files.
+        :returns: the directory.
+        :raises ConflictError: the job has not succeeded.
+        :raises StoreError: the store does not give a file, or the bytes are not those of the merge.
+        """
+        place = Path(directory)
+        download.download(self._http, self.url, lambda: self.files(job), place, on_progress)
+        return place
+
+    def methods(self) -> builtins.list[dict[str, Any]]:
+        """Every merge method, with the JSON schemas of its parameters."""
+        found: builtins.list[dict[str, Any]] = self._get("/v1/methods")
+        return found
+
+    def ready(self) -> dict[str, Any]:
+        """What the service says about its readiness: ``status``, ``missing`` and ``warnings``.
+
+        :raises JobStoreUnavailableError: it cannot accept jobs now.
+        """
+        found: dict[str, Any] = self._get("/readyz")
+        return found
+
+    def _get(self, path: str, params: Mapping[str, Any] | None = None) -> Any:
+        return self._answer(self._http.build_request("GET", path, params=params))
+
+    def _post(self, path: str, body: Mapping[str, Any] | None) -> Any:
+        if body is None:
+            return self._answer(self._http.build_request("POST", path))
+        try:
+            content = json.dumps(body, allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise RecipeError(f"the recipe cannot be written as JSON: {error}") from error
+        headers = {"Content-Type": "application/json"}
+        return self._answer(self._http.build_request("POST", path, content=content, headers=headers))
+
+    def _answer(self, request: httpx.Request) -> Any:
+        try:
+            response = self._http.send(request)
+        except httpx.HTTPError as error:
+            raise _unreachable(self.url, error) from error
+        if response.is_success:
+            try:
+                return response.json()
+            except ValueError as error:
+                raise MergemillError(f"{request.url} does not speak Mergemill's REST API") from error
+        raise _problem(response)
+
+
+def _request(
+    recipe: Mapping[str, Any] | str, output: str | None, options: Mapping[str, Any]
+) -> dict[str, Any]:
+    document = recipes.read(recipe) if isinstance(recipe, str) else dict(recipe)
+    given = {name: value for name, value in options.items() if value is not None}
+    where = {} if output is None else {"output": output}
+    return {"recipe": document, **where, "options": given}
+
+
+def _segment(job: str) -> str:
+    if not job or not all(char.isascii() and (char.isalnum() or char in "-_") for char in job):
+        raise JobNotFoundError(f"{job!r} is not the id of a job")
+    return job
+
+
+def _succeeded(job: Job) -> Job:
+    if job.state == "succeeded":
+        return job
+    if job.state == "cancelled":
+        raise JobCancelledError(f"{job.id} was cancelled")
+    cause = from_json(dict(job.error or {"type": "MergemillError", "detail": "it does not say why"}))
+    raise JobFailedError(f"{job.id} failed: {type(cause).__name__}: {cause}") from cause
+
+
+def _unreachable(url: str, error: httpx.HTTPError) -> ServiceUnavailableError:
+    if isinstance(error, httpx.ConnectError | httpx.ConnectTimeout):
+        return ServiceUnavailableError(
+            f"no Mergemill service answers at {url} ({error}): start one with `mergemill up`, or name another "
+            "with --url or MERGEMILL_URL"
+        )
+    why = str(error) or type(error).__name__
+    return ServiceUnavailableError(f"the Mergemill service at {url} did not answer: {why}")
+
+
+def _problem(response: httpx.Response) -> MergemillError:
+    """The error that an RFC 9457 problem stands for."""
+    try:
+        body = response.json()
+    except ValueError:
+        body = None
+    if not isinstance(body, dict):
+        return MergemillError(
+            f"{response.request.url} answered {response.status_code} {response.reason_phrase}"
+        )
+    if body.get("status") == "unavailable":  # /readyz
+        missing = "; ".join(f"{name}: {why}" for name, why in body.get("missing", {}).items())
+        return JobStoreUnavailableError(f"the service is not ready: {missing}")
+    detail = str(body.get("detail") or body.get("title") or response.reason_phrase)
+    problems = body.get("errors")
+    kind = str(body.get("type", ""))
+    if kind.startswith(_PROBLEM) and kind != f"{_PROBLEM}request":
+        name = "".join(word.capitalize() for word in kind.removeprefix(_PROBLEM).split("_")) + "Error"
+        found = from_json({"type": name, "detail": detail, "problems": problems})
+        if type(found) is not MergemillError:
+            return found
+    status = response.status_code
+    if status == 422:
+        return RecipeError(*(map(str, problems) if isinstance(problems, list) else [detail]))
+    return _BY_STATUS.get(status, MergemillError)(f"{detail} (HTTP {status} from {response.request.url})")

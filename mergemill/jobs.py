@@ -1,0 +1,114 @@
+"""What the client returns: jobs, their progress and their files, frozen."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from datetime import datetime
+from typing import Any, Self
+
+TERMINAL_STATES = frozenset({"succeeded", "failed", "cancelled"})
+"""States in which nothing can happen any more."""
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far a job is."""
+
+    bytes_done: int = 0
+    """Output bytes in finished parts."""
+    bytes_total: int = 0
+    """Output bytes of all parts; 0 until the job is planned."""
+    bytes_read: int = 0
+    """Input bytes read so far."""
+    parts_done: int = 0
+    """Finished parts."""
+    parts_total: int = 0
+    """All parts."""
+    surveys_done: int = 0
+    """Finished survey passes."""
+    surveys_total: int = 0
+    """All survey passes."""
+
+    @classmethod
+    def from_json(cls, body: Mapping[str, Any]) -> Self:
+        """Read what the API says; keys of a newer API are passed over."""
+        return cls(**{item.name: int(body[item.name]) for item in fields(cls) if item.name in body})
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A merge job as the API last described it."""
+
+    id: str
+    """Its id."""
+    state: str
+    """`queued`, `planning`, `running`, `committing`, `succeeded`, `failed` or `cancelled`."""
+    output: str
+    """Where the checkpoint goes."""
+    created_at: datetime
+    """When it was accepted."""
+    updated_at: datetime
+    """When it last changed."""
+    cancel_requested: bool
+    """Whether somebody asked for its end."""
+    progress: Progress
+    """How far it is."""
+    error: Mapping[str, Any] | None
+    """Why it failed: `type`, `detail` and, where there are several, `problems`."""
+    body: Mapping[str, Any] = field(repr=False)
+    """All that the API said: recipe, options, price, notices and history too."""
+
+    @classmethod
+    def from_json(cls, body: Mapping[str, Any]) -> Self:
+        """Read what the API says."""
+        return cls(
+            id=body["id"],
+            state=body["state"],
+            output=body["output"],
+            created_at=datetime.fromisoformat(body["created_at"]),
+            updated_at=datetime.fromisoformat(body["updated_at"]),
+            cancel_requested=body["cancel_requested"],
+            progress=Progress.from_json(body["progress"]),
+            error=body["error"],
+            body=body,
+        )
+
+    @property
+    def is_terminal(self) -> bool:
+        """Whether nothing can happen any more."""
+        return self.state in TERMINAL_STATES
+
+    @property
+    def notices(self) -> tuple[str, ...]:
+        """What the planner wants you to know."""
+        return tuple(self.body.get("notices") or ())
+
+    @property
+    def method(self) -> str:
+        """The recipe's merge method."""
+        return str(self.body.get("recipe", {}).get("merge_method", ""))
+
+
+@dataclass(frozen=True, slots=True)
+class JobPage:
+    """A page of jobs, newest first."""
+
+    jobs: tuple[Job, ...]
+    """The jobs."""
+    next_cursor: str | None
+    """What to ask for the next page with; ``None`` on the last one."""
+
+
+@dataclass(frozen=True, slots=True)
+class File:
+    """A file of a merged checkpoint."""
+
+    name: str
+    """File name."""
+    size: int
+    """Length in bytes."""
+    digest: str
+    """``sha256:`` of the bytes, or ``sha256-tree-1mib:`` for shards, then hex digits."""
+    url: str
+    """Where to download it."""

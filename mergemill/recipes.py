@@ -1,0 +1,105 @@
+"""Recipes as the client and the command line read them: YAML to a mapping, and local paths to URIs.
+
+What a recipe may say is the service's to decide; nothing is checked here but that it is one document.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from workers.errors import RecipeError
+
+
+def read(text: str) -> dict[str, Any]:
+    """A recipe's YAML (or JSON, which is YAML) as a mapping.
+
+    :raises RecipeError: it is not one YAML document, or not a mapping.
+    """
+    try:
+        documents = list(yaml.safe_load_all(text))
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        raise RecipeError(f"the recipe is not valid YAML: {error}") from error
+    if len(documents) != 1:
+        raise RecipeError(f"the recipe must be one YAML document, this is {len(documents)}")
+    if not isinstance(documents[0], dict):
+        raise RecipeError("the recipe must be a mapping with `merge_method` and `models`")
+    return documents[0]
+
+
+def localise(recipe: Mapping[str, Any], directory: Path) -> dict[str, Any]:
+    """The recipe with every local directory that it names as an absolute ``file://`` URI.
+
+    A name that is a directory, seen from ``directory``, means that directory; hub names and URIs stay. The
+    same name is written the same way everywhere, so that `tokenizer_source` still names its model.
+
+    :raises RecipeError: names that can only be paths, and lead nowhere.
+    """
+    problems: list[str] = []
+
+    def place(field: str, value: Any) -> Any:
+        if not isinstance(value, str):
+            return value  # the service says what is wrong with it
+        try:
+            return local_uri(value, directory)
+        except RecipeError as error:
+            problems.extend(f"{field}: {problem}" for problem in error.problems)
+            return value
+
+    changed = dict(recipe)
+    for field in ("base_model", "tokenizer_source", "buffers"):
+        if field in changed and changed[field] not in {"base", "union"}:
+            changed[field] = place(field, changed[field])
+    models = changed.get("models")
+    if isinstance(models, list):
+        changed["models"] = [
+            {**entry, "model": place(f"models.{index}.model", entry.get("model"))}
+            if isinstance(entry, dict) and "model" in entry
+            else entry
+            for index, entry in enumerate(models)
+        ]
+    if problems:
+        raise RecipeError(*dict.fromkeys(problems))
+    return changed
+
+
+def local_uri(name: str, directory: Path) -> str:
+    """``name`` as an absolute ``file://`` URI if it is a directory here; a URI or a hub name as it is.
+
+    :raises RecipeError: it is written as a path, and no directory is there.
+    """
+    if "://" in name:
+        return name
+    path = directory / Path(name).expanduser()
+    if path.is_dir():
+        return path.resolve().as_uri()
+    if name.startswith(("/", "./", "../", "~")) or name in {".", ".."}:
+        raise RecipeError(f"{name!r}: there is no directory {path}")
+    return name
+
+
+def output_uri(name: str, directory: Path) -> str:
+    """Where a checkpoint goes: URIs as they are, anything else as a path seen from ``directory``."""
+    if "://" in name:
+        return name
+    return (directory / Path(name).expanduser()).resolve().as_uri()
+
+
+def hub_name_hint(recipe: Mapping[str, Any], problems: Sequence[str], directory: Path) -> str | None:
+    """What to add to ``problems`` about names that the service does not know: they are no directory here either."""
+    entries = recipe.get("models")
+    listed = (
+        [entry.get("model") for entry in entries if isinstance(entry, dict)]
+        if isinstance(entries, list)
+        else []
+    )
+    names = dict.fromkeys(name for name in [recipe.get("base_model"), *listed] if isinstance(name, str))
+    unknown = [
+        name for name in names if "://" not in name and any(repr(name) in problem for problem in problems)
+    ]
+    if not unknown:
+        return None
+    return f"there is no directory {' or '.join(map(repr, unknown))} in {directory} either"
