@@ -56,16 +56,16 @@ def _inherited(stage: str) -> list[tuple[str, list[str]]]:
     return [*(_inherited(parent) if parent in STAGES else []), *own]
 
 
-def _setting_names(model: type[BaseModel] = Settings, prefix: str = "MERGEMILL_") -> set[str]:
-    """Every environment variable that sets something."""
-    names = set()
+def _settings(model: type[BaseModel] = Settings, prefix: str = "MERGEMILL_") -> dict[str, str]:
+    """Every environment variable that sets something, with its default as the guide writes it."""
+    found: dict[str, str] = {}
     for name, field in model.model_fields.items():
         kind = field.annotation
         if isinstance(kind, type) and issubclass(kind, BaseModel):
-            names |= _setting_names(kind, f"{prefix}{name.upper()}__")
+            found |= _settings(kind, f"{prefix}{name.upper()}__")
         else:
-            names.add(f"{prefix}{name.upper()}")
-    return names
+            found[f"{prefix}{name.upper()}"] = "–" if field.default is None else f"`{field.default}`"
+    return found
 
 
 def _pinned(image: str) -> bool:
@@ -177,7 +177,7 @@ def test_a_ray_node_offers_what_it_is_told_to(name: str) -> None:
 
 
 def test_named_settings_exist() -> None:
-    settings = _setting_names()
+    settings = set(_settings())
     named = {key for service in SERVICES.values() for key in service.get("environment", {})}
     named |= {
         word.partition("=")[0]
@@ -192,6 +192,14 @@ def test_named_settings_exist() -> None:
     # The client's variable, the compose file's own, and the oracle's are no settings of the service.
     assert named - settings <= {"MERGEMILL_URL", "MERGEMILL_BUCKET", "MERGEMILL_ORACLE_PYTHON"}
     assert "MERGEMILL_STORE__S3_ENDPOINT_URL" in named
+
+
+def test_the_guide_lists_every_setting_with_its_default() -> None:
+    guide = (ROOT / "docs/operations.md").read_text()
+    rows = re.findall(
+        r"^\| `(MERGEMILL_[A-Z0-9_]+)` \| (\S+) \| \S", guide.partition("## All settings")[2], re.MULTILINE
+    )
+    assert dict(rows) == _settings()
 
 
 @pytest.mark.parametrize("target", ["cpu", "gpu"])
