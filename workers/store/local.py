@@ -9,6 +9,7 @@ may use a directory at once, on one machine or on a shared file system with work
 from __future__ import annotations
 
 import builtins
+import contextlib
 import json
 import os
 import stat
@@ -89,11 +90,10 @@ class LocalStore:
             status = _status(path)
             if status is not None and stat.S_ISDIR(status.st_mode):
                 return
-            path.unlink(missing_ok=True)
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+                path.unlink()
+                files.sync_directory(path.parent)
             _forget_metadata(path, status)
-            if not path.parent.is_dir():
-                return
-            files.sync_directory(path.parent)
             files.prune(path.parent)
 
     def list(self, prefix: str) -> Iterator[ObjectInfo]:

@@ -37,6 +37,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+PAGE = 1000
+"""Entries asked for at a time when listing: the most that S3 gives."""
+
 
 class S3Store:
     """The :class:`~workers.store.base.ObjectStore` of ``s3:`` URIs."""
@@ -184,18 +187,14 @@ class S3Store:
         if scheme(prefix) != "s3":
             raise StoreError(f"{prefix!r} is no s3: URI")
         bucket, _, key = prefix.partition("://")[2].partition("/")
-        more: dict[str, Any] = {}
+        query: dict[str, Any] = {"Bucket": bucket, "Prefix": key, "MaxKeys": PAGE}
         while True:
-            page = self._connection.call(
-                "list",
-                prefix,
-                lambda: self._client.list_objects_v2(Bucket=bucket, Prefix=key, **more),  # noqa: B023
-            )
+            page = self._connection.call("list", prefix, lambda: self._client.list_objects_v2(**query))
             for item in page.get("Contents", []):
                 yield ObjectInfo(f"s3://{bucket}/{item['Key']}", item["Size"], _plain(item["ETag"]))
             if not page.get("IsTruncated"):
                 return
-            more = {"ContinuationToken": page["NextContinuationToken"]}
+            query.update(ContinuationToken=page["NextContinuationToken"])
 
     def presign(self, uri: str, expires_s: int) -> str | None:
         """See :meth:`ObjectStore.presign`. Nothing is sent; seven days at most."""
@@ -280,15 +279,12 @@ class S3Store:
 
     def list_parts(self, upload: Upload) -> builtins.list[UploadedPart]:
         """See :meth:`ObjectStore.list_parts`."""
-        names = _upload_names(upload)
+        query = _upload_names(upload) | {"MaxParts": PAGE}
         parts: builtins.list[UploadedPart] = []
-        more: dict[str, Any] = {}
         while True:
             try:
                 page = self._connection.call(
-                    "list the parts of",
-                    upload.uri,
-                    lambda: self._client.list_parts(**names, **more),  # noqa: B023
+                    "list the parts of", upload.uri, lambda: self._client.list_parts(**query)
                 )
             except ObjectNotFoundError as error:  # Ceph 16 answers NoSuchKey
                 raise UploadNotFoundError(str(error)) from error
@@ -298,25 +294,23 @@ class S3Store:
             ]
             if not page.get("IsTruncated"):
                 return parts
-            more = {"PartNumberMarker": page["NextPartNumberMarker"]}
+            query.update(PartNumberMarker=page["NextPartNumberMarker"])
 
     def list_uploads(self, uri: str) -> builtins.list[Upload]:
         """See :meth:`ObjectStore.list_uploads`."""
         bucket, key = split_s3(uri)
         uploads: builtins.list[Upload] = []
-        more: dict[str, Any] = {}
+        query: dict[str, Any] = {"Bucket": bucket, "Prefix": key, "MaxUploads": PAGE}
         while True:
             page = self._connection.call(
-                "list the uploads of",
-                uri,
-                lambda: self._client.list_multipart_uploads(Bucket=bucket, Prefix=key, **more),  # noqa: B023
+                "list the uploads of", uri, lambda: self._client.list_multipart_uploads(**query)
             )
             uploads += [
                 Upload(uri, item["UploadId"]) for item in page.get("Uploads", []) if item["Key"] == key
             ]
             if not page.get("IsTruncated"):
                 return uploads
-            more = {"KeyMarker": page["NextKeyMarker"], "UploadIdMarker": page["NextUploadIdMarker"]}
+            query.update(KeyMarker=page["NextKeyMarker"], UploadIdMarker=page["NextUploadIdMarker"])
 
     def complete(self, upload: Upload, parts: Sequence[UploadedPart]) -> None:
         """See :meth:`ObjectStore.complete`.

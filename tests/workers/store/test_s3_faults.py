@@ -1,0 +1,262 @@
+"""The S3 store when the server or the network fails: what is retried, how often, and what is said in the end."""
+
+from __future__ import annotations
+
+import pickle
+import socket
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from tests.workers.store.faulty import Answer, FaultyServer, error, faulty_server, ranged
+from workers.errors import (
+    AccessDeniedError,
+    AlreadyExistsError,
+    InvalidPartError,
+    ObjectChangedError,
+    StoreError,
+    StoreUnavailableError,
+    TruncatedReadError,
+    UploadNotFoundError,
+)
+from workers.store import StoreSettings, Upload, UploadedPart, read_range
+from workers.store.s3 import S3Store
+
+URI = "s3://bucket/object"
+UPLOAD = Upload(URI, "u1")
+ATTEMPTS = 4
+HEAD = Answer(200, b"", {"ETag": '"e1"', "x-amz-meta-plan": "p"}, length=5)
+WRITTEN = Answer(200, b"", {"ETag": '"e1"'})
+
+
+def _settings(url: str, **changes: object) -> StoreSettings:
+    return StoreSettings.model_validate(
+        {
+            "s3_endpoint_url": url,
+            "s3_region": "us-east-1",
+            "s3_access_key_id": "test",
+            "s3_secret_access_key": "test",
+            "s3_addressing_style": "path",
+            "s3_max_attempts": ATTEMPTS,
+            "s3_retry_wait_s": 0.001,
+            "s3_read_timeout_s": 0.3,
+        }
+        | changes
+    )
+
+
+Serving = Callable[..., tuple[S3Store, FaultyServer]]
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[FaultyServer]:
+    with faulty_server() as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def stores(server: FaultyServer) -> Iterator[dict[str, S3Store]]:
+    """One store per setting: making a boto3 client takes longer than most tests here."""
+    made: dict[str, S3Store] = {}
+    yield made
+    for store in made.values():
+        store.close()
+
+
+@pytest.fixture
+def serving(server: FaultyServer, stores: dict[str, S3Store]) -> Serving:
+    def serve(*script: Answer, **changes: object) -> tuple[S3Store, FaultyServer]:
+        server.restart(*script)
+        settings = _settings(server.url, **changes)
+        return stores.setdefault(repr(changes), S3Store(settings)), server
+
+    return serve
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        error(503, "SlowDown"),
+        error(500, "InternalError"),
+        error(502, "BadGateway"),
+        error(429, "TooManyRequests"),
+        error(400, "RequestTimeout"),
+        Answer(0, reset=True),
+        Answer(0),
+        Answer(hang=True),
+        ranged(b"01234", 0, 10, length=10),
+        ranged(b"01234", 0, 10, length=10, reset=True),
+    ],
+    ids=repr,
+)
+def test_a_read_that_fails_twice_succeeds_at_the_third_attempt(serving: Serving, fault: Answer) -> None:
+    store, server = serving(fault, fault, ranged(b"0123456789", 0, 10))
+    assert read_range(store, URI, 0, 10, "e1") == b"0123456789"
+    assert server.methods == ["GET"] * 3
+    assert server.requests[2][2]["if-match"] == "e1"
+    assert server.requests[2][2]["range"] == "bytes=0-9"
+
+
+@pytest.mark.parametrize(
+    ("fault", "kind"),
+    [
+        (error(503, "SlowDown"), StoreUnavailableError),
+        (error(500, "InternalError"), StoreUnavailableError),
+        (Answer(0, reset=True), StoreUnavailableError),
+        (Answer(hang=True), StoreUnavailableError),
+        (ranged(b"01234", 0, 10, length=10), TruncatedReadError),
+    ],
+    ids=repr,
+)
+def test_attempts_are_bounded(serving: Serving, fault: Answer, kind: type[StoreError]) -> None:
+    store, server = serving(fault)
+    with pytest.raises(kind, match=URI):
+        read_range(store, URI, 0, 10, "e1")
+    assert server.methods == ["GET"] * ATTEMPTS
+
+
+@pytest.mark.parametrize(
+    ("answer", "kind", "says"),
+    [
+        (error(403, "AccessDenied"), AccessDeniedError, "policy"),
+        (error(403, "SignatureDoesNotMatch"), AccessDeniedError, "credentials"),
+        (error(400, "ExpiredToken"), AccessDeniedError, "credentials"),
+        (error(404, "NoSuchKey"), FileNotFoundError, "no such object"),
+        (error(404, "NoSuchBucket"), FileNotFoundError, "no such bucket"),
+        (error(412, "PreconditionFailed"), ObjectChangedError, "changed"),
+        (error(416, "InvalidRange"), TruncatedReadError, "ends"),
+        (error(400, "AuthorizationHeaderMalformed"), StoreError, "s3_region"),
+        (error(501, "NotImplemented"), StoreError, "501"),
+        (error(400, "Whatever"), StoreError, "Whatever"),
+        (ranged(b"0123", 0, 4), TruncatedReadError, "ends at byte 4"),
+        (Answer(200, b"0123456789", {"ETag": '"e1"'}), StoreError, "ignores ranges"),
+    ],
+    ids=repr,
+)
+def test_what_no_retry_can_mend_fails_at_once(
+    serving: Serving, answer: Answer, kind: type[OSError], says: str
+) -> None:
+    store, server = serving(answer)
+    with pytest.raises(kind, match=says) as caught:
+        read_range(store, URI, 0, 10, "e1")
+    assert isinstance(caught.value, StoreError)
+    assert URI in str(caught.value)
+    assert len(server.requests) == 1
+    again = pickle.loads(pickle.dumps(caught.value))  # noqa: S301 - our own
+    assert (type(again), str(again)) == (type(caught.value), str(caught.value))
+
+
+def test_one_failed_piece_fails_a_long_read(serving: Serving) -> None:
+    store, server = serving(error(403, "AccessDenied"), s3_read_bytes=1 << 20)
+    with pytest.raises(AccessDeniedError):
+        read_range(store, URI, 0, 64 << 20, "e1")
+    assert len(server.requests) < 64  # the rest was called off
+
+
+def test_parts_are_sent_again(serving: Serving) -> None:
+    store, server = serving(
+        error(503, "SlowDown"), Answer(0, reset=True), WRITTEN, s3_checksums="when_required"
+    )
+    part = store.put_part(UPLOAD, 1, 0, memoryview(b"some data"))
+    assert part == UploadedPart(1, 9, "e1")
+    assert server.methods == ["PUT"] * 3
+    assert {headers["content-md5"] for _, _, headers in server.requests} == {"HlAhCgICSX+3m8OLat5sNA=="}
+    assert {headers["content-length"] for _, _, headers in server.requests} == {"9"}
+
+
+def test_a_confirmed_crc32_needs_no_md5(serving: Serving) -> None:
+    confirmed = Answer(200, b"", {"ETag": '"not an md5"', "x-amz-checksum-crc32": "2cLpHg=="})
+    store, server = serving(confirmed)
+    for number in (1, 2):
+        assert store.put_part(UPLOAD, number, 0, b"some data").etag == "not an md5"
+    assert all("content-md5" not in headers for _, _, headers in server.requests)
+    assert [headers["x-amz-checksum-crc32"] for _, _, headers in server.requests] == ["2cLpHg=="] * 2
+
+
+def test_an_unconfirmed_crc32_is_made_good_by_md5(serving: Serving) -> None:
+    store, server = serving(WRITTEN)
+    store.put_part(UPLOAD, 1, 0, b"some data")
+    store.put_part(UPLOAD, 2, 9, b"some data")
+    sent = [("x-amz-checksum-crc32" in h, "content-md5" in h) for _, _, h in server.requests]
+    assert sent == [(True, False), (False, True), (False, True)]
+
+
+def test_an_error_inside_a_200_is_retried(serving: Serving) -> None:
+    failed = Answer(200, b'<?xml version="1.0"?><Error><Code>InternalError</Code></Error>')
+    parts = Answer(200, b"<ListPartsResult><IsTruncated>false</IsTruncated></ListPartsResult>")
+    done = Answer(200, b"<CompleteMultipartUploadResult><ETag></ETag></CompleteMultipartUploadResult>")
+    store, server = serving(failed, parts, failed, parts, done)
+    store.complete(UPLOAD, [UploadedPart(1, 1, "e")])
+    assert server.methods == ["POST", "GET", "POST", "GET", "POST"]
+
+
+def test_a_completion_whose_answer_was_lost(serving: Serving) -> None:
+    store, server = serving(Answer(0, reset=True), error(404, "NoSuchUpload"))
+    with pytest.raises(UploadNotFoundError):
+        store.complete(UPLOAD, [UploadedPart(1, 1, "e")])
+    assert server.methods == ["POST", "POST"]
+
+
+def test_wrong_parts_are_not_retried(serving: Serving) -> None:
+    store, server = serving(error(400, "InvalidPart"))
+    with pytest.raises(InvalidPartError):
+        store.complete(UPLOAD, [UploadedPart(1, 1, "e")])
+    assert len(server.requests) == 1
+
+
+@pytest.mark.parametrize("first", [Answer(0, reset=True), error(500, "InternalError")], ids=repr)
+@pytest.mark.parametrize(
+    ("data", "metadata", "wins"),
+    [(b"claim", {"plan": "p"}, True), (b"other", {"plan": "p"}, False), (b"claim", {"plan": "q"}, False)],
+)
+def test_a_claim_whose_answer_was_lost_is_recognised(
+    serving: Serving, first: Answer, data: bytes, metadata: dict[str, str], wins: bool
+) -> None:
+    script = (first, error(412, "PreconditionFailed"), HEAD, ranged(b"claim", 0, 5))
+    store, server = serving(*script)
+    if wins:
+        assert store.put_if_absent(URI, data, metadata).etag == "e1"
+    else:
+        with pytest.raises(AlreadyExistsError):
+            store.put_if_absent(URI, data, metadata)
+    assert server.methods[:3] == ["PUT", "PUT", "HEAD"]
+    assert {headers["if-none-match"] for method, _, headers in server.requests if method == "PUT"} == {"*"}
+
+
+def test_a_lost_claim_is_not_looked_at_when_no_answer_was_lost(serving: Serving) -> None:
+    store, server = serving(error(412, "PreconditionFailed"))
+    with pytest.raises(AlreadyExistsError):
+        store.put_if_absent(URI, b"claim")
+    assert server.methods == ["PUT"]
+
+
+def test_nobody_listens() -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        store = S3Store(_settings(f"http://127.0.0.1:{free.getsockname()[1]}"))
+        with pytest.raises(StoreUnavailableError, match="endpoint right and up"):
+            store.head(URI)
+        store.close()
+
+
+def test_no_credentials(serving: Serving, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/nonexistent")
+    monkeypatch.setenv("AWS_CONFIG_FILE", "/nonexistent")
+    store, server = serving(HEAD, s3_access_key_id=None, s3_secret_access_key=None)
+    with pytest.raises(AccessDeniedError, match=r"look up s3://bucket/object.*AWS_ACCESS_KEY_ID"):
+        store.head(URI)
+    assert server.requests == []
+
+
+@pytest.mark.parametrize("changes", [{"s3_endpoint_url": "not a url"}, {"s3_secret_access_key": None}])
+def test_settings_that_make_no_client(changes: dict[str, object]) -> None:
+    with pytest.raises(StoreError, match="cannot"):
+        S3Store(_settings("http://127.0.0.1:1", **changes)).head(URI)
+
+
+def test_the_secret_is_not_shown() -> None:
+    settings = _settings("http://127.0.0.1:1", s3_secret_access_key="hunter2")
+    assert "hunter2" not in repr(settings) + str(settings) + settings.model_dump_json()

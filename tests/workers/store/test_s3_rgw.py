@@ -1,0 +1,168 @@
+"""The S3 store against a real Ceph gateway, with both ways of sending checksums."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import urllib.request
+from collections.abc import Iterator
+
+import pytest
+from botocore.exceptions import ClientError
+
+from tests.workers.store.contract import MIB, MIN_PART_BYTES, StoreContract, filled
+from workers.errors import AccessDeniedError, ObjectNotFoundError, StoreError, UploadNotFoundError
+from workers.store import Stores, StoreSettings, from_path, join, read_bytes, read_range
+from workers.store.s3 import S3Store
+
+pytestmark = pytest.mark.rgw
+
+
+@pytest.fixture(scope="module", params=["when_required", "when_supported"])
+def store(rgw_settings: StoreSettings, request: pytest.FixtureRequest) -> Iterator[S3Store]:
+    store = S3Store(rgw_settings.model_copy(update={"s3_checksums": request.param, "s3_retry_wait_s": 0.001}))
+    yield store
+    store.close()
+
+
+@pytest.fixture
+def root(rgw_bucket: str) -> str:
+    return rgw_bucket
+
+
+class TestS3StoreOnRGW(StoreContract):
+    pass
+
+
+def test_the_server_verifies_content_md5_and_ignores_crc32(store: S3Store, root: str) -> None:
+    """Why ``s3_checksums`` is what it is: if this fails, the server has learnt, and the setting may go."""
+    bucket = root.removeprefix("s3://")
+    upload = store.open_upload(join(root, "object"), 4, {})
+    names = {"Bucket": bucket, "Key": "object", "UploadId": upload.id, "PartNumber": 1, "Body": b"data"}
+    client = store._connection.client
+    with pytest.raises(ClientError, match="BadDigest"):
+        client.upload_part(**names, ContentMD5=base64.b64encode(hashlib.md5(b"else").digest()).decode())  # noqa: S324
+    assert store.list_parts(upload) == []
+    assert "ChecksumCRC32" not in client.upload_part(**names, ChecksumCRC32="AAAAAA==")
+
+
+def test_flipped_bits_on_the_way_are_refused(
+    store: S3Store, root: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The body that is sent differs from the one that the checksum was made of."""
+    upload = store.open_upload(join(root, "object"), 4, {})
+    store.put_part(upload, 1, 0, b"data")  # with `when_supported`, this is when it learns
+    monkeypatch.setattr("workers.store.s3_bytes.body", lambda data: b"dbta")
+    with pytest.raises(StoreError, match="BadDigest"):
+        store.put_part(upload, 1, 0, b"data")
+    with pytest.raises(StoreError, match="BadDigest"):
+        store.put(join(root, "small"), b"data")
+    monkeypatch.undo()
+    store.complete(upload, store.list_parts(upload))
+    assert read_bytes(store, upload.uri) == b"data"
+
+
+def test_the_first_part_is_verified_although_its_crc32_is_ignored(
+    rgw_settings: StoreSettings, root: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = S3Store(rgw_settings.model_copy(update={"s3_checksums": "when_supported"}))
+    upload = store.open_upload(join(root, "object"), 4, {})
+    bodies = [b"dbta", b"data"]
+    monkeypatch.setattr("workers.store.s3_bytes.body", lambda data: bodies.pop(0))
+    part = store.put_part(upload, 1, 0, b"data")
+    assert bodies == []
+    store.complete(upload, [part])
+    assert read_bytes(store, upload.uri) == b"data"
+    store.close()
+
+
+def test_a_presigned_url_reads_without_credentials(store: S3Store, root: str) -> None:
+    data = filled(100)
+    store.put(join(root, "a b%.bin"), data)
+    url = store.presign(join(root, "a b%.bin"), 60)
+    request = urllib.request.Request(str(url), headers={"Range": "bytes=10-19"})  # noqa: S310 - loopback
+    with urllib.request.urlopen(request, timeout=10) as answer:  # noqa: S310
+        assert answer.status == 206
+        assert answer.read() == data[10:20]
+
+
+def test_wrong_credentials(rgw_settings: StoreSettings, root: str) -> None:
+    store = S3Store(rgw_settings.model_copy(update={"s3_access_key_id": "nobody"}))
+    uri = join(root, "object")
+    for action, attempt in {
+        "look up": lambda: store.head(uri),
+        "read": lambda: store.read_into(uri, 0, memoryview(bytearray(1))),
+        "write": lambda: store.put(uri, b"x"),
+        "list": lambda: list(store.list(root)),
+        "open an upload": lambda: store.open_upload(uri, 1, {}),
+        "delete": lambda: store.delete(uri),
+    }.items():
+        with pytest.raises(AccessDeniedError, match=rf"cannot {action}.*{root}.*credentials"):
+            attempt()
+    store.close()
+
+
+def test_a_missing_bucket_is_named(store: S3Store) -> None:
+    uri = "s3://no-such-bucket-anywhere/object"
+    for attempt in (
+        lambda: store.put(uri, b"x"),
+        lambda: store.read_into(uri, 0, memoryview(bytearray(1))),
+        lambda: list(store.list(uri)),
+        lambda: store.open_upload(uri, 1, {}),
+        lambda: store.delete(uri),
+    ):
+        with pytest.raises(ObjectNotFoundError, match=r"no-such-bucket-anywhere.*no such bucket"):
+            attempt()
+
+
+def test_parts_below_the_minimum(store: S3Store, root: str) -> None:
+    upload = store.open_upload(join(root, "object"), 2, {})
+    parts = [store.put_part(upload, number, number - 1, b"x") for number in (1, 2)]
+    with pytest.raises(StoreError, match="EntityTooSmall"):
+        store.complete(upload, parts)
+
+
+def test_completing_an_aborted_upload_is_not_retried(
+    rgw_settings: StoreSettings, root: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The gateway answers 500, for ever; the store looks and knows better."""
+    store = S3Store(rgw_settings)
+    upload = store.open_upload(join(root, "object"), 1, {})
+    parts = [store.put_part(upload, 1, 0, b"x")]
+    store.abort(upload)
+    client = store._connection.client
+    calls: list[str] = []
+    client.meta.events.register("before-send.s3", lambda request, **_: calls.append(request.method))
+    with pytest.raises(UploadNotFoundError):
+        store.complete(upload, parts)
+    assert calls == ["POST", "GET"]
+    store.close()
+
+
+def test_more_than_a_page_of_objects_parts_and_uploads(
+    store: S3Store, root: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("workers.store.s3.PAGE", 3)
+    upload = store.open_upload(join(root, "object"), 10, {})
+    parts = [store.put_part(upload, number, number - 1, b"x") for number in range(1, 11)]
+    assert store.list_parts(upload) == parts
+    for number in range(10):
+        store.put(join(root, "many", f"{number}"), b"")
+    assert [info.uri[-1] for info in store.list(join(root, "many"))] == list("0123456789")
+    uploads = {store.open_upload(join(root, "u"), 1, {}).id for _ in range(10)}
+    assert {u.id for u in store.list_uploads(join(root, "u"))} == uploads
+
+
+def test_copies_between_two_kinds_of_store(
+    rgw_settings: StoreSettings, root: str, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    stores = Stores(rgw_settings)
+    files = from_path(str(tmp_path_factory.mktemp("files")))
+    data = filled(MIN_PART_BYTES + MIB)
+    here, there = stores.put(join(files, "a"), data), stores.put(join(root, "a"), data)
+    for source, target in ((here, join(root, "b")), (there, join(files, "b"))):
+        upload = stores.open_upload(target, len(data) - 2, {})
+        part = stores.copy_part(upload, 1, 0, source.uri, 1, len(data) - 1, source.etag)
+        stores.complete(upload, [part])
+        assert read_range(stores, target, 0, len(data) - 2) == data[1:-1]
+    stores.close()
