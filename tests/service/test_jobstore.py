@@ -13,6 +13,7 @@ from service.jobs import (
     Cancelled,
     CancelRequested,
     CommitStarted,
+    Event,
     Failed,
     JobRecord,
     JobState,
@@ -45,7 +46,7 @@ def raw(valkey_url: str) -> object:
         yield client
 
 
-def claimed(store: JobStore, *events: object, ttl_s: float = 60) -> tuple[JobRecord, Lease]:
+def claimed(store: JobStore, *events: Event, ttl_s: float = 60) -> tuple[JobRecord, Lease]:
     """A job of our own that the events have happened to."""
     record = fresh(time.time())
     store.create(record)
@@ -82,6 +83,16 @@ def test_an_id_is_created_once(job_store: JobStore) -> None:
     with pytest.raises(ConflictError, match=record.id):
         job_store.create(record.model_copy(update={"output": "file:///elsewhere"}))
     assert job_store.get(record.id) == record
+
+
+def test_a_record_may_be_created_in_any_state(job_store: JobStore) -> None:
+    done, lease = claimed(job_store, *PATHS[JobState.SUCCEEDED])
+    record = done.model_copy(update={"id": new_job_id(1.0)})
+    job_store.release(lease)
+    job_store.create(record)
+    assert job_store.get(record.id) == record
+    assert job_store.list(9, state=JobState.SUCCEEDED).records == (done, record)
+    assert job_store.claim_next("me", 60) is None
 
 
 @pytest.mark.parametrize("bad", ["", "x", "{id}:parts", "{id}:writes", "{id}\n", "*", new_job_id(1)])

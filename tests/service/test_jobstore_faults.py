@@ -25,6 +25,7 @@ from service.jobs import (
     JobState,
     Planned,
     PlanningStarted,
+    Restarted,
     ShardCompleted,
     UploadsOpened,
 )
@@ -66,7 +67,7 @@ def at_once(*acts: Callable[[], T]) -> list[T | Exception]:
         return list(pool.map(act, acts))
 
 
-def until(condition: Callable[[], T], seconds: float = 30) -> T:
+def until(condition: Callable[[], T | None], seconds: float = 30) -> T:
     """Wait for something to be true."""
     deadline = time.monotonic() + seconds
     while not (found := condition()):
@@ -345,7 +346,7 @@ def test_a_lost_answer_is_found_behind_somebody_elses_write(
 
     monkeypatch.setattr(proxy, "_may_lose", lose_and_cancel)
     proxy.lose = 1
-    restarted = store.apply(lease.job, jobstore.Restarted("why not"), lease.token)
+    restarted = store.apply(lease.job, Restarted("why not"), lease.token)
     assert restarted.state is JobState.PLANNING
     assert not restarted.cancel_requested
     record = job_store.get(lease.job)
