@@ -20,11 +20,20 @@ import time
 import urllib.error
 import urllib.request
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-BINARIES = ("ceph-mon", "ceph-osd", "radosgw", "radosgw-admin", "ceph", "ceph-authtool", "monmaptool", "setpriv")
+BINARIES = (
+    "ceph-mon",
+    "ceph-osd",
+    "radosgw",
+    "radosgw-admin",
+    "ceph",
+    "ceph-authtool",
+    "monmaptool",
+    "setpriv",
+)
 INSTALL_HINT = "apt-get install radosgw ceph-mon ceph-osd"
 STORE_BYTES = 4 << 30
 """How much the in-memory OSD holds, in bytes; memory is only taken as it fills."""
@@ -51,6 +60,12 @@ class RGW:
     processes: list[subprocess.Popen[bytes]] = field(default_factory=list)
     """Monitor, OSD, gateway, in the order of their start."""
 
+    def __enter__(self) -> RGW:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
     def stop(self) -> None:
         """End all processes, last started first, and remove the directory. Safe to call twice."""
         while self.processes:
@@ -64,7 +79,7 @@ def missing_binaries() -> list[str]:
 
 
 def start_rgw() -> RGW:
-    """Start a gateway and make a user; about ten seconds.
+    """Start a gateway and make a user; about 15 seconds. Use it in a ``with`` block, or call ``stop``.
 
     :raises RGWError: it did not come up.
     """
@@ -76,16 +91,6 @@ def start_rgw() -> RGW:
         rgw.stop()
         raise
     return rgw
-
-
-@contextlib.contextmanager
-def running_rgw() -> Iterator[RGW]:
-    """A gateway for the length of a ``with`` block."""
-    rgw = start_rgw()
-    try:
-        yield rgw
-    finally:
-        rgw.stop()
 
 
 def _bring_up(rgw: RGW) -> None:
@@ -235,7 +240,7 @@ def main() -> None:
     if missing := missing_binaries():
         raise SystemExit(f"missing {', '.join(missing)}: {INSTALL_HINT}")
     logging.basicConfig(level=os.environ.get("LOG_LEVEL", "INFO"))
-    with running_rgw() as rgw:
+    with start_rgw() as rgw:
         sys.stdout.write(
             f"export AWS_ENDPOINT_URL_S3={rgw.endpoint_url}\n"
             f"export AWS_ACCESS_KEY_ID={rgw.access_key}\n"

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import boto3
 import pytest
 
-from tests.servers.rgw import INSTALL_HINT, RGW, missing_binaries, running_rgw
+from tests.servers.rgw import INSTALL_HINT, RGW, missing_binaries, start_rgw
 from workers.store import StoreSettings
 
 
@@ -21,7 +21,7 @@ def rgw() -> Iterator[RGW]:
         if os.environ.get("CI"):
             pytest.fail(reason)
         pytest.skip(reason)
-    with running_rgw() as gateway:
+    with start_rgw() as gateway:
         yield gateway
 
 
