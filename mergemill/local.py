@@ -8,9 +8,8 @@ from typing import Any
 from api.deps import plan_options
 from api.routes.methods import list_methods
 from api.schemas import OptionsBody
-from service.commit import overlap
 from service.plan import plan_summary
-from service.planning import plan_recipe
+from service.planning import overlap, plan_recipe
 from service.recipe import parse_recipe
 from service.settings import Settings
 from workers.errors import PlanError, StoreError

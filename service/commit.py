@@ -42,15 +42,6 @@ MAX_SMALL_BYTES = 1 << 30
 log = structlog.get_logger(__name__)
 
 
-def overlap(output: str, inputs: Iterable[str]) -> list[str]:
-    """What is wrong with an output that equals, lies inside or contains an input."""
-    problems = []
-    for uri in dict.fromkeys(inputs):
-        if uri == output or output.startswith(uri + "/") or uri.startswith(output + "/"):
-            problems.append(f"output {output} overlaps the input {uri}: choose another place")
-    return problems
-
-
 class Output:
     """The output of one job. Every method can be repeated after a crash.
 

@@ -9,10 +9,11 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import TypeVar
+from urllib.parse import quote
 
 from service.checkpoint import (
     CONFIG_FILE,
@@ -53,7 +54,7 @@ COMPARED_BYTES = 1 << 30
 """Most bytes per model of tensors without arithmetic that planning reads to compare them."""
 
 _DIGEST_STEP = 8 << 20
-_HUB_NAME = re.compile(r"^[\w.-]+(/[\w.-]+)?(@[\w./-]+)?$")
+_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?(@[\w./-]+)?")
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -88,27 +89,28 @@ def resolve_model(name: str, model_roots: Mapping[str, str]) -> str:
             return normalise(name)
         except StoreError as error:
             raise PlanError(f"{name}: {error}") from error
-    if not _HUB_NAME.match(name) or name.startswith(".") or ".." in name.split("/"):
+    if not _HUB_NAME.fullmatch(name) or name.startswith(".") or ".." in re.split("[/@]", name):
         raise PlanError(
             f"{name!r} is neither s3://bucket/prefix, file:///directory, an absolute path nor a hub name "
             "(a relative path would mean the server's disk)"
         )
     bare, _, revision = name.partition("@")
-    if name in model_roots:
-        return normalise(model_roots[name])
-    if bare in model_roots:
-        root = model_roots[bare]
-        return normalise(f"{root}@{revision}" if revision else root)
-    prefixes = [
-        prefix for prefix in model_roots if (prefix.endswith("/") or not prefix) and bare.startswith(prefix)
-    ]
-    if prefixes:
-        prefix = max(prefixes, key=len)
-        return join(normalise(model_roots[prefix]), *name[len(prefix) :].split("/"))
-    raise PlanError(
-        f"{name!r} is a hub name that this service does not know: map it to where its files are with the setting "
-        f'model_roots, for example MERGEMILL_MODEL_ROOTS=\'{{"{bare}": "s3://bucket/{bare}"}}\''
-    )
+    prefixes = [root for root in model_roots if (root.endswith("/") or not root) and bare.startswith(root)]
+    key = next((key for key in (name, bare) if key in model_roots), max(prefixes, key=len, default=None))
+    if key is None:
+        raise PlanError(
+            f"{name!r} is a hub name that this service does not know: map it to where its files are with the setting "
+            f'model_roots, for example MERGEMILL_MODEL_ROOTS=\'{{"{bare}": "s3://bucket/{bare}"}}\''
+        )
+    try:
+        root = normalise(model_roots[key])
+        if key == name:
+            return root
+        if key == bare:
+            return f"{root}@{quote(revision) if root.startswith('file:') else revision}"
+        return join(root, *name[len(key) :].split("/"))
+    except StoreError as error:
+        raise PlanError(f"{name}: the setting model_roots maps {key!r} to no place: {error}") from error
 
 
 def open_checkpoint(store: ObjectStore, uri: str) -> Checkpoint:
@@ -142,8 +144,9 @@ def plan_recipe(
     store: ObjectStore,
     model_roots: Mapping[str, str],
     baseline_bytes: int = BASELINE_BYTES,
+    output: str | None = None,
 ) -> Planned:
-    """Open every model of the recipe and plan the merge.
+    """Open every model of the recipe and plan the merge; ``output``, when given, must not overlap an input.
 
     :raises PlanError: lists every problem of every model.
     """
@@ -156,9 +159,11 @@ def plan_recipe(
             problems.extend(error.problems)
             return None
 
-    names = list(dict.fromkeys([recipe.reference, *(entry.model for entry in recipe.models)]))
+    names = recipe.names
     resolved = {name: attempt(lambda name=name: resolve_model(name, model_roots)) for name in names}  # type: ignore[misc]
     uris = {name: uri for name, uri in resolved.items() if uri is not None}
+    if output is not None:
+        problems.extend(overlap(output, uris.values()))
     distinct = list(dict.fromkeys(uris.values()))
     opened = dict(
         zip(
@@ -167,12 +172,14 @@ def plan_recipe(
             strict=True,
         )
     )
-    if problems:
-        raise PlanError(*dict.fromkeys(problems))
     checkpoints = {name: found for name, uri in uris.items() if (found := opened[uri]) is not None}
+    if len(checkpoints) < len(names):
+        raise PlanError(*dict.fromkeys(problems))
     inputs = Inputs(checkpoints[recipe.reference], tuple(checkpoints[e.model] for _, e in recipe.task_models))
-    inputs = _with_digests(store, recipe, inputs)
-    plan = make_plan(recipe, inputs, options, baseline_bytes)
+    inputs = attempt(lambda: _with_digests(store, recipe, inputs)) or inputs
+    plan = attempt(lambda: make_plan(recipe, inputs, options, baseline_bytes))
+    if plan is None or problems:
+        raise PlanError(*problems)
     source = recipe.tokenizer_source
     tokenizer = checkpoints[recipe.reference if source in {None, "base"} else str(source)]
     return Planned(recipe, inputs, plan, uris, tokenizer)

@@ -7,11 +7,21 @@ yet are refused by name, never ignored.
 from __future__ import annotations
 
 import difflib
-from typing import Any, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
 
+from service.yaml_text import load_documents
 from workers.errors import RecipeError
 from workers.methods import get_method
 from workers.methods.resolve import resolve_parameters
@@ -20,7 +30,7 @@ from workers.task import canonical_json
 DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 """The recipe's dtype names, and safetensors' names for them."""
 
-MAX_RECIPE_BYTES = 1 << 20
+MAX_RECIPE_CHARACTERS = 1 << 20
 """Longest recipe text that is read."""
 
 Profile = Literal["paper", "mergekit"]
@@ -33,6 +43,27 @@ _NOT_YET = {
 }
 
 
+_MOST_PROBLEMS = 50
+_MOST_CHARACTERS = 500
+
+_OWN_FIELDS = ("dtype", "out_dtype", "tokenizer_source", "profile", "seed", "missing_tensors", "extra_tensors",
+               "mismatched_tensors", "buffers")  # fmt: skip
+"""Fields without which the rest of a recipe still makes sense."""
+
+
+def _no_adapter(value: str) -> str:
+    if "+" in value and not value.startswith(("s3://", "file://", "/")):
+        raise ValueError(f"{value!r}: LoRA adapters (`model+adapter`) are not supported yet")
+    return value
+
+
+ModelName = Annotated[str, Field(min_length=1, max_length=2048), AfterValidator(_no_adapter)]
+"""`s3://bucket/prefix`, `file:///dir`, an absolute path, or a hub name that `model_roots` maps."""
+
+ParameterValues = Annotated[dict[str, Any], BeforeValidator(lambda value: {} if value is None else value)]
+"""Parameters by name; nothing after the colon, as in many a recipe, is none."""
+
+
 class _Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True, allow_inf_nan=False)
 
@@ -40,17 +71,10 @@ class _Frozen(BaseModel):
 class ModelEntry(_Frozen):
     """One model of a recipe."""
 
-    model: str = Field(min_length=1, max_length=2048)
-    """`s3://bucket/prefix`, `file:///dir`, an absolute path, or a hub name that `model_roots` maps."""
-    parameters: dict[str, Any] = Field(default_factory=dict)
+    model: ModelName
+    """Where the model is."""
+    parameters: ParameterValues = Field(default_factory=dict)
     """The model's own parameters."""
-
-    @field_validator("model")
-    @classmethod
-    def _no_adapter(cls, value: str) -> str:
-        if "+" in value and not value.startswith(("s3://", "file://", "/")):
-            raise ValueError(f"{value!r}: LoRA adapters (`model+adapter`) are not supported yet")
-        return value
 
 
 class Recipe(_Frozen):
@@ -58,11 +82,11 @@ class Recipe(_Frozen):
 
     merge_method: str
     """Name of the merge method."""
-    base_model: str | None = None
+    base_model: ModelName | None = None
     """The common ancestor of the models, for methods that have one."""
     models: tuple[ModelEntry, ...] = Field(min_length=1, max_length=64)
     """The models, in the order of summation."""
-    parameters: dict[str, Any] = Field(default_factory=dict)
+    parameters: ParameterValues = Field(default_factory=dict)
     """Global parameters, and defaults for the models' own."""
     dtype: Literal["float32", "float16", "bfloat16"] | None = None
     """Output dtype when `out_dtype` is not set. The arithmetic is always float32."""
@@ -72,7 +96,7 @@ class Recipe(_Frozen):
     """Whose tokenizer files to copy: `base`, or one of the recipe's models. The base's by default."""
     profile: Profile | None = None
     """Where implementations differ, follow the paper's authors or mergekit 0.1.5."""
-    seed: int = Field(default=0, ge=0, lt=2**63)
+    seed: int = Field(default=0, ge=0, lt=2**63, strict=True)
     """Seed of the DARE masks."""
     missing_tensors: Literal["error", "base"] = "error"
     """A model lacks a tensor: refuse, or take the base's (a zero task vector; without a base the model sits out)."""
@@ -83,20 +107,6 @@ class Recipe(_Frozen):
     buffers: str | None = None
     """The model whose integer and boolean buffers win when they differ."""
 
-    @model_validator(mode="before")
-    @classmethod
-    def _refuse_unsupported(cls, value: Any) -> Any:
-        if isinstance(value, dict):
-            for key, reason in _NOT_YET.items():
-                if key in value:
-                    raise ValueError(f"`{key}`: {reason}")
-            unknown = [key for key in value if key not in cls.model_fields]
-            for key in unknown:
-                near = difflib.get_close_matches(str(key), cls.model_fields, n=1)
-                hint = f"; did you mean `{near[0]}`?" if near else ""
-                raise ValueError(f"`{key}` is not a key of a recipe{hint}")
-        return value
-
     @model_validator(mode="after")
     def _check(self) -> Recipe:
         problems = list(self._problems())
@@ -105,11 +115,11 @@ class Recipe(_Frozen):
         return self
 
     def _problems(self) -> list[str]:
+        problems = self._name_problems()
         try:
             method = get_method(self.merge_method)
         except RecipeError as error:
-            return [f"merge_method: {error}"]
-        problems = []
+            return [*error.problems, *problems]
         if method.base == "required" and self.base_model is None:
             problems.append(f"base_model: `{method.name}` works on task vectors and needs the base model")
         if method.base == "first_model" and self.base_model is not None:
@@ -119,17 +129,24 @@ class Recipe(_Frozen):
                     f"base_model: `{method.name}` goes from base_model to the other; list it in `models`"
                 )
         count = len(self.task_models)
-        if count < method.min_models or (method.max_models is not None and count > method.max_models):
-            most = method.max_models
-            wanted = (
-                f"{method.min_models}"
-                if most == method.min_models
-                else f"{method.min_models} to {most or 'any'}"
-            )
+        most = method.max_models
+        if count < method.min_models or (most is not None and count > most):
+            wanted = str(most) if most == method.min_models else f"{method.min_models} to {most or 'any'}"
             besides = " besides the base" if method.base == "required" else ""
             problems.append(
                 f"models: `{method.name}` takes {wanted} model(s){besides}, the recipe has {count}"
             )
+        try:  # the base, too, where it is listed: what it says has no effect, but a typo is one
+            resolve_parameters(
+                method, self.profile, self.parameters, [entry.parameters for entry in self.models]
+            )
+        except RecipeError as error:
+            problems.extend(error.problems)
+        return problems
+
+    def _name_problems(self) -> list[str]:
+        """What refers to a model that is not there."""
+        problems = []
         known = {entry.model for entry in self.models} | {self.base_model}
         if self.tokenizer_source == "union":
             problems.append("tokenizer_source: `union` is not supported yet; use `base` or one of the models")
@@ -137,12 +154,6 @@ class Recipe(_Frozen):
             problems.append(f"tokenizer_source: {self.tokenizer_source!r} is not one of the recipe's models")
         if self.buffers is not None and self.buffers not in known:
             problems.append(f"buffers: {self.buffers!r} is not one of the recipe's models")
-        try:
-            resolve_parameters(
-                method, self.profile, self.parameters, [entry.parameters for _, entry in self.task_models]
-            )
-        except RecipeError as error:
-            problems.extend(error.problems)
         return problems
 
     @property
@@ -164,6 +175,11 @@ class Recipe(_Frozen):
     def reference(self) -> str:
         """The model that decides names, shapes, config and tokenizer: the base, else the first."""
         return self.base_model or self.models[0].model
+
+    @property
+    def names(self) -> list[str]:
+        """Every model that the recipe names, once, the reference first."""
+        return list(dict.fromkeys([self.reference, *(entry.model for entry in self.models)]))
 
     @property
     def out_dtype_name(self) -> str | None:
@@ -194,7 +210,13 @@ def parse_recipe(value: Any) -> Recipe:
     try:
         return Recipe.model_validate(value)
     except ValidationError as error:
-        raise RecipeError(*validation_problems(error)) from error
+        problems = _recipe_problems(error)
+        rest = _without_wrong_fields(value, error)
+    try:  # the checks across fields only run when every field is well-formed
+        Recipe.model_validate(rest)
+    except ValidationError as error:
+        problems += _recipe_problems(error)
+    raise RecipeError(*_presentable(problems))
 
 
 def parse_yaml(text: str) -> Recipe:
@@ -202,12 +224,11 @@ def parse_yaml(text: str) -> Recipe:
 
     :raises RecipeError: the text is not YAML, or see :func:`parse_recipe`.
     """
-    if len(text.encode()) > MAX_RECIPE_BYTES:
-        raise RecipeError(f"the recipe is longer than {MAX_RECIPE_BYTES} bytes")
-    try:
-        documents = list(yaml.safe_load_all(text))
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
-        raise RecipeError(f"the recipe is not valid YAML: {error}") from error
+    if len(text) > MAX_RECIPE_CHARACTERS:
+        raise RecipeError(f"the recipe is longer than {MAX_RECIPE_CHARACTERS} characters")
+    documents = load_documents(text)
+    if not documents:
+        raise RecipeError("the recipe is empty")
     if len(documents) != 1:
         raise RecipeError(
             f"the text holds {len(documents)} YAML documents; multi-stage merges are not supported yet"
@@ -219,7 +240,7 @@ def validation_problems(error: ValidationError) -> list[str]:
     """One sentence per problem, each beginning with the field's path."""
     problems: list[str] = []
     for item in error.errors(include_url=False):
-        path = ".".join(str(step) for step in item["loc"])
+        path = "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in item["loc"])[1:]
         cause = item.get("ctx", {}).get("error")
         if isinstance(cause, RecipeError):
             problems.extend(cause.problems)
@@ -227,3 +248,49 @@ def validation_problems(error: ValidationError) -> list[str]:
         message = item["msg"].removeprefix("Value error, ")
         problems.append(f"{path}: {message}" if path else message)
     return problems
+
+
+def _recipe_problems(error: ValidationError) -> list[str]:
+    """As :func:`validation_problems`, and what an unknown key may have meant."""
+    problems = validation_problems(error)
+    for number, item in enumerate(error.errors(include_url=False)):
+        if item["type"] != "extra_forbidden" or number >= _MOST_PROBLEMS:
+            continue
+        *parents, key = item["loc"]
+        if not parents and key in _NOT_YET:
+            problems[number] = f"{key}: {_NOT_YET[str(key)]}"
+            continue
+        known = ModelEntry.model_fields if parents else Recipe.model_fields
+        near = difflib.get_close_matches(str(key)[:64], known, n=1)
+        path, what = problems[number].rpartition(": ")[0], "a model" if parents else "a recipe"
+        hint = f"; did you mean `{near[0]}`?" if near else f" ({', '.join(known)})"
+        problems[number] = f"{path}: is not a key of {what}{hint}"
+    return problems
+
+
+def _without_wrong_fields(value: Mapping[Any, Any], error: ValidationError) -> dict[Any, Any]:
+    """The recipe without unknown keys and malformed options."""
+    items = error.errors(include_url=False)
+    unknown = {item["loc"] for item in items if item["type"] == "extra_forbidden"}
+    wrong = unknown | {item["loc"] for item in items if item["loc"][:1] in {(name,) for name in _OWN_FIELDS}}
+    rest = {key: inner for key, inner in value.items() if (key,) not in wrong}
+    models = rest.get("models")
+    if isinstance(models, list | tuple):
+        rest["models"] = [
+            {key: inner for key, inner in entry.items() if ("models", index, key) not in unknown}
+            if isinstance(entry, dict)
+            else entry
+            for index, entry in enumerate(models)
+        ]
+    return rest
+
+
+def _presentable(problems: list[str]) -> list[str]:
+    """Each problem once, none endless, and not thousands of them."""
+    distinct = list(dict.fromkeys(problems))
+    shown = [
+        text if len(text) <= _MOST_CHARACTERS else f"{text[:_MOST_CHARACTERS]}…"
+        for text in distinct[:_MOST_PROBLEMS]
+    ]
+    more = len(distinct) - len(shown)
+    return [*shown, f"and {more} more problem(s)"] if more else shown

@@ -14,7 +14,7 @@ from typing import Any
 
 import structlog
 
-from service.commit import Output, overlap
+from service.commit import Output
 from service.jobs import (
     Cancelled,
     CommitStarted,
@@ -137,14 +137,18 @@ class JobRunner:
         planned = None
         try:
             planned = plan_recipe(
-                recipe, self._options, self.tools.store, settings.model_roots, settings.worker_baseline_bytes
+                recipe,
+                self._options,
+                self.tools.store,
+                settings.model_roots,
+                settings.worker_baseline_bytes,
+                self.record.output,
             )
         except PlanError as error:
             problems.extend(error.problems)
         if self.record.state == JobState.PLANNING:
             problems.extend(self._output_problems())
             if planned is not None:
-                problems.extend(overlap(self.record.output, planned.uris.values()))
                 problems.extend(self._capacity_problems(planned))
         if planned is None or problems:
             raise PlanError(*problems)

@@ -14,7 +14,7 @@ from api.deps import JobsDep, SettingsDep, StoreDep, plan_options
 from api.schemas import File, FileList, Job, JobList, MergeRequest, OptionsBody, job_of
 from service.jobs import CancelRequested, JobRecord, JobState, new_job
 from service.planning import resolve_model
-from service.recipe import Recipe, parse_recipe, parse_yaml, validation_problems
+from service.recipe import parse_recipe, parse_yaml, validation_problems
 from service.settings import Settings
 from workers.errors import ConflictError, ObjectNotFoundError, RecipeError, StoreError
 from workers.store.uris import join, normalise, scheme, to_path
@@ -64,9 +64,7 @@ async def submit(
         except ValidationError as error:
             raise RecipeError(*validation_problems(error)) from error
         recipe, wanted, options = parse_recipe(merge.recipe), merge.output, merge.options
-    problems = [
-        problem for name in dict.fromkeys(_names(recipe)) for problem in _model_problems(name, settings)
-    ]
+    problems = [problem for name in recipe.names for problem in _model_problems(name, settings)]
     try:
         place = normalise(wanted)
     except StoreError as error:
@@ -152,10 +150,6 @@ async def _body(request: Request) -> bytes:
         if len(body) > MAX_BODY_BYTES:
             raise RecipeError(f"the request is longer than {MAX_BODY_BYTES} bytes")
     return body
-
-
-def _names(recipe: Recipe) -> list[str]:
-    return [recipe.reference, *(entry.model for entry in recipe.models)]
 
 
 def _model_problems(name: str, settings: Settings) -> list[str]:

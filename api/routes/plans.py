@@ -8,7 +8,6 @@ from fastapi import APIRouter
 
 from api.deps import SettingsDep, StoreDep, plan_options
 from api.schemas import PlanRequest
-from service.commit import overlap
 from service.plan import plan_summary
 from service.planning import plan_recipe
 from service.recipe import parse_recipe
@@ -22,14 +21,12 @@ router = APIRouter(prefix="/v1/plans", tags=["plans"])
 def plan(body: PlanRequest, settings: SettingsDep, store: StoreDep) -> dict[str, Any]:
     """Open the models' headers, check everything, and return the price, the files and the notices."""
     options = plan_options(settings, body.options)
+    recipe = parse_recipe(body.recipe)
+    try:
+        output = None if body.output is None else normalise(body.output)
+    except StoreError as error:
+        raise PlanError(f"output: {error}") from error
     planned = plan_recipe(
-        parse_recipe(body.recipe), options, store, settings.model_roots, settings.worker_baseline_bytes
+        recipe, options, store, settings.model_roots, settings.worker_baseline_bytes, output
     )
-    if body.output is not None:
-        try:
-            problems = overlap(normalise(body.output), planned.uris.values())
-        except StoreError as error:
-            problems = [f"output: {error}"]
-        if problems:
-            raise PlanError(*problems)
     return plan_summary(planned.plan)

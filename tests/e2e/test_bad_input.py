@@ -1,0 +1,217 @@
+"""Bad input gets a clear error that says what to do, all at once, and loses nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from service.driver import Driver
+from tests.checkpoints import fine_tune, llama_tensors, read_checkpoint, write_checkpoint
+from tests.servers.service import RunningService, running_service
+
+pytestmark = [pytest.mark.valkey, pytest.mark.ray]
+
+PROBLEM = "application/problem+json"
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> dict[str, torch.Tensor]:
+    """Tensors of the base at ``base`` and of a fine-tune at ``one``."""
+    tensors = llama_tensors(0, layers=1, hidden=32, heads=2, vocab=64, dtype=torch.float32)
+    write_checkpoint(tmp_path / "base", tensors)
+    write_checkpoint(tmp_path / "one", fine_tune(tensors, 1, 0.1))
+    return tensors
+
+
+def ties(root: Path, *models: str, **parameters: Any) -> dict[str, Any]:
+    """A TIES recipe over models below ``root``."""
+    return {
+        "merge_method": "ties",
+        "base_model": str(root / "base"),
+        "models": [{"model": str(root / name)} for name in models],
+        "parameters": parameters,
+    }
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"merge_method": "tiesd"}, ["merge_method", "ties"]),
+        ({"base_model": None}, ["base_model"]),
+        ({"models": []}, ["models"]),
+        ({"parameters": {"density": 1.5}}, ["density", "1"]),
+        ({"parameters": {"densty": 0.5}}, ["densty", "density"]),
+        ({"parameters": {"density": [0.1, 0.9]}}, ["density", "gradient"]),
+        ({"slices": []}, ["slices"]),
+        ({"dtyp": "float32"}, ["dtyp", "dtype"]),
+        ({"models": [{"model": "../elsewhere"}]}, ["../elsewhere", "relative"]),
+        ({"models": [{"model": "org/unknown"}]}, ["org/unknown", "model_roots"]),
+        ({"profile": "paper"}, ["trim_scope", "tensor"]),
+    ],
+)
+def test_what_the_recipe_alone_shows_is_refused_at_once(
+    service: RunningService, tmp_path: Path, change: dict[str, Any], expected: list[str]
+) -> None:
+    body = {"recipe": ties(tmp_path, "one") | change, "output": str(tmp_path / "out")}
+    answer = service.http.post("/v1/merges", json=body)
+    assert answer.status_code == 422
+    assert answer.headers["content-type"] == PROBLEM
+    problem = answer.json()
+    assert problem["status"] == 422
+    for word in expected:
+        assert word in " ".join(problem["errors"])
+
+
+@pytest.mark.parametrize(
+    ("body", "word"),
+    [
+        ("{", "JSON"),
+        ('{"recipe": {}, "output": "relative/path"}', "merge_method"),
+        ('{"recipe": {"merge_method": "linear"}, "output": "/o", "options": {"part_bytes": 1}}', "models"),
+        ('{"recipe": {"merge_method": "linear", "models": [{"model": "/m"}]}, "output": "o"}', "output"),
+        (
+            '{"recipe": {"merge_method": "linear", "models": [{"model": "/m"}]}, "output": "/o", '
+            '"options": {"part_bytes": 1}}',
+            "part_bytes",
+        ),
+    ],
+)
+def test_requests_that_cannot_be_read(service: RunningService, body: str, word: str) -> None:
+    answer = service.http.post("/v1/merges", content=body, headers={"content-type": "application/json"})
+    assert answer.status_code == 422
+    assert answer.headers["content-type"] == PROBLEM
+    assert word in answer.text
+
+
+def test_everything_about_the_inputs_is_said_at_once(
+    service: RunningService, base: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    names = list(base)
+    lacking = fine_tune(base, 1, 0.1)
+    del lacking[names[0]]
+    write_checkpoint(tmp_path / "lacking", lacking)
+    reshaped = fine_tune(base, 2, 0.1)
+    reshaped[names[1]] = torch.zeros(3, 3)
+    reshaped["surplus.weight"] = torch.zeros(2)
+    write_checkpoint(tmp_path / "reshaped", reshaped)
+    said = service.failure(ties(tmp_path, "lacking", "reshaped"), str(tmp_path / "base" / "inside"))
+    for expected in (names[0], names[1], "surplus.weight", "missing_tensors", "extra_tensors", "overlaps"):
+        assert expected in said
+    assert not (tmp_path / "base" / "inside").exists()
+    plan = service.http.post(
+        "/v1/plans",
+        json={"recipe": ties(tmp_path, "lacking", "reshaped"), "output": str(tmp_path / "elsewhere")},
+    )
+    assert plan.status_code == 422
+    assert names[0] in plan.text
+    assert "surplus.weight" in plan.text
+
+
+def test_missing_and_corrupt_models(
+    service: RunningService, base: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    broken = write_checkpoint(tmp_path / "broken", base) / "model.safetensors"
+    broken.write_bytes(broken.read_bytes()[:-5])
+    (tmp_path / "pickled").mkdir()
+    (tmp_path / "pickled" / "pytorch_model.bin").write_bytes(b"\x80\x02.")
+    said = service.failure(ties(tmp_path, "absent", "broken", "pickled"), str(tmp_path / "out"))
+    for expected in ("absent", "broken", "truncated", "pickled", "safetensors"):
+        assert expected in said
+    assert not (tmp_path / "out").exists()
+
+
+def test_differing_buffers(service: RunningService, base: dict[str, torch.Tensor], tmp_path: Path) -> None:
+    for name, value in (("base", 1), ("one", 1), ("two", 2)):
+        write_checkpoint(tmp_path / name, base | {"position_ids": torch.full((4,), value)})
+    said = service.failure(ties(tmp_path, "one", "two"), str(tmp_path / "out"))
+    assert "position_ids" in said
+    assert str(tmp_path / "two") in said
+    assert "buffers" in said
+    wanted = ties(tmp_path, "one", "two") | {"buffers": str(tmp_path / "two")}
+    service.merge(wanted, str(tmp_path / "out"))
+    assert read_checkpoint(tmp_path / "out")["position_ids"].tolist() == [2, 2, 2, 2]
+
+
+@pytest.mark.parametrize(("value", "count"), [(float("nan"), 1), (float("inf"), 3)])
+def test_nonfinite_input(
+    service: RunningService,
+    base: dict[str, torch.Tensor],
+    tmp_path: Path,
+    value: float,
+    count: int,
+) -> None:
+    name = list(base)[0]
+    bad = fine_tune(base, 1, 0.1)
+    bad[name].view(-1)[:count] = value
+    write_checkpoint(tmp_path / "bad", bad)
+    said = service.failure(ties(tmp_path, "one", "bad", density=0.5), str(tmp_path / "out"))
+    assert name in said
+    assert str(tmp_path / "bad") in said
+    assert f" {count} NaN or Inf" in said
+    assert not (tmp_path / "out" / ".mergemill").exists()
+    assert not list((tmp_path / "out").glob("*.safetensors"))
+
+    service.merge(ties(tmp_path, "one", "bad", density=0.5), str(tmp_path / "out"), allow_nonfinite=True)
+    merged = read_checkpoint(tmp_path / "out")
+    spoilt = {key: int((~torch.isfinite(tensor)).sum()) for key, tensor in merged.items()}
+    assert {key: n for key, n in spoilt.items() if n} == {name: count}
+
+
+def test_too_little_memory(valkey_url: str, driver: Driver, base: Any, tmp_path: Path) -> None:
+    with running_service(valkey_url, driver, worker_memory_bytes=64 << 20) as small:
+        said = small.failure(ties(tmp_path, "one"), str(tmp_path / "out"))
+        assert "worker_memory_bytes" in said
+        assert "MiB" in said
+        body = {"recipe": ties(tmp_path, "one"), "output": "/o", "options": {"worker_memory_bytes": 1 << 40}}
+        assert "at most" in small.http.post("/v1/merges", json=body).text
+
+
+def test_a_task_larger_than_every_node(valkey_url: str, driver: Driver, base: Any, tmp_path: Path) -> None:
+    with running_service(
+        valkey_url, driver, worker_memory_bytes=1 << 50, worker_baseline_bytes=1 << 45
+    ) as greedy:
+        said = greedy.failure(ties(tmp_path, "one"), str(tmp_path / "out"))
+        assert "largest node" in said
+
+
+@pytest.fixture
+def slow_service(valkey_url: str, driver: Driver) -> Iterator[RunningService]:
+    """A service without a scheduler that would take jobs from under a test's hands."""
+    with running_service(valkey_url, driver, poll_seconds=3600.0) as service:
+        yield service
+
+
+def test_cancel_and_lookup_errors(slow_service: RunningService, base: Any, tmp_path: Path) -> None:
+    http = slow_service.http
+    assert http.get("/v1/merges/merge-unknown").status_code == 404
+    assert http.get("/v1/merges", params={"cursor": "garbage"}).status_code == 422
+    assert http.get("/v1/nothing").headers["content-type"] == PROBLEM
+    job = slow_service.submit(ties(tmp_path, "one"), str(tmp_path / "out"))
+    assert http.get(job["links"]["files"]).status_code == 409
+    assert http.post(job["links"]["cancel"]).json()["state"] == "cancelled"
+    assert http.post(job["links"]["cancel"]).json()["state"] == "cancelled"
+
+
+def test_a_finished_job_cannot_be_cancelled(service: RunningService, base: Any, tmp_path: Path) -> None:
+    done = service.merge(ties(tmp_path, "one"), str(tmp_path / "out"))
+    answer = service.http.post(done["links"]["cancel"])
+    assert answer.status_code == 409
+    assert "succeeded" in answer.json()["detail"]
+
+
+def test_pages_of_jobs(slow_service: RunningService, base: Any, tmp_path: Path) -> None:
+    ids = [slow_service.submit(ties(tmp_path, "one"), str(tmp_path / f"out{i}"))["id"] for i in range(5)]
+    found: list[str] = []
+    cursor = None
+    while True:
+        params = {"limit": "2"} | ({"cursor": cursor} if cursor else {})
+        page = slow_service.http.get("/v1/merges", params=params).json()
+        found += [job["id"] for job in page["jobs"]]
+        if (cursor := page["next_cursor"]) is None:
+            break
+    assert found == ids[::-1]
+    assert slow_service.http.get("/v1/merges", params={"state": "failed"}).json()["jobs"] == []
