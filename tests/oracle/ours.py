@@ -53,7 +53,7 @@ def merge_by_service(jobs: Jobs, state: Path) -> None:
 
 def _merge_by_command(recipe: Recipe, output: Path, url: str, file: Path) -> None:
     file.write_text(yaml.safe_dump(recipe))
-    command = [sys.executable, "-c", "from mergemill.cli import app; app()", "merge", str(file), str(output)]
+    command = [sys.executable, "-m", "mergemill", "merge", str(file), str(output)]
     done = subprocess.run(
         command, env=os.environ | {"MERGEMILL_URL": url}, capture_output=True, text=True, check=False
     )
