@@ -113,6 +113,15 @@ def resolve_model(name: str, model_roots: Mapping[str, str]) -> str:
         raise PlanError(f"{name}: the setting model_roots maps {key!r} to no place: {error}") from error
 
 
+def overlap(output: str, inputs: Iterable[str]) -> list[str]:
+    """What is wrong with an output that equals, lies inside or contains an input."""
+    problems = []
+    for uri in dict.fromkeys(inputs):
+        if uri == output or output.startswith(uri + "/") or uri.startswith(output + "/"):
+            problems.append(f"output {output} overlaps the input {uri}: choose another place")
+    return problems
+
+
 def open_checkpoint(store: ObjectStore, uri: str) -> Checkpoint:
     """Read a checkpoint's headers, index and config.
 
