@@ -72,6 +72,9 @@ def main() -> int:
     except MergemillError as error:
         console.print(f"[red]{type(error).__name__}:[/red] {error}")
         return 1
+    except KeyboardInterrupt:
+        console.print("Stopped.")
+        return 130
     singles = [row(name if name == "base" else f"tuned: {name}", "", models[name], tasks) for name in models]
     merged = [chosen(method, found, tasks) for method, found in merges.items()]
     console.print(table(tuple(digits.TASKS), singles, merged))
