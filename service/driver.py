@@ -99,6 +99,12 @@ class Driver:
         child = self._child
         return None if child is None else child.pid
 
+    @property
+    def in_flight(self) -> int:
+        """Tasks that the cluster has now, running or about to; the others wait in the child."""
+        with self._lock:
+            return sum(pending.started for pending in self._pending.values())
+
     def start(self) -> None:
         """Begin to start or connect to Ray; does not wait for it."""
         with self._lock:

@@ -4,12 +4,14 @@ The only file that imports Ray. When Ray's control process dies, Ray ends the pr
 it; so that process is this one, which holds nothing that its parent does not know as well.
 
 The protocol is JSON lines. On stdin come the configuration, then ``submit`` and ``cancel``; through the
-result descriptor go ``nodes`` (every second: the sign of life), ``result`` and ``retry``. When stdin ends,
-so does this process. All else that is printed, by Ray or by us, goes to stderr.
+result descriptor go ``nodes`` (every second: the sign of life), ``started``, ``retry`` and ``result``, and
+before them ``vital``, the processes that we cannot do without. When stdin ends, so does this process. All else
+that is printed, by Ray or by us, goes to stderr.
 """
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import importlib
 import json
@@ -28,7 +30,7 @@ import ray
 from ray import exceptions
 
 from service.dispatch import Dispatcher, Need, Node, Policy
-from service.warden import die_with_parent
+from service.warden import die_with_parent, processes
 from workers.errors import FleetError, MergemillError, to_json
 
 TICK_S = 1.0
@@ -61,7 +63,8 @@ class _Done:
 def run_entry(entry: str, payload: str) -> str:
     """Call ``module:function`` with a payload, in a worker: JSON text in, ``{"value"}`` or ``{"error"}`` out.
 
-    What the function raises comes back as JSON as well, since Ray would pickle it.
+    What the function raises comes back as JSON as well, since Ray would pickle it. Afterwards all free
+    memory goes back to the system, so that the next task begins where this one did.
     """
     try:
         module, _, function = entry.partition(":")
@@ -72,6 +75,10 @@ def run_entry(entry: str, payload: str) -> str:
     except Exception as error:  # noqa: BLE001 - whatever it is, it is this task's result and no other's
         last_lines = "".join(traceback.format_exception(error)[-3:]).strip()
         return json.dumps({"error": to_json(FleetError(f"{entry} failed: {last_lines}"))})
+    finally:
+        libc = ctypes.CDLL(None)
+        if hasattr(libc, "malloc_trim"):  # glibc
+            libc.malloc_trim(0)
 
 
 class Fleet:
@@ -110,6 +117,10 @@ class Fleet:
     def configure(self, config: Message) -> None:
         """Connect to Ray."""
         connect(config)
+        if config["address"] is None:
+            # Calls into Ray that need a dead control process hang with the interpreter's lock in their hands:
+            # nothing in here would notice, so the parent watches.
+            self._send(op="vital", pids=ray_processes())
         self._dispatcher.policy = Policy(**config["policy"])
         if not str(config["address"]).startswith("ray://"):
             self._own_node = ray.get_runtime_context().get_node_id()
@@ -229,6 +240,12 @@ def connect(config: Message) -> None:
         logging_level=logging.WARNING,
         _temp_dir=config["temp_dir"],
     )
+
+
+def ray_processes() -> list[int]:
+    """Process ids of our own Ray's control process and node, without which it is of no use."""
+    me = os.getpid()
+    return [its.pid for its in processes() if its.parent == me and its.name in ("gcs_server", "raylet")]
 
 
 def main() -> int:

@@ -26,11 +26,14 @@ from service.dispatch import Policy
 WORKER_ENV: Mapping[str, str] = {
     "OMP_NUM_THREADS": "1",
     "MALLOC_ARENA_MAX": "2",
-    "MALLOC_MMAP_THRESHOLD_": str(8 << 20),
+    "MALLOC_MMAP_THRESHOLD_": str(2 << 20),
     "MALLOC_TRIM_THRESHOLD_": str(16 << 20),
 }
-"""Environment of the workers. Buffers of 8 MiB and more go back to the system when freed, which glibc's
+"""Environment of the workers. Buffers of 2 MiB and more go back to the system when freed, which glibc's
 sliding threshold would put off; the 1 MiB blocks of the arithmetic stay on the heap, free of page faults."""
+
+LOCAL = "local"
+"""The address that means a Ray of our own, as it does to Ray."""
 
 _SOCKET_PATH_BYTES = 107
 """Longest path of a Unix socket, without the final NUL."""
@@ -45,7 +48,7 @@ class FleetSettings:
     """Which Ray to use, and within which bounds."""
 
     address: str | None = None
-    """The cluster's address; else ``RAY_ADDRESS``; else a Ray is started on this machine."""
+    """The cluster's address; else ``RAY_ADDRESS``; ``local``, or neither, starts a Ray on this machine."""
     num_cpus: int | None = None
     """CPU cores of a Ray started here; ``None`` is what the machine has."""
     num_gpus: int | None = None
@@ -64,6 +67,8 @@ class FleetSettings:
     """Starts in a row without a finished task before everything unfinished fails."""
     max_losses: int = 10
     """How often one request may lose the child under it before it is given up."""
+    module: str = "service.fleet"
+    """What is run; tests put a fake here."""
     policy: Policy = field(default_factory=Policy)
     """Bounds on tries and on tasks at once."""
 
@@ -81,26 +86,28 @@ class FleetProcess:
         self.why = ""
         """Why :meth:`messages` came to an end."""
         self._settings = settings
+        self._vital: list[int] = []
         self._log = directory / "driver.log"
         self._outbox: queue.SimpleQueue[str | None] = queue.SimpleQueue()
-        address = settings.address or os.environ.get("RAY_ADDRESS") or None
+        address = settings.address or os.environ.get("RAY_ADDRESS") or LOCAL
+        local = address == LOCAL
         temp_dir = directory / "ray"
         shutil.rmtree(temp_dir, ignore_errors=True)
         self._results, results_out = os.pipe()
         with self._log.open("wb") as printed:
             # S603: the command is our own
             self._process = subprocess.Popen(  # noqa: S603
-                [*_python("service.warden"), str(os.getpid()), *_python("service.fleet"), str(results_out)],
+                [*_python("service.warden"), str(os.getpid()), *_python(settings.module), str(results_out)],
                 stdin=subprocess.PIPE,
                 stdout=printed,
                 stderr=printed,
                 pass_fds=(results_out,),
                 start_new_session=True,
-                env=_environment(local=address is None),
+                env=_environment(local=local),
             )
         os.close(results_out)
         config = {
-            "address": address,
+            "address": None if local else address,
             "num_cpus": settings.num_cpus,
             "num_gpus": settings.num_gpus,
             "memory_bytes": settings.memory_bytes,
@@ -139,24 +146,38 @@ class FleetProcess:
         poll.register(self._results, select.POLLIN)
         buffer = b""
         deadline = time.monotonic() + self._settings.start_timeout_s
-        while True:
-            if not poll.poll(max(0.0, min(0.5, deadline - time.monotonic())) * 1000):
-                if closing():
-                    self.why = "it was closed"
-                    return
-                if time.monotonic() >= deadline:
-                    self.why = "it fell silent" if self.ready else "it did not start in time"
-                    return
-                continue
-            data = os.read(self._results, 1 << 20)
-            if not data:
-                self.why = "it ended"
+        while not self.why:
+            events = poll.poll(max(0.0, min(0.5, deadline - time.monotonic())) * 1000)
+            if any(descriptor != self._results for descriptor, _ in events):
+                self.why = "Ray's control process or node died"
+            elif events:
+                data = os.read(self._results, 1 << 20)
+                if not data:
+                    self.why = "it ended"
+                self.ready = True
+                deadline = time.monotonic() + self._settings.silence_s
+                *lines, buffer = (buffer + data).split(b"\n")
+                for line in lines:
+                    message = json.loads(line)
+                    if message["op"] == "vital":
+                        self._watch(message["pids"], poll)
+                    else:
+                        yield message
+            elif closing():
+                self.why = "it was closed"
+            elif time.monotonic() >= deadline:
+                self.why = "it fell silent" if self.ready else "it did not start in time"
+
+    def _watch(self, pids: Iterable[int], poll: select.poll) -> None:
+        for pid in pids:
+            try:
+                self._vital.append(os.pidfd_open(pid))
+            except ProcessLookupError:
+                self.why = "Ray's control process or node died"
+            except OSError:  # not in this sandbox: then its silence will tell, later
                 return
-            self.ready = True
-            deadline = time.monotonic() + self._settings.silence_s
-            *lines, buffer = (buffer + data).split(b"\n")
-            for line in lines:
-                yield json.loads(line)
+            else:
+                poll.register(self._vital[-1], select.POLLIN)
 
     def last_words(self, lines: int = 12) -> str:
         """The last lines that it printed."""
@@ -175,7 +196,8 @@ class FleetProcess:
             except subprocess.TimeoutExpired:
                 action()
         process.wait()
-        os.close(self._results)
+        for descriptor in (self._results, *self._vital):
+            os.close(descriptor)
         # A warden that ended in its own way has left nothing; one that was killed could not see to it.
         return process.returncode != -signal.SIGKILL or warden.kill_session(process.pid)
 
@@ -199,8 +221,6 @@ def _environment(*, local: bool) -> dict[str, str]:
     defaults = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
     fixed: dict[str, str] = {}
     if local:
-        # The control process of a Ray of our own does not come back: no point in waiting a minute for it.
-        defaults["RAY_gcs_rpc_server_reconnect_timeout_s"] = "5"
         if "RAY_AUTH_MODE" not in os.environ:
             # Nobody else needs its token, so it is not Ray's default, a file in the home directory.
             fixed |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}

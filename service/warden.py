@@ -14,6 +14,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 PR_SET_PDEATHSIG = 1
@@ -41,8 +42,22 @@ def die_with_parent(parent: int, number: signal.Signals) -> None:
         os.kill(os.getpid(), number)
 
 
-def _processes() -> Iterator[tuple[int, str, int, int]]:
-    """``(pid, state, parent, session)`` of every process that there is."""
+@dataclass(frozen=True, slots=True)
+class Process:
+    """A line of the process table."""
+
+    pid: int
+    """Process id."""
+    name: str
+    """Name of the executable, its first 15 bytes."""
+    parent: int
+    """The parent's process id."""
+    session: int
+    """Process id of the session's leader, dead or alive."""
+
+
+def processes() -> Iterator[Process]:
+    """All processes that run; those that have ended and were not waited for are left out."""
     for entry in Path("/proc").iterdir():
         if not entry.name.isdigit():
             continue
@@ -50,8 +65,10 @@ def _processes() -> Iterator[tuple[int, str, int, int]]:
             stat = (entry / "stat").read_text(errors="replace")
         except OSError:  # it ended between the listing and the reading
             continue
-        state, parent, _group, session = stat[stat.rindex(")") + 2 :].split()[:4]
-        yield int(entry.name), state, int(parent), int(session)
+        name, _, rest = stat.partition("(")[2].rpartition(") ")
+        state, parent, _group, session = rest.split()[:4]
+        if state not in "ZX":
+            yield Process(int(entry.name), name, int(parent), int(session))
 
 
 def _kill(pid: int) -> None:
@@ -65,9 +82,9 @@ def kill_children() -> None:
     """Kill and reap all descendants; orphans become our children, if we are a child subreaper."""
     me = os.getpid()
     while True:
-        for pid, state, parent, _ in _processes():
-            if parent == me and state != "Z":
-                _kill(pid)
+        for process in processes():
+            if process.parent == me:
+                _kill(process.pid)
         try:
             os.waitpid(-1, 0)
         except ChildProcessError:
@@ -78,7 +95,7 @@ def kill_session(session: int, timeout_s: float = 5.0) -> bool:
     """Kill every process of a session whose warden was killed itself; whether all are gone in time."""
     deadline = time.monotonic() + timeout_s
     while True:
-        left = [pid for pid, state, _, its in _processes() if its == session and state != "Z"]
+        left = [process.pid for process in processes() if process.session == session]
         if not left:
             return True
         if time.monotonic() > deadline:

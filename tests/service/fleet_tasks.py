@@ -1,0 +1,91 @@
+"""What the tests have the fleet call; importable by Ray's workers."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from workers.errors import AccessDeniedError, NonFiniteError, PlanError
+
+PATIENCE_S = 60.0
+
+
+def square(number: int) -> int:
+    return number * number
+
+
+def fail(kind: str) -> None:
+    match kind:
+        case "plan":
+            raise PlanError("no tensor a", "no tensor b")
+        case "access":
+            raise AccessDeniedError("s3://bucket/key: denied")
+        case "nonfinite":
+            raise NonFiniteError("model.embed: 3 NaN in model 1")
+        case _:
+            raise KeyError("out of the blue")
+
+
+def not_json(_: Any) -> object:
+    return {"value": float("nan")}
+
+
+def note(payload: dict[str, str]) -> str:
+    """Leave a line in a file, so that runs can be counted."""
+    _note(payload)
+    return payload["text"]
+
+
+def note_and_wait(payload: dict[str, str]) -> int:
+    """Leave a line with our pid and our raylet's, and wait until the gate, a file, is there; returns our pid."""
+    _note({**payload, "text": f"{os.getpid()} {os.getppid()}"})
+    deadline = time.monotonic() + PATIENCE_S
+    while not Path(payload["gate"]).exists():
+        if time.monotonic() > deadline:
+            raise TimeoutError("nobody opened the gate")
+        time.sleep(0.02)
+    return os.getpid()
+
+
+def note_and_die(payload: dict[str, str]) -> None:
+    _note(payload)
+    os._exit(1)
+
+
+def memory(_: Any) -> dict[str, int]:
+    """Resident bytes of this worker: before, with and after 256 MiB in one piece, then in 256 pieces."""
+    before = _resident()
+    whole = bytearray(os.urandom(1 << 12) * (1 << 16))
+    with_whole = _resident()
+    del whole
+    after_whole = _resident()
+    pieces = [bytearray(os.urandom(1 << 12) * (1 << 8)) for _ in range(256)]
+    with_pieces = _resident()
+    del pieces
+    return {
+        "before": before,
+        "with_whole": with_whole,
+        "after_whole": after_whole,
+        "with_pieces": with_pieces,
+        "pid": os.getpid(),
+    }
+
+
+def resident(_: Any) -> dict[str, int]:
+    return {"now": _resident(), "pid": os.getpid()}
+
+
+def environment(names: list[str]) -> dict[str, str | None]:
+    return {name: os.environ.get(name) for name in names}
+
+
+def _note(payload: dict[str, str]) -> None:
+    with Path(payload["file"]).open("a") as file:
+        file.write(payload["text"] + "\n")
+
+
+def _resident() -> int:
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
