@@ -7,7 +7,7 @@ from types import MappingProxyType
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field
 from pydantic_core import PydanticUseDefault
 
 from workers.methods.base import Block, Parameters
@@ -22,6 +22,12 @@ def _number(value: Any) -> Any:
     return value
 
 
+def _float32(value: float) -> float:
+    if abs(value) > FLOAT32_MAX:
+        raise ValueError(f"{value} is beyond float32's range")
+    return value
+
+
 def _rescale(value: Any) -> Any:
     # mergekit spells this switch as a boolean.
     if value is True:
@@ -29,10 +35,10 @@ def _rescale(value: Any) -> Any:
     return "none" if value is False else value
 
 
-Real = Annotated[float, BeforeValidator(_number), Field(ge=-FLOAT32_MAX, le=FLOAT32_MAX)]
+Real = Annotated[float, BeforeValidator(_number), AfterValidator(_float32)]
 """A finite number within float32's range; booleans are refused."""
 
-Fraction01 = Annotated[float, BeforeValidator(_number), Field(ge=0, le=1)]
+Fraction01 = Annotated[float, Field(ge=0, le=1), BeforeValidator(_number)]
 """A number from 0 to 1; booleans are refused."""
 
 TrimScope = Literal["tensor", "model"]
