@@ -1,0 +1,110 @@
+"""The warden: nothing of a command is left, however it, the warden's parent or the warden ends."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+
+import pytest
+
+from service.warden import kill_session, processes
+
+WARDEN = [sys.executable, "-m", "service.warden"]
+LITTER = "(setsid sleep 60 & sleep 60 & (sleep 60 &)); sleep 0.1;"
+"""Leaves children, orphans, and a process in a session of its own."""
+
+
+def start(script: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [*WARDEN, str(os.getpid()), "sh", "-c", script],
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def descendants(pid: int) -> set[int]:
+    table = list(processes())
+    found, added = {pid}, True
+    while added:
+        more = {its.pid for its in table if its.parent in found} - found
+        found |= more
+        added = bool(more)
+    return found - {pid}
+
+
+def alive(pids: set[int]) -> set[int]:
+    return pids & {its.pid for its in processes()}
+
+
+def wait_until(condition: Callable[[], object]) -> None:
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize(("script", "status"), [("exit 0", 0), ("exit 7", 7), ("kill -9 $$", 137)])
+def test_the_exit_status_is_the_commands(script: str, status: int) -> None:
+    with start(script) as warden:
+        assert warden.wait(20) == status
+
+
+def test_litter_goes_when_the_command_ends() -> None:
+    with start(f"{LITTER} echo ready; sleep 0.5; exit 3") as warden:
+        assert warden.stdout is not None
+        assert warden.stdout.readline() == "ready\n"
+        litter = descendants(warden.pid)
+        assert len(litter) >= 4
+        assert warden.wait(20) == 3
+        assert not alive(litter)
+
+
+def test_sigterm_ends_all_of_it() -> None:
+    with start(f"trap '' TERM; {LITTER} echo ready; sleep 60") as warden:
+        assert warden.stdout is not None
+        assert warden.stdout.readline() == "ready\n"
+        below = descendants(warden.pid)
+        assert len(below) >= 4
+        warden.terminate()
+        assert warden.wait(20) == 143
+        assert not alive(below)
+
+
+def test_the_death_of_its_parent_ends_all_of_it() -> None:
+    script = (
+        "import os, subprocess, sys, time\n"
+        f"command = {WARDEN!r} + [str(os.getpid()), 'sh', '-c', {LITTER + ' echo ready; sleep 60'!r}]\n"
+        "print(subprocess.Popen(command, start_new_session=True).pid, flush=True)\n"
+        "time.sleep(60)\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        warden = int(parent.stdout.readline())
+        assert parent.stdout.readline() == "ready\n"
+        below = descendants(warden)
+        assert len(below) >= 4
+        parent.kill()
+        wait_until(lambda: not alive(below | {warden}))
+
+
+def test_a_parent_that_was_gone_before_it_looked_is_noticed() -> None:
+    with subprocess.Popen([*WARDEN, "1", "sleep", "60"], start_new_session=True) as warden:
+        assert warden.wait(20) == 143
+
+
+def test_the_session_of_a_killed_warden_can_be_swept() -> None:
+    with start("(sleep 60 & sleep 60 &); echo ready; sleep 60") as warden:
+        assert warden.stdout is not None
+        assert warden.stdout.readline() == "ready\n"
+        below = descendants(warden.pid)
+        assert len(below) >= 3
+        os.kill(warden.pid, signal.SIGKILL)
+        warden.wait(20)
+        assert alive(below)
+        assert kill_session(warden.pid)
+        assert not alive(below)
