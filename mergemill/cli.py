@@ -351,9 +351,13 @@ def _print(value: Any, shown: RenderableType, as_json: bool) -> None:
         typer.echo(_json(value))
         return
     console = Console()
-    if not console.is_terminal:
-        console.width = 10_000  # lines are not broken by a width that nobody has
-    console.print(shown)
+    if console.is_terminal:
+        console.print(shown)
+        return
+    console.width = 10_000  # lines are not broken for a width that nobody has
+    with console.capture() as lines:
+        console.print(shown)
+    typer.echo("\n".join(line.rstrip() for line in lines.get().splitlines()))
 
 
 def _json(value: Any) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -33,8 +33,6 @@ WAIT_S = 0.1
 INDEX = "model.safetensors.index.json"
 """The file that makes a directory a checkpoint: it comes last."""
 
-_STEP = 1 << 20
-
 
 def download(
     http: httpx.Client,
@@ -54,10 +52,10 @@ def download(
     def fetch(file: File) -> None:
         _Fetch(http, urls, directory, file, meter).run()
 
-    early = [file for file in files if file.name != INDEX]
+    early = sorted((file for file in files if file.name != INDEX), key=lambda file: -file.size)
     pool = ThreadPoolExecutor(PARALLEL, thread_name_prefix="download")
     try:
-        for finished in [pool.submit(fetch, file) for file in sorted(early, key=lambda file: -file.size)]:
+        for finished in as_completed([pool.submit(fetch, file) for file in early]):
             finished.result()
     except BaseException:
         meter.stopped.set()
@@ -166,7 +164,7 @@ class _Fetch:
             try:
                 self._attempt()
             except (httpx.TransportError, StoreUnavailableError, TruncatedReadError) as error:
-                failures = 1 if self._counted > before else failures + 1
+                failures = 0 if self._counted > before else failures + 1
                 if failures == ATTEMPTS:
                     raise StoreUnavailableError(f"{self._file.name} cannot be downloaded: {error}") from error
                 if self._meter.stopped.wait(WAIT_S * 2**failures):
@@ -191,7 +189,7 @@ class _Fetch:
                 have = 0  # it does not do ranges
             with self._part.open("r+b" if have else "wb") as out:
                 out.seek(have)
-                for data in response.iter_bytes(_STEP):
+                for data in response.iter_bytes():  # as they come: what a bigger step gathers, an error loses
                     if self._meter.stopped.is_set():
                         raise _StoppedError
                     out.write(data)

@@ -85,9 +85,20 @@ class Job:
         return tuple(self.body.get("notices") or ())
 
     @property
+    def recipe(self) -> Mapping[str, Any]:
+        """What was asked for."""
+        found: Mapping[str, Any] = self.body["recipe"]
+        return found
+
+    @property
     def method(self) -> str:
         """The recipe's merge method."""
-        return str(self.body.get("recipe", {}).get("merge_method", ""))
+        return str(self.recipe["merge_method"])
+
+    @property
+    def price(self) -> Mapping[str, Any] | None:
+        """What it costs, once planned: see :class:`service.price.Price`."""
+        return self.body.get("price")
 
 
 @dataclass(frozen=True, slots=True)

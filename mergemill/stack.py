@@ -189,10 +189,12 @@ class EmbeddedStack:
             child.revive()
 
     def _end(self) -> None:
+        # Before it was up there is nothing to let go of, and Ray may take its time to start
+        patience = STOP_TIMEOUT_S if self._up.is_set() else 1.0
         for child in self._children:
             child.ask_to_end()
         for child in self._children:
-            child.end(STOP_TIMEOUT_S)
+            child.end(patience)
         if self._valkey is not None:
             self._valkey.stop()
 

@@ -53,7 +53,9 @@ def configure(log_format: LogFormat | str = "auto", level: int = logging.INFO) -
         hide_secrets,
     ]
     renderer: structlog.typing.Processor = (
-        structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())
+        structlog.dev.ConsoleRenderer(
+            colors=sys.stderr.isatty(), exception_formatter=structlog.dev.plain_traceback
+        )
         if console
         else structlog.processors.JSONRenderer(ensure_ascii=False)
     )

@@ -1,0 +1,319 @@
+"""The client against a real API on a real Valkey, and against answers that no healthy API gives."""
+
+from __future__ import annotations
+
+import hashlib
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from itertools import islice
+from pathlib import Path
+
+import httpx
+import pytest
+import uvicorn
+
+from api.app import create_app
+from mergemill import Client, Job
+from mergemill.client import PATIENCE_S
+from service.jobs import CommitStarted, Event, Failed, JobState, PlanningStarted, Succeeded
+from service.jobstore import JobStore
+from service.settings import Settings
+from tests.service.job_steps import ALL_COMPLETE, PATHS, TO_RUNNING, fresh
+from workers.errors import (
+    ConflictError,
+    IllegalTransitionError,
+    JobCancelledError,
+    JobFailedError,
+    JobNotFoundError,
+    JobStoreUnavailableError,
+    JobTimeoutError,
+    MergemillError,
+    OutputConflictError,
+    PlanError,
+    RecipeError,
+    ServiceUnavailableError,
+)
+
+pytest_plugins = ["tests.servers.valkey"]
+
+RECIPE = {"merge_method": "linear", "models": [{"model": "s3://bucket/a"}, {"model": "s3://bucket/b"}]}
+NOWHERE = "merge-0" + "0" * 25
+
+
+@pytest.fixture
+def client(valkey_url: str, valkey_namespace: str) -> Iterator[Client]:
+    """A client of an API of its own."""
+    settings = Settings(redis_url=valkey_url, namespace=valkey_namespace)
+    server = uvicorn.Server(uvicorn.Config(create_app(settings), log_config=None, lifespan="on"))
+    listener = socket.create_server(("127.0.0.1", 0))
+    thread = threading.Thread(target=server.run, args=([listener],))
+    thread.start()
+    try:
+        with Client(f"http://127.0.0.1:{listener.getsockname()[1]}/") as found:
+            yield found
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
+def record(
+    store: JobStore, events: tuple[Event, ...], output: str = "s3://bucket/output", age: float = 0
+) -> str:
+    """A job to which this has happened."""
+    job = fresh(time.time() - age).model_copy(update={"output": output})
+    store.create(job)
+    if events:
+        happens(store, job.id, iter(events), len(events))
+    return job.id
+
+
+def happens(store: JobStore, job: str, events: Iterator[Event], count: int = 1) -> None:
+    """The next things that happen to the only job of a store, by a scheduler's hand."""
+    claimed = store.claim_next("test", 60)
+    assert claimed is not None
+    lease = claimed[1]
+    for event in islice(events, count):
+        store.apply(job, event, lease.token)
+    store.release(lease)
+
+
+def fake(handler: Callable[[httpx.Request], httpx.Response]) -> Client:
+    return Client("http://api.test", transport=httpx.MockTransport(handler))
+
+
+@pytest.mark.valkey
+class TestOnARealApi:
+    def test_a_submitted_job_is_got_listed_and_cancelled(self, client: Client) -> None:
+        job = client.submit(RECIPE, "s3://bucket/out/", shard_bytes=1000, overwrite=True, part_bytes=None)
+        assert (job.state, job.output, job.method) == ("queued", "s3://bucket/out", "linear")
+        assert job.body["options"]["shard_bytes"] == 1000
+        assert job.body["options"]["overwrite"] is True
+        assert client.get(job.id) == job
+        assert client.list().jobs == (job,)
+        assert not job.is_terminal
+        assert client.cancel(job.id).state == "cancelled"
+        with pytest.raises(JobCancelledError, match=job.id):
+            client.wait(job.id, timeout=5)
+
+    def test_yaml_and_a_mapping_are_the_same(self, client: Client) -> None:
+        text = "merge_method: linear\nmodels:\n  - model: s3://bucket/a\n  - {model: s3://bucket/b}\n"
+        assert (
+            client.submit(text, "s3://bucket/out").recipe == client.submit(RECIPE, "s3://bucket/out").recipe
+        )
+
+    def test_every_problem_of_a_recipe_is_listed(self, client: Client) -> None:
+        wrong = {"merge_method": "ties", "models": [{"model": "s3://b/a", "parameters": {"density": 2}}]}
+        with pytest.raises(RecipeError) as caught:
+            client.submit(wrong, "s3://bucket/out")
+        assert any("base_model" in problem for problem in caught.value.problems)
+        assert any("density" in problem for problem in caught.value.problems)
+        with pytest.raises(RecipeError, match="sharp_bytes"):
+            client.submit(RECIPE, "s3://bucket/out", sharp_bytes=1)
+        with pytest.raises(RecipeError, match="relative path"):
+            client.submit({**RECIPE, "models": [{"model": "./here"}]}, "s3://bucket/out")
+
+    def test_pages_follow_one_another(self, client: Client, job_store: JobStore) -> None:
+        made = [record(job_store, (), age=7 - number) for number in range(7)]
+        first = client.list(limit=3)
+        assert [job.id for job in first.jobs] == made[:3:-1]
+        assert first.next_cursor is not None
+        assert [job.id for job in client.list(3, first.next_cursor).jobs] == made[3:0:-1]
+        assert [job.id for job in client.jobs()] == made[::-1]
+        client.cancel(made[4])
+        assert [job.id for job in client.jobs("cancelled")] == [made[4]]
+        with pytest.raises(RecipeError, match="state"):
+            client.list(state="sleeping")
+        with pytest.raises(RecipeError, match="cursor"):
+            client.list(cursor="nonsense")
+
+    def test_what_is_not_there_is_said_to_be(self, client: Client) -> None:
+        for ask in (client.get, client.cancel, client.files):
+            with pytest.raises(JobNotFoundError, match=NOWHERE):
+                ask(NOWHERE)
+        with pytest.raises(JobNotFoundError, match="not the id"):
+            client.get("../../readyz")
+
+    def test_what_a_state_does_not_allow_is_a_conflict(self, client: Client, job_store: JobStore) -> None:
+        job = record(job_store, PATHS[JobState.COMMITTING])
+        with pytest.raises(IllegalTransitionError):
+            client.cancel(job)
+        with pytest.raises(ConflictError, match="committing"):
+            client.files(job)
+
+    def test_waiting_shows_every_step_and_ends_with_success(
+        self, client: Client, job_store: JobStore
+    ) -> None:
+        job = record(job_store, ())
+        steps = iter([*PATHS[JobState.SUCCEEDED]])
+        seen: list[Job] = []
+
+        def on_progress(found: Job) -> None:
+            seen.append(found)
+            if not found.is_terminal:
+                happens(job_store, job, steps)
+
+        done = client.wait(job, on_progress, timeout=60)
+        assert done == seen[-1]
+        assert done.state == "succeeded"
+        assert list(dict.fromkeys(look.state for look in seen)) == [
+            "queued", "planning", "running", "committing", "succeeded"
+        ]  # fmt: skip
+        assert done.progress.bytes_total == 3000
+        assert done.price == {"parts": 3}
+        assert done.notices == ("a notice",)
+
+    def test_a_failed_job_raises_its_own_error(self, client: Client, job_store: JobStore) -> None:
+        error = {"type": "PlanError", "detail": "one; two", "problems": ["one", "two"]}
+        job = record(job_store, (PlanningStarted(), Failed(error)))
+        with pytest.raises(JobFailedError, match=rf"{job} failed: PlanError: one; two") as caught:
+            client.wait(job)
+        assert isinstance(caught.value.__cause__, PlanError)
+        assert caught.value.__cause__.problems == ("one", "two")
+
+    def test_waiting_has_an_end(self, client: Client) -> None:
+        job = client.submit(RECIPE, "s3://bucket/out").id
+        begun = time.monotonic()
+        with pytest.raises(JobTimeoutError, match=job):
+            client.wait(job, timeout=0.3)
+        assert 0.3 <= time.monotonic() - begun < 5
+        assert client.get(job).state == "queued"
+
+    def test_a_merged_checkpoint_is_downloaded(
+        self, client: Client, job_store: JobStore, tmp_path: Path
+    ) -> None:
+        source = tmp_path / "with space"
+        source.mkdir()
+        content = {"config.json": b"{}", "weights ü.bin": bytes(range(256)) * 1000}
+        for name, data in content.items():
+            (source / name).write_bytes(data)
+        listing = [
+            {"name": name, "size": len(data), "digest": f"sha256:{hashlib.sha256(data).hexdigest()}"}
+            for name, data in content.items()
+        ]
+        events = (*TO_RUNNING, CommitStarted(), *ALL_COMPLETE, Succeeded({"files": listing}))
+        job = record(job_store, events, source.as_uri())
+        assert [(file.name, file.size) for file in client.files(job)] == [
+            (name, len(data)) for name, data in content.items()
+        ]
+        big = hashlib.sha256(content["weights ü.bin"]).hexdigest()[:12]
+        target = tmp_path / "target"
+        target.mkdir()
+        (target / f"weights ü.bin.{big}.part").write_bytes(content["weights ü.bin"][:100_000])
+        client.download(job, target)
+        assert {path.name: path.read_bytes() for path in target.iterdir()} == content
+
+    def test_planning_methods_and_readiness(self, client: Client, tmp_path: Path) -> None:
+        missing = (tmp_path / "none").as_uri()
+        with pytest.raises(PlanError, match="no model here") as caught:
+            client.plan({"merge_method": "linear", "models": [{"model": missing}, {"model": missing + "2"}]})
+        assert len(caught.value.problems) == 2
+        assert "ties" in [method["name"] for method in client.methods()]
+        assert client.ready()["status"] == "ready"
+
+
+@pytest.mark.fast
+class TestOddAnswers:
+    def test_nobody_there(self) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as probe:
+            url = f"http://127.0.0.1:{probe.getsockname()[1]}"
+        with pytest.raises(ServiceUnavailableError, match=rf"{url}.*mergemill up"):
+            Client(url).list()
+
+    def test_a_url_that_is_none(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        with pytest.raises(MergemillError, match="localhost:8080"):
+            Client("localhost:8080")
+        monkeypatch.setenv("MERGEMILL_URL", "http://elsewhere:1/")
+        assert Client().url == "http://elsewhere:1"
+
+    @pytest.mark.parametrize(
+        ("status", "body", "expected"),
+        [
+            (404, b"<html>", MergemillError),
+            (502, b"", MergemillError),
+            (200, b"<html>", MergemillError),
+            (404, b'{"detail": "Not Found"}', JobNotFoundError),
+            (409, b'{"detail": "x", "type": "urn:mergemill:error:output_conflict"}', OutputConflictError),
+            (409, b'{"detail": "x", "type": "urn:mergemill:error:of_the_future"}', ConflictError),
+            (
+                503,
+                b'{"detail": "x", "type": "urn:mergemill:error:job_store_unavailable"}',
+                JobStoreUnavailableError,
+            ),
+            (503, b'{"status": "unavailable", "missing": {"redis": "gone"}}', JobStoreUnavailableError),
+            (
+                422,
+                b'{"detail": "x", "type": "urn:mergemill:error:request", "errors": ["a", "b"]}',
+                RecipeError,
+            ),
+            (500, b'{"detail": "x"}', MergemillError),
+            (500, b"[]", MergemillError),
+        ],
+    )
+    def test_answers_become_errors(self, status: int, body: bytes, expected: type[MergemillError]) -> None:
+        with pytest.raises(MergemillError) as caught:
+            fake(lambda _: httpx.Response(status, content=body)).ready()
+        assert type(caught.value) is expected
+        assert str(caught.value)
+
+    def test_waiting_bears_with_an_api_that_is_being_restarted(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        answers: list[httpx.Response | Exception] = [
+            httpx.ConnectError("refused"),
+            httpx.Response(503, json={"detail": "no redis"}),
+            httpx.ReadTimeout("slow"),
+            httpx.Response(200, json=_body("running")),
+            httpx.RemoteProtocolError("gone"),
+            httpx.Response(200, json=_body("succeeded")),
+        ]
+
+        def handler(_: httpx.Request) -> httpx.Response:
+            answer = answers.pop(0)
+            if isinstance(answer, Exception):
+                raise answer
+            return answer
+
+        monkeypatch.setattr("mergemill.client.POLL_S", (0.001, 0.001))
+        assert fake(handler).wait(NOWHERE).state == "succeeded"
+        assert answers == []
+
+    def test_but_not_for_ever(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        now = [0.0]
+        monkeypatch.setattr("mergemill.client.time.monotonic", lambda: now[0])
+        monkeypatch.setattr("mergemill.client.time.sleep", lambda pause: now.__setitem__(0, now[0] + pause))
+
+        def refuse(_: httpx.Request) -> httpx.Response:
+            raise httpx.ConnectError("refused")
+
+        with pytest.raises(ServiceUnavailableError):
+            fake(refuse).wait(NOWHERE)
+        assert PATIENCE_S < now[0] < PATIENCE_S + 5
+
+    def test_polling_is_gentle(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        now, looks = [0.0], [0]
+        monkeypatch.setattr("mergemill.client.time.monotonic", lambda: now[0])
+        monkeypatch.setattr("mergemill.client.time.sleep", lambda pause: now.__setitem__(0, now[0] + pause))
+
+        def handler(_: httpx.Request) -> httpx.Response:
+            looks[0] += 1
+            return httpx.Response(200, json=_body("succeeded" if now[0] > 600 else "running"))
+
+        fake(handler).wait(NOWHERE)
+        assert 590 < looks[0] < 660
+
+    @pytest.mark.parametrize("recipe", ["a: [", "- list", "", "a: 1\n---\nb: 2", "x: 2020-01-01", "x: .nan"])
+    def test_a_recipe_that_is_none_is_not_even_sent(self, recipe: str) -> None:
+        def never(_: httpx.Request) -> httpx.Response:
+            raise AssertionError
+
+        with pytest.raises(RecipeError):
+            fake(never).submit(recipe, "s3://bucket/out")
+
+
+def _body(state: str) -> dict[str, object]:
+    progress = {"bytes_done": 1, "bytes_total": 2, "of_the_future": 3}
+    at = "2026-01-01T00:00:00Z"
+    return {
+        "id": NOWHERE, "state": state, "output": "s3://b/o", "created_at": at, "updated_at": at,
+        "cancel_requested": False, "progress": progress, "error": None, "new": 1,
+    }  # fmt: skip
