@@ -30,7 +30,7 @@ from workers.task import canonical_json
 DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 """The recipe's dtype names, and safetensors' names for them."""
 
-MAX_RECIPE_CHARACTERS = 1 << 20
+MAX_RECIPE_CHARACTERS = 1 << 18
 """Longest recipe text that is read."""
 
 Profile = Literal["paper", "mergekit"]
@@ -41,7 +41,6 @@ _NOT_YET = {
     "tokenizer": "building tokenizers is not supported yet; `tokenizer_source` may name `base` or a model",
     "chat_template": "setting a chat template is not supported yet; it is copied with the tokenizer",
 }
-
 
 _MOST_PROBLEMS = 50
 _MOST_CHARACTERS = 500
