@@ -127,7 +127,7 @@ def merge(client: Client, method: str, settings: Mapping[str, float]) -> digits.
     recipe: dict[str, Any] = {
         "merge_method": method,
         "models": [{"model": (OUTPUT / "models" / task).as_uri()} for task in digits.TASKS],
-        "parameters": FIXED[method] | settings,
+        "parameters": {**FIXED[method], **settings},
         "dtype": "float32",
     }
     if method != "linear":
