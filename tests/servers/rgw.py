@@ -133,7 +133,7 @@ def _configuration(directory: Path, fsid: str, mon_port: int) -> str:
 fsid = {fsid}
 run dir = {directory}
 log file = {directory}/$name.log
-admin socket = {directory}/$name.$pid.asok
+admin socket =
 crash dir = {directory}
 keyring = {directory}/keyring
 mon host = [v2:127.0.0.1:{mon_port}]

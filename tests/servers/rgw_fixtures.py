@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import uuid
 from collections.abc import Iterator
+from typing import NoReturn
 
 import boto3
 import pytest
@@ -13,14 +14,19 @@ from tests.servers.rgw import INSTALL_HINT, RGW, missing_binaries, start_rgw
 from workers.store import StoreSettings
 
 
+def give_up(missing: list[str]) -> NoReturn:
+    """Skip the test, or fail it in CI, with the line that installs what is missing."""
+    reason = f"Ceph RGW tests need {', '.join(missing)}: {INSTALL_HINT}"
+    if os.environ.get("CI"):
+        pytest.fail(reason)
+    pytest.skip(reason)
+
+
 @pytest.fixture(scope="session")
 def rgw() -> Iterator[RGW]:
     """One gateway for the session; skipped where Ceph is not installed, but a failure in CI."""
     if missing := missing_binaries():
-        reason = f"Ceph RGW tests need {', '.join(missing)}: {INSTALL_HINT}"
-        if os.environ.get("CI"):
-            pytest.fail(reason)
-        pytest.skip(reason)
+        give_up(missing)
     with start_rgw() as gateway:
         yield gateway
 

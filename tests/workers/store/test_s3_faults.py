@@ -260,3 +260,19 @@ def test_settings_that_make_no_client(changes: dict[str, object]) -> None:
 def test_the_secret_is_not_shown() -> None:
     settings = _settings("http://127.0.0.1:1", s3_secret_access_key="hunter2")
     assert "hunter2" not in repr(settings) + str(settings) + settings.model_dump_json()
+
+
+def test_a_source_that_changes_while_it_is_copied_is_noticed(serving: Serving) -> None:
+    """Some servers ignore the pin of a copy, so the source is looked up before and after."""
+    before, after = (
+        Answer(200, b"", {"ETag": f'"{etag}"', "Content-Type": "binary/octet-stream"}, length=9)
+        for etag in ("e1", "e2")
+    )
+    copied = Answer(200, b'<CopyPartResult><ETag>"p1"</ETag></CopyPartResult>')
+    store, server = serving(before, copied, before)
+    assert store.copy_part(UPLOAD, 1, 0, URI, 0, 9, "e1") == UploadedPart(1, 9, "p1")
+    assert server.requests[1][2]["x-amz-copy-source-if-match"] == "e1"
+    store, server = serving(before, copied, after)
+    with pytest.raises(ObjectChangedError):
+        store.copy_part(UPLOAD, 1, 0, URI, 0, 9, "e1")
+    assert server.methods == ["HEAD", "PUT", "HEAD"]
