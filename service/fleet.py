@@ -192,7 +192,8 @@ class Fleet:
         elif isinstance(error, exceptions.RayTaskError):  # run_entry itself could not be loaded or called
             self._fail(task, f"{self._work[task]['label']}: {error}")
         elif isinstance(error, exceptions.RayError):
-            cause = f"{type(error).__name__}: {error}".strip()
+            told = " ".join(str(error).splitlines()[:2])  # after a memory kill, a page of statistics follows
+            cause = f"{type(error).__name__}: {told}"
             oom = isinstance(error, exceptions.OutOfMemoryError)
             given_up = self._dispatcher.crashed(task, cause, time.monotonic(), out_of_memory=oom)
             if given_up is None:
