@@ -34,7 +34,7 @@ class Settings(BaseSettings):
     ray_cpus: int | None = Field(default=None, ge=1)
     """CPUs that a local Ray offers; all of the machine's by default."""
     gpus_per_task: float = Field(default=0, ge=0)
-    """Share of a GPU that a part task takes."""
+    """Share of a GPU that a task takes, which then computes on it (torch CUDA); 0 computes on the CPU."""
     state_dir: Path = Path("~/.mergemill")
     """Where the embedded stack keeps its state and logs."""
     model_roots: dict[str, str] = {}

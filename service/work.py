@@ -186,16 +186,22 @@ class Work:
             "part": PART.dump_python(part, mode="json"),
             "upload": {"uri": upload.uri, "id": upload.id},
             "facts": {survey: self._facts[survey] for survey in part.surveys},
-            "store": self._store_json,
         }
-        request = TaskRequest(
-            entry=PART_ENTRY,
-            payload=payload,
-            memory_bytes=part_peak_bytes(part, self._baseline),
-            num_gpus=self._tools.settings.gpus_per_task,
-            label=part_label(part),
-        )
+        memory = part_peak_bytes(part, self._baseline)
+        request = self._request(PART_ENTRY, payload, memory, part_label(part))
         return _Task(request, self._part_done)
+
+    def _request(
+        self, entry: str, payload: dict[str, JSONValue], memory_bytes: int, label: str
+    ) -> TaskRequest:
+        gpus = self._tools.settings.gpus_per_task
+        return TaskRequest(
+            entry=entry,
+            payload={**payload, "store": self._store_json, "device": "cuda" if gpus else "cpu"},
+            memory_bytes=memory_bytes,
+            num_gpus=gpus,
+            label=label,
+        )
 
     def _part_done(self, answer: JSONValue) -> None:
         result = PART_RESULT.validate_python(answer)
@@ -208,12 +214,10 @@ class Work:
         tasks = []
         for piece in survey.pieces:
             task = SurveyTask(survey.id, index, piece, facts, self._plan.parts[0].allow_nonfinite)
-            request = TaskRequest(
-                entry=SURVEY_ENTRY,
-                payload={"task": SURVEY_TASK.dump_python(task, mode="json"), "store": self._store_json},
-                memory_bytes=survey_peak_bytes(piece, self._baseline),
-                label=f"survey of {piece.name}, pass {index + 1} of {survey.passes}",
-            )
+            payload = {"task": SURVEY_TASK.dump_python(task, mode="json")}
+            label = f"survey of {piece.name}, pass {index + 1} of {survey.passes}"
+            memory = survey_peak_bytes(piece, self._baseline)
+            request = self._request(SURVEY_ENTRY, payload, memory, label)
             tasks.append(_Task(request, lambda summary: self._summary_done(state, summary)))
         self._ready.extendleft(reversed(tasks))
 

@@ -14,17 +14,17 @@ SURVEY_ENTRY = "workers.entry:survey"
 
 
 def part(payload: JSONValue) -> JSONValue:
-    """Make a part: ``{"part", "upload": {"uri", "id"}, "facts", "store"}`` to the JSON of a ``PartResult``."""
+    """Make a part: ``{"part", "upload": {"uri", "id"}, "facts", "store", "device"}`` to a ``PartResult``'s JSON."""
     upload = Upload(payload["upload"]["uri"], payload["upload"]["id"])
-    result = run_part(
-        PART.validate_python(payload["part"]), upload, payload["facts"], _store(payload["store"])
-    )
+    wanted, store = PART.validate_python(payload["part"]), _store(payload["store"])
+    result = run_part(wanted, upload, payload["facts"], store, payload["device"])
     return PART_RESULT.dump_python(result, mode="json")
 
 
 def survey(payload: JSONValue) -> JSONValue:
-    """Summarise a piece of a survey: ``{"task", "store"}`` to the pass's summary."""
-    return run_survey(SURVEY_TASK.validate_python(payload["task"]), _store(payload["store"]))
+    """Summarise a piece of a survey: ``{"task", "store", "device"}`` to the pass's summary."""
+    task = SURVEY_TASK.validate_python(payload["task"])
+    return run_survey(task, _store(payload["store"]), payload["device"])
 
 
 def _store(settings: JSONValue) -> ObjectStore:

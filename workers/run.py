@@ -46,16 +46,19 @@ READ_THREADS = 4
 """Ranges read at once; more gain nothing on one worker's share of the network."""
 
 
-def run_part(part: Part, upload: Upload, facts: Mapping[str, Facts], store: ObjectStore) -> PartResult:
+def run_part(
+    part: Part, upload: Upload, facts: Mapping[str, Facts], store: ObjectStore, device: str = "cpu"
+) -> PartResult:
     """Make one part of a shard and upload it.
 
     :param facts: what the surveys in ``part.surveys`` found, by survey id.
+    :param device: the torch device that the arithmetic runs on; buffers stay in main memory.
     :raises NonFiniteError: an input holds NaN or Inf and the part does not allow it, or an output overflowed.
     :raises StoreError: reading or uploading failed.
     """
     clock = _Clock()
     with clock.stage("read"):
-        inputs = _InputBytes(store, _refs(part))
+        inputs = _InputBytes(store, _refs(part), device)
     output = bytearray(part.nbytes)
     view = memoryview(output)
     problems = _NonFinite()
@@ -71,7 +74,7 @@ def run_part(part: Part, upload: Upload, facts: Mapping[str, Facts], store: Obje
             if isinstance(piece, CopyPiece):
                 _copy(piece, inputs, target, problems)
             else:
-                _merge(piece, inputs, target, facts.get(piece.survey or "", {}), problems)
+                _merge(piece, inputs, target, facts[piece.survey] if piece.survey else {}, problems)
             digests.append(TensorDigest(piece.name, piece.offset // BLOCK_BYTES, _block_digests(target)))
     if problems and not part.allow_nonfinite:
         raise problems.error()
@@ -91,13 +94,13 @@ def run_part(part: Part, upload: Upload, facts: Mapping[str, Facts], store: Obje
     )
 
 
-def run_survey(task: SurveyTask, store: ObjectStore) -> Summary:
+def run_survey(task: SurveyTask, store: ObjectStore, device: str = "cpu") -> Summary:
     """Summarise one pass over one run of a tensor's elements.
 
     :raises NonFiniteError: an input holds NaN or Inf and the task does not allow it.
     :raises StoreError: reading failed.
     """
-    inputs = _InputBytes(store, task.arithmetic.refs)
+    inputs = _InputBytes(store, task.arithmetic.refs, device)
     method = bind(task.arithmetic)
     problems = _NonFinite()
     counted = problems if task.index == 0 else None
@@ -160,7 +163,7 @@ def _check_overflow(piece: MergePiece, block: Block, merged: torch.Tensor, probl
     """Finite inputs must give finite outputs; what does not is the output dtype's range, and is reported."""
     if bool(torch.isfinite(merged).all()):
         return
-    finite = torch.ones(merged.numel(), dtype=torch.bool)
+    finite = torch.ones(merged.numel(), dtype=torch.bool, device=merged.device)
     for elements in (*block.models, *(() if block.base is None else (block.base,))):
         finite &= torch.isfinite(elements)
     problems.overflow(piece, int((finite & ~torch.isfinite(merged)).sum()))
@@ -186,7 +189,8 @@ def _refs(part: Part) -> list[TensorRef]:
 class _InputBytes:
     """The bytes that a task reads: neighbours joined, each range fetched once, into one buffer each."""
 
-    def __init__(self, store: ObjectStore, refs: Iterable[TensorRef]) -> None:
+    def __init__(self, store: ObjectStore, refs: Iterable[TensorRef], device: str) -> None:
+        self._device = device
         self._runs = coalesce(refs)
         self._buffers = [bytearray(run.nbytes) for run in self._runs]
 
@@ -213,7 +217,7 @@ class _InputBytes:
         raise LookupError(f"{ref} was not read")
 
     def tensor(self, ref: TensorRef, first: int, last: int) -> torch.Tensor:
-        """Elements ``[first, last)`` of one range, in its own dtype, without a copy where they are aligned."""
+        """Elements ``[first, last)`` of one range, in its own dtype; on the CPU without a copy, where aligned."""
         width = DTYPE_BYTES[ref.dtype]
         view = self.view(ref)[first * width : last * width]
         found = torch.frombuffer(view, dtype=TORCH_DTYPES[ref.dtype])
@@ -221,7 +225,7 @@ class _InputBytes:
             found.data_ptr() % width
         ):  # a header of odd length: legal, rare, and slow or undefined to compute on
             found = torch.frombuffer(bytearray(view), dtype=TORCH_DTYPES[ref.dtype])
-        return found
+        return found.to(self._device)
 
 
 class _NonFinite:
