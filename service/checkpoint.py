@@ -97,6 +97,11 @@ class Checkpoint:
         return bool((self.config or {}).get("tie_word_embeddings", False))
 
     @property
+    def may_be_tied(self) -> bool:
+        """As :attr:`is_tied`, or its config does not say: some architectures tie by default and then leave it out."""
+        return self.config is not None and bool(self.config.get("tie_word_embeddings", True))
+
+    @property
     def nbytes(self) -> int:
         """Bytes of all its tensors."""
         return sum(tensor.ref.nbytes for tensor in self.tensors.values())

@@ -105,9 +105,11 @@ class _Matcher:
             (index, checkpoint, own.model_dump(mode="json", by_alias=True))
             for (index, _), checkpoint, own in zip(entries, inputs.models, per_model, strict=True)
         ]
-        self.labels = {
-            id(checkpoint): entry.model for (_, entry), checkpoint in zip(entries, inputs.models, strict=True)
-        }
+        self.labels: dict[int, str] = {}
+        self.spellings: dict[int, set[str]] = {}  # one model may be listed twice, and under two names
+        for (_, entry), checkpoint in zip(entries, inputs.models, strict=True):
+            self.labels.setdefault(id(checkpoint), entry.model)
+            self.spellings.setdefault(id(checkpoint), set()).add(entry.model)
         self.found: dict[tuple[str, str, str], list[str]] = {}
         self.notices: list[str] = []
 
@@ -169,7 +171,7 @@ class _Matcher:
             return self._mismatch(tensor, [(checkpoint, stored) for _, checkpoint, _, stored in present])
         dtype = self.recipe.out_dtype_name or tensor.dtype
         models = tuple(ModelInput(index, stored.ref, own) for index, _, own, stored in present)
-        if self.method.copies and models[0].ref.dtype == dtype:
+        if self.method.copies and models and models[0].ref.dtype == dtype:
             return _copy(tensor, present[0][3])
         if self.method.base != "required" and len(models) < max(1, self.method.min_models):
             return _copy(tensor, tensor) if tensor.dtype == dtype else self._cast(tensor, dtype)
@@ -192,7 +194,7 @@ class _Matcher:
         if (stored := checkpoint.tensors.get(tensor.name)) is not None:
             return stored
         label = self.labels[id(checkpoint)]
-        if tensor.name in TIED_NAMES and checkpoint.is_tied:
+        if tensor.name in TIED_NAMES and checkpoint.may_be_tied:
             for name in EMBEDDING_NAMES:
                 embedding = checkpoint.tensors.get(name)
                 if embedding is not None and embedding.shape == tensor.shape:
@@ -241,7 +243,7 @@ class _Matcher:
         self, tensor: StoredTensor, present: Sequence[tuple[Checkpoint, StoredTensor]]
     ) -> OutputTensor:
         for checkpoint, stored in present:
-            if self.labels[id(checkpoint)] == self.recipe.buffers:
+            if self.recipe.buffers in self.spellings[id(checkpoint)]:
                 return _copy(stored, stored)
         return _copy(tensor, tensor)
 

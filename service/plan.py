@@ -7,7 +7,7 @@ byte-identical JSON, wherever and whenever.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
@@ -123,17 +123,20 @@ def make_plan(
     weight_map: dict[str, str] = {}
     for number, group in enumerate(groups, start=1):
         name = shard_name(number, len(groups))
-        header = encode(layout((t.name, t.dtype, t.shape) for t in group), {"format": "pt"})
-        pieces: list[Piece] = [HeaderPiece("header", header)]
+        header = HeaderPiece(
+            "header", encode(layout((t.name, t.dtype, t.shape) for t in group), {"format": "pt"})
+        )
+        size = header.nbytes + sum(tensor.nbytes for tensor in group)
+        # Two neighbouring parts together exceed the target, so this many bytes a part keep within MAX_PARTS.
+        fitted = replace(limits, part_bytes=max(limits.part_bytes, -(-size // (MAX_PARTS // 2 - 1))))
+        pieces: list[Piece] = [header]
         for tensor in group:
-            cut, survey = pieces_of(tensor, limits, SEMANTICS_VERSION)
+            cut, survey = pieces_of(tensor, fitted, SEMANTICS_VERSION)
             pieces.extend(cut)
             surveys.extend([survey] if survey else [])
             weight_map[tensor.name] = name
-        size = sum(piece.nbytes for piece in pieces)
-        target = max(limits.part_bytes, -(-size // (MAX_PARTS * 9 // 10)))
-        made = _parts(name, pieces, target, limits, options)
-        shards.append(Shard(name, size, header, len(made)))
+        made = _parts(name, pieces, fitted, options)
+        shards.append(Shard(name, size, header.text, len(made)))
         parts.extend(made)
     if recipe.profile is not None:
         notices: tuple[str, ...] = (f"semantics follow the profile `{recipe.profile}`", *matched.notices)
@@ -174,10 +177,10 @@ def _limits(options: PlanOptions, inputs: int, baseline_bytes: int) -> Limits:
     return Limits(options.part_bytes, options.whole_tensor_bytes, max(0, free - reserve))
 
 
-def _parts(shard: str, pieces: list[Piece], target: int, limits: Limits, options: PlanOptions) -> list[Part]:
+def _parts(shard: str, pieces: list[Piece], limits: Limits, options: PlanOptions) -> list[Part]:
     made: list[Part] = []
     offset = 0
-    for group in pack(pieces, target, limits.held_bytes, held_by):
+    for group in pack(pieces, limits.part_bytes, limits.held_bytes, held_by):
         part = Part(shard, len(made) + 1, offset, tuple(group), SEMANTICS_VERSION, options.allow_nonfinite)
         made.append(part)
         offset += part.nbytes

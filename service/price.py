@@ -80,15 +80,12 @@ def part_refs(part: Part) -> tuple[TensorRef, ...]:
 
 def part_peak_bytes(part: Part, baseline_bytes: int = BASELINE_BYTES) -> int:
     """Peak memory of the task that makes this part."""
-    inputs = max((len(p.arithmetic.refs) for p in part.pieces if isinstance(p, MergePiece)), default=1)
-    held = sum(run.nbytes for run in coalesce(part_refs(part)))
-    return baseline_bytes + held + part.nbytes + workspace_bytes(inputs)
+    return baseline_bytes + _reads(part_refs(part))[0] + _made_bytes(part)
 
 
 def survey_peak_bytes(arithmetic: Arithmetic, baseline_bytes: int = BASELINE_BYTES) -> int:
     """Peak memory of one survey task."""
-    held = sum(run.nbytes for run in coalesce(arithmetic.refs))
-    return baseline_bytes + held + workspace_bytes(len(arithmetic.refs))
+    return baseline_bytes + _reads(arithmetic.refs)[0] + workspace_bytes(len(arithmetic.refs))
 
 
 def price(
@@ -102,7 +99,7 @@ def price(
         bytes_read += read
         bytes_written += part.nbytes
         requests += reads + 1
-        if (needed := part_peak_bytes(part, baseline_bytes)) > peak:
+        if (needed := baseline_bytes + read + _made_bytes(part)) > peak:
             peak, worst = needed, part_label(part)
     input_bytes = bytes_read  # every tensor is in exactly one part or split over several, so once
     survey_tasks = 0
@@ -112,7 +109,7 @@ def price(
             bytes_read += read * survey.passes
             requests += reads * survey.passes
             survey_tasks += survey.passes
-            if (needed := survey_peak_bytes(piece, baseline_bytes)) > peak:
+            if (needed := baseline_bytes + read + workspace_bytes(len(piece.refs))) > peak:
                 peak, worst = needed, piece.name
     return Price(
         bytes_read=bytes_read,
@@ -135,6 +132,12 @@ def part_label(part: Part) -> str:
     if not names:
         return f"header of {part.shard}"
     return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
+
+
+def _made_bytes(part: Part) -> int:
+    """Bytes of a part's output, and of the workspace to make it."""
+    inputs = max((len(p.arithmetic.refs) for p in part.pieces if isinstance(p, MergePiece)), default=1)
+    return part.nbytes + workspace_bytes(inputs)
 
 
 def _reads(refs: Iterable[TensorRef]) -> tuple[int, int]:
