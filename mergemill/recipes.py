@@ -51,7 +51,8 @@ def localise(recipe: Mapping[str, Any], directory: Path) -> dict[str, Any]:
 
     changed = dict(recipe)
     for field in ("base_model", "tokenizer_source", "buffers"):
-        if field in changed and changed[field] not in {"base", "union"}:
+        keyword = field == "tokenizer_source" and changed.get(field) in ("base", "union")
+        if field in changed and not keyword:
             changed[field] = place(field, changed[field])
     models = changed.get("models")
     if isinstance(models, list):
