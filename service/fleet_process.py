@@ -95,9 +95,10 @@ class FleetProcess:
         shutil.rmtree(temp_dir, ignore_errors=True)
         self._results, results_out = os.pipe()
         with self._log.open("wb") as printed:
+            command = [*_python(settings.module), str(results_out)]
             # S603: the command is our own
             self._process = subprocess.Popen(  # noqa: S603
-                [*_python("service.warden"), str(os.getpid()), *_python(settings.module), str(results_out)],
+                [*_python("service.warden"), str(os.getpid()), "--scratch", str(directory), "--", *command],
                 stdin=subprocess.PIPE,
                 stdout=printed,
                 stderr=printed,

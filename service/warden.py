@@ -1,15 +1,18 @@
-"""Run a command and leave nothing of it behind: ``python -m service.warden PARENT_PID COMMAND...``.
+"""Run a command, leave nothing of it: ``python -m service.warden PARENT_PID [--scratch DIR] -- COMMAND...``.
 
 A local Ray is a dozen processes that outlive whoever started them when that one is killed: its agents go on
 for up to a minute. The warden is the small process in between. It adopts every orphan below it
 (``PR_SET_CHILD_SUBREAPER``), and when the command ends, the parent dies or a SIGTERM comes, it kills all
-that is below it, waits until they are gone, and leaves with the command's exit status. Linux only.
+that is below it, waits until they are gone, and leaves with the command's exit status. The scratch
+directory is the parent's to remove, unless that has died. Linux only.
 """
 
 from __future__ import annotations
 
+import argparse
 import ctypes
 import os
+import shutil
 import signal
 import sys
 import time
@@ -120,7 +123,12 @@ def _stop(number: int, frame: object) -> None:
 
 def main() -> int:
     """Run the command of ``sys.argv``; returns its exit status."""
-    parent, command = int(sys.argv[1]), sys.argv[2:]
+    parser = argparse.ArgumentParser(prog="service.warden")
+    parser.add_argument("parent", type=int)
+    parser.add_argument("--scratch", type=Path)
+    parser.add_argument("command", nargs="+")
+    arguments = parser.parse_args()
+    parent, command = arguments.parent, arguments.command
     signal.signal(signal.SIGTERM, _stop)
     _prctl(PR_SET_CHILD_SUBREAPER, 1)
     try:
@@ -131,6 +139,8 @@ def main() -> int:
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         kill_children()
+        if arguments.scratch is not None and os.getppid() != parent:
+            shutil.rmtree(arguments.scratch, ignore_errors=True)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -20,7 +21,7 @@ LITTER = "(setsid sleep 60 & sleep 60 & (sleep 60 &)); sleep 0.1;"
 
 def start(script: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [*WARDEN, str(os.getpid()), "sh", "-c", script],
+        [*WARDEN, str(os.getpid()), "--", "sh", "-c", script],
         stdout=subprocess.PIPE,
         text=True,
         start_new_session=True,
@@ -75,10 +76,13 @@ def test_sigterm_ends_all_of_it() -> None:
         assert not alive(below)
 
 
-def test_the_death_of_its_parent_ends_all_of_it() -> None:
+def test_the_death_of_its_parent_ends_all_of_it(tmp_path: Path) -> None:
+    scratch = tmp_path / "scratch"
+    (scratch / "sockets").mkdir(parents=True)
     script = (
         "import os, subprocess, sys, time\n"
-        f"command = {WARDEN!r} + [str(os.getpid()), 'sh', '-c', {LITTER + ' echo ready; sleep 60'!r}]\n"
+        f"command = {WARDEN!r}\n"
+        f"command += [str(os.getpid()), '--scratch', {str(scratch)!r}, '--', 'sh', '-c', {LITTER + ' echo ready; sleep 60'!r}]\n"
         "print(subprocess.Popen(command, start_new_session=True).pid, flush=True)\n"
         "time.sleep(60)\n"
     )
@@ -90,10 +94,11 @@ def test_the_death_of_its_parent_ends_all_of_it() -> None:
         assert len(below) >= 4
         parent.kill()
         wait_until(lambda: not alive(below | {warden}))
+        assert not scratch.exists()
 
 
 def test_a_parent_that_was_gone_before_it_looked_is_noticed() -> None:
-    with subprocess.Popen([*WARDEN, "1", "sleep", "60"], start_new_session=True) as warden:
+    with subprocess.Popen([*WARDEN, "1", "--", "sleep", "60"], start_new_session=True) as warden:
         assert warden.wait(20) == 143
 
 
