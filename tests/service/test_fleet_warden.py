@@ -79,10 +79,10 @@ def test_sigterm_ends_all_of_it() -> None:
 def test_the_death_of_its_parent_ends_all_of_it(tmp_path: Path) -> None:
     scratch = tmp_path / "scratch"
     (scratch / "sockets").mkdir(parents=True)
+    arguments = ["--scratch", str(scratch), "--", "sh", "-c", LITTER + " echo ready; sleep 60"]
     script = (
         "import os, subprocess, sys, time\n"
-        f"command = {WARDEN!r}\n"
-        f"command += [str(os.getpid()), '--scratch', {str(scratch)!r}, '--', 'sh', '-c', {LITTER + ' echo ready; sleep 60'!r}]\n"
+        f"command = {WARDEN!r} + [str(os.getpid())] + {arguments!r}\n"
         "print(subprocess.Popen(command, start_new_session=True).pid, flush=True)\n"
         "time.sleep(60)\n"
     )
