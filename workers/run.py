@@ -150,9 +150,11 @@ def _blocks(arithmetic: Arithmetic, inputs: _InputBytes, problems: _NonFinite | 
         start = first - arithmetic.first
         stop = min(first + SURVEY_ELEMENTS, arithmetic.last) - arithmetic.first
         tensors = []
-        for ref in arithmetic.refs:
+        for number, ref in enumerate(arithmetic.refs):
             elements = to_float32(inputs.tensor(ref, start, stop))
-            if problems is not None:
+            if (
+                problems is not None and ref not in arithmetic.refs[:number]
+            ):  # a model listed twice counts once
                 problems.look(arithmetic.name, ref, elements)
             tensors.append(elements)
         base = None if arithmetic.base is None else tensors.pop(0)

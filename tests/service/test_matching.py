@@ -195,7 +195,7 @@ def test_what_has_no_arithmetic_is_copied_when_equal_and_never_cast(dtype: str) 
 
 @pytest.mark.parametrize(
     ("dtype", "kind"),
-    [("I64", "integer or boolean buffers"), ("BOOL", "integer or boolean buffers"), ("F64", "F64 "), ("F8_E5M2", "F8_")],
+    [("I64", "integer or boolean"), ("BOOL", "integer or boolean"), ("F64", "F64 tens"), ("F8_E5M2", "F8_E5M2 tens")],
 )  # fmt: skip
 def test_what_has_no_arithmetic_and_differs_names_tensor_and_model(dtype: str, kind: str) -> None:
     spec = {"counts": (dtype, (5,))}
