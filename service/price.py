@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from workers.ranges import READ_BYTES, coalesce
 from workers.task import Arithmetic, CopyPiece, HeaderPiece, MergePiece, Part, Survey, TensorRef
 
-BASELINE_BYTES = 480 << 20
+BASELINE_BYTES = 384 << 20
 """VmHWM of a Ray worker that has imported torch, boto3 and `workers`, before its first byte."""
 
 WORKSPACE_BYTES = 64 << 20
