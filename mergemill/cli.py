@@ -6,23 +6,30 @@ What only some commands need is imported by them: torch alone takes longer than 
 from __future__ import annotations
 
 import json
-import signal
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
-from mergemill.sizes import parse_size, size_text
-from workers.errors import JobError, JobFailedError, MergemillError, RecipeError
+from mergemill.arguments import (
+    AllowNonfinite,
+    AsJson,
+    JobId,
+    Overwrite,
+    PartSize,
+    RecipeFile,
+    ShardSize,
+    Url,
+    WorkerMemory,
+    merge_options,
+)
+from mergemill.sizes import size_text
+from workers.errors import MergemillError, RecipeError
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
-    from mergemill.client import Client
     from mergemill.jobs import Job
     from service.settings import Settings
 
@@ -52,30 +59,6 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-Url = Annotated[str | None, typer.Option(envvar="MERGEMILL_URL", help="Address of the service.")]
-RecipeFile = Annotated[
-    Path, typer.Argument(metavar="RECIPE", exists=True, dir_okay=False, help="Recipe, as mergekit's YAML.")
-]
-JobId = Annotated[str, typer.Argument(metavar="JOB", help="Id of the job.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-
-
-def _size(text: str) -> int:
-    try:
-        return parse_size(text)
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from error
-
-
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a checkpoint that is at the output.")]
-AllowNonfinite = Annotated[
-    bool, typer.Option("--allow-nonfinite", help="Let NaN and Inf in the inputs through.")
-]
-_SIZE = {"parser": _size, "metavar": "SIZE"}
-ShardSize = Annotated[int | None, typer.Option(help="Most bytes of one output file, as 5GB.", **_SIZE)]
-PartSize = Annotated[int | None, typer.Option(help="Output bytes of one unit of work, as 64MiB.", **_SIZE)]
-WorkerMemory = Annotated[int | None, typer.Option(help="Most memory of one worker, as 2GiB.", **_SIZE)]
-
 
 @app.command()
 def up(
@@ -96,10 +79,11 @@ def up(
     ] = None,
 ) -> None:
     """Run everything on this machine: Valkey, a local Ray, the scheduler and the API. Ctrl-C stops all of it."""
+    from mergemill import session
     from mergemill.stack import EmbeddedStack
 
     console = _console()
-    with _interruptible():
+    with session.interruptible():
         try:
             with console.status("Starting Valkey, Ray, the scheduler and the API"):
                 stack = EmbeddedStack(
@@ -115,7 +99,7 @@ def up(
                     "  mergemill merge recipe.yml ./merged",
                 ):
                     typer.echo(line)
-                threading.Event().wait()
+                stack.wait()
         except KeyboardInterrupt:
             typer.echo("Stopped.")
 
@@ -178,19 +162,20 @@ def merge(
     as_json: AsJson = False,
 ) -> None:
     """Merge, and wait for it: on the service, or on an embedded stack of its own. Ctrl-C cancels."""
+    from mergemill import session
     from mergemill.show import job_progress
 
     document = _read_recipe(recipe)
-    options = _options(overwrite, allow_nonfinite, shard_size, part_size, worker_memory)
+    options = merge_options(overwrite, allow_nonfinite, shard_size, part_size, worker_memory)
     console = _console()
-    with _interruptible(), _service(url, console) as client:
-        job = _submit(client, document, output, options)
+    with session.interruptible(), session.open_service(url, console) as client:
+        job = session.submit_recipe(client, document, output, options)
         with job_progress(console) as show:
             try:
                 done = client.wait(job.id, show)
             except KeyboardInterrupt:
                 console.print("Cancelling; Ctrl-C again leaves the job alone.")
-                _cancel_and_wait(client, job.id, console)
+                session.cancel_and_wait(client, job.id, console)
                 raise typer.Exit(INTERRUPTED) from None
     _show_done(done, as_json)
 
@@ -206,15 +191,15 @@ def plan(
     as_json: AsJson = False,
 ) -> None:
     """Check and price a merge without running it: on the service, or right here without any server."""
-    from mergemill import recipes
+    from mergemill import recipes, session
     from mergemill.show import price_table
 
     document = _read_recipe(recipe)
-    options = _options(False, False, shard_size, part_size, worker_memory)
+    options = merge_options(False, False, shard_size, part_size, worker_memory)
     place = None if output is None else recipes.output_uri(output, Path.cwd())
-    with _hub_names_explained(document):
+    with session.hub_names_explained(document):
         if url is not None:
-            with _client(url) as client:
+            with session.open_client(url) as client:
                 found = client.plan(document, place, **options)
         else:
             from mergemill.local import plan_here
@@ -238,19 +223,22 @@ def submit(
     as_json: AsJson = False,
 ) -> None:
     """Have a merge queued and print the job's id."""
+    from mergemill import session
+
     document = _read_recipe(recipe)
-    options = _options(overwrite, allow_nonfinite, shard_size, part_size, worker_memory)
-    with _client(url) as client:
-        job = _submit(client, document, output, options)
+    options = merge_options(overwrite, allow_nonfinite, shard_size, part_size, worker_memory)
+    with session.open_client(url) as client:
+        job = session.submit_recipe(client, document, output, options)
     typer.echo(_json(job.body) if as_json else job.id)
 
 
 @app.command()
 def status(job: JobId, url: Url = None, as_json: AsJson = False) -> None:
     """Show a job."""
+    from mergemill import session
     from mergemill.show import job_lines
 
-    with _client(url) as client:
+    with session.open_client(url) as client:
         found = client.get(job)
     typer.echo(_json(found.body) if as_json else "\n".join(job_lines(found)))
 
@@ -258,9 +246,10 @@ def status(job: JobId, url: Url = None, as_json: AsJson = False) -> None:
 @app.command()
 def watch(job: JobId, url: Url = None, as_json: AsJson = False) -> None:
     """Wait for a job and show its progress. Ctrl-C stops the watching, not the job."""
+    from mergemill import session
     from mergemill.show import job_progress
 
-    with _client(url) as client, job_progress(_console()) as show:
+    with session.open_client(url) as client, job_progress(_console()) as show:
         done = client.wait(job, show)
     _show_done(done, as_json)
 
@@ -268,7 +257,9 @@ def watch(job: JobId, url: Url = None, as_json: AsJson = False) -> None:
 @app.command()
 def cancel(job: JobId, url: Url = None) -> None:
     """Ask for a job's end."""
-    with _client(url) as client:
+    from mergemill import session
+
+    with session.open_client(url) as client:
         found = client.cancel(job)
     typer.echo(f"{found.id} {found.state if found.is_terminal else 'is being cancelled'}")
 
@@ -283,9 +274,10 @@ def list_jobs(
     """List jobs, newest first."""
     from itertools import islice
 
+    from mergemill import session
     from mergemill.show import job_table
 
-    with _client(url) as client:
+    with session.open_client(url) as client:
         found = list(islice(client.jobs(state), limit))
     _print([job.body for job in found], job_table(found) if found else "no jobs", as_json)
 
@@ -297,9 +289,10 @@ def download(
     url: Url = None,
 ) -> None:
     """Download a merged checkpoint and check its digests. Run it again to go on where it broke off."""
+    from mergemill import session
     from mergemill.show import byte_progress
 
-    with _interruptible(), _client(url) as client, byte_progress(_console(), job) as show:
+    with session.interruptible(), session.open_client(url) as client, byte_progress(_console(), job) as show:
         client.download(job, directory, show)
     typer.echo(f"{directory} holds the checkpoint of {job}, every digest checked")
 
@@ -307,10 +300,11 @@ def download(
 @app.command()
 def methods(url: Url = None, as_json: AsJson = False) -> None:
     """List the merge methods and their parameters."""
+    from mergemill import session
     from mergemill.show import method_table
 
     if url is not None:
-        with _client(url) as client:
+        with session.open_client(url) as client:
             found = client.methods()
     else:
         from mergemill.local import methods_here
@@ -382,27 +376,6 @@ def _settings() -> Settings:
         raise typer.Exit(2) from error
 
 
-def _client(url: str | None) -> Client:
-    from mergemill.client import Client
-
-    return Client(url)
-
-
-@contextmanager
-def _service(url: str | None, console: Console) -> Iterator[Client]:
-    """A client of the service at ``url``, or of a stack that is started for it and stopped afterwards."""
-    if url is not None:
-        with _client(url) as client:
-            yield client
-        return
-    from mergemill.stack import EmbeddedStack
-
-    with console.status("Starting an embedded stack"):
-        stack = EmbeddedStack()
-    with stack, _client(stack.url) as client:
-        yield client
-
-
 def _read_recipe(path: Path) -> dict[str, Any]:
     """The recipe with local paths as URIs."""
     from mergemill import recipes
@@ -414,53 +387,6 @@ def _read_recipe(path: Path) -> dict[str, Any]:
     return recipes.localise(recipes.read(text), Path.cwd())
 
 
-def _options(
-    overwrite: bool, allow_nonfinite: bool, shard: int | None, part: int | None, memory: int | None
-) -> dict[str, Any]:
-    given = {
-        "overwrite": overwrite or None,
-        "allow_nonfinite": allow_nonfinite or None,
-        "shard_bytes": shard,
-        "part_bytes": part,
-        "worker_memory_bytes": memory,
-    }
-    return {name: value for name, value in given.items() if value is not None}
-
-
-def _submit(client: Client, recipe: dict[str, Any], output: str, options: dict[str, Any]) -> Job:
-    from mergemill import recipes
-
-    with _hub_names_explained(recipe):
-        return client.submit(recipe, recipes.output_uri(output, Path.cwd()), **options)
-
-
-@contextmanager
-def _hub_names_explained(recipe: dict[str, Any]) -> Iterator[None]:
-    """Where a name turns out to be unknown to the service, say too that it is no directory here."""
-    from mergemill import recipes
-
-    try:
-        yield
-    except RecipeError as error:
-        hint = recipes.hub_name_hint(recipe, error.problems, Path.cwd())
-        if hint is None:
-            raise
-        raise type(error)(*error.problems, hint) from error
-
-
-def _cancel_and_wait(client: Client, job: str, console: Console) -> None:
-    try:
-        client.cancel(job)
-    except JobError as error:  # it has ended, or is committing, which is over soon
-        console.print(f"Too late: {error}", highlight=False, soft_wrap=True)
-    try:
-        client.wait(job)
-    except JobFailedError as error:
-        console.print(str(error), highlight=False, soft_wrap=True)
-    else:
-        console.print(f"{job} succeeded", highlight=False)
-
-
 def _show_done(job: Job, as_json: bool) -> None:
     if as_json:
         typer.echo(_json(job.body))
@@ -468,15 +394,3 @@ def _show_done(job: Job, as_json: bool) -> None:
     for notice in job.notices:
         typer.echo(f"note: {notice}", err=True)
     typer.echo(f"{job.id} succeeded: {size_text(job.progress.bytes_total)} at {job.output}")
-
-
-@contextmanager
-def _interruptible() -> Iterator[None]:
-    """Have SIGTERM and SIGHUP do what Ctrl-C does: everything that was begun is ended in order."""
-    numbers = [signal.SIGTERM, signal.SIGHUP] if threading.current_thread() is threading.main_thread() else []
-    before = {number: signal.signal(number, signal.default_int_handler) for number in numbers}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -99,6 +99,15 @@ class EmbeddedStack:
             found["valkey"] = self._valkey.pid
         return {name: pid for name, pid in found.items() if pid is not None}
 
+    def wait(self) -> None:
+        """Return when it has been stopped.
+
+        :raises BaseException: what kept it from keeping its children up; they have been ended then.
+        """
+        self._thread.join()
+        if self._failure is not None:
+            raise self._failure
+
     def stop(self) -> None:
         """End everything in order: the API, the scheduler and its Ray, then Valkey. Again is no error."""
         self._stopping.set()

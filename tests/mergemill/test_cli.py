@@ -12,7 +12,7 @@ import pytest
 import torch
 from typer.testing import CliRunner, Result
 
-from mergemill import Client, cli
+from mergemill import Client, cli, session
 from tests.checkpoints import write_checkpoint
 
 pytestmark = pytest.mark.fast
@@ -66,7 +66,7 @@ class Service:
 def service(monkeypatch: pytest.MonkeyPatch) -> Service:
     found = Service()
     transport = httpx.MockTransport(found.handle)
-    monkeypatch.setattr(cli, "_client", lambda url: Client(url, transport=transport))
+    monkeypatch.setattr(session, "open_client", lambda url: Client(url, transport=transport))
     monkeypatch.setattr("mergemill.client.POLL_S", (0.001, 0.001))
     return found
 
@@ -189,7 +189,9 @@ def test_ctrl_c_cancels_and_waits(recipe: Path, service: Service, monkeypatch: p
             raise KeyboardInterrupt
         return handle(request)
 
-    monkeypatch.setattr(cli, "_client", lambda url: Client(url, transport=httpx.MockTransport(interrupted)))
+    monkeypatch.setattr(
+        session, "open_client", lambda url: Client(url, transport=httpx.MockTransport(interrupted))
+    )
     found = run("merge", recipe, "s3://bucket/out", "--url", URL)
     assert found.exit_code == 130
     assert found.stderr.splitlines()[-1] == f"{JOB} was cancelled"

@@ -1,0 +1,48 @@
+"""What commands take: the arguments and options that several of them share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from mergemill.sizes import parse_size
+
+Url = Annotated[str | None, typer.Option(envvar="MERGEMILL_URL", help="Address of the service.")]
+RecipeFile = Annotated[
+    Path, typer.Argument(metavar="RECIPE", exists=True, dir_okay=False, help="Recipe, as mergekit's YAML.")
+]
+JobId = Annotated[str, typer.Argument(metavar="JOB", help="Id of the job.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def _size(text: str) -> int:
+    try:
+        return parse_size(text)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+
+
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a checkpoint that is at the output.")]
+AllowNonfinite = Annotated[
+    bool, typer.Option("--allow-nonfinite", help="Let NaN and Inf in the inputs through.")
+]
+_SIZE = {"parser": _size, "metavar": "SIZE"}
+ShardSize = Annotated[int | None, typer.Option(help="Most bytes of one output file, as 5GB.", **_SIZE)]
+PartSize = Annotated[int | None, typer.Option(help="Output bytes of one unit of work, as 64MiB.", **_SIZE)]
+WorkerMemory = Annotated[int | None, typer.Option(help="Most memory of one worker, as 2GiB.", **_SIZE)]
+
+
+def merge_options(
+    overwrite: bool, allow_nonfinite: bool, shard: int | None, part: int | None, memory: int | None
+) -> dict[str, Any]:
+    """The options of a merge as the service names them, without those that were not given."""
+    given = {
+        "overwrite": overwrite or None,
+        "allow_nonfinite": allow_nonfinite or None,
+        "shard_bytes": shard,
+        "part_bytes": part,
+        "worker_memory_bytes": memory,
+    }
+    return {name: value for name, value in given.items() if value is not None}
