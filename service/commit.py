@@ -55,12 +55,8 @@ class Output:
         self._guard = guard
 
     def existing(self) -> str | None:
-        """What makes the output a checkpoint already, or None."""
-        for name in (INDEX_FILE, SINGLE_FILE):
-            try:
-                self.store.head(join(self.uri, name))
-            except ObjectNotFoundError:
-                continue
+        """What makes the output a checkpoint already, or what is left of one, or None."""
+        if (name := self._loadable()) is not None:
             return name
         shards = (
             info.uri for info in self.store.list(self.uri + "/model") if info.uri.endswith(".safetensors")
@@ -91,11 +87,11 @@ class Output:
                         f"knows that job any more, delete {uri}"
                     )
                 log.warning("taking over the claim of a job that has ended", output=self.uri, job=held["job"])
-                self._abort(held)
+                self._abort(held["shards"])
                 self.store.put(uri, canonical_json(body).encode())
                 return {}
             if held["plan_digest"] != document["plan_digest"]:
-                self._abort(held)
+                self._abort(held["shards"])
                 self.store.put(uri, canonical_json(body).encode())
                 return {}
             return dict(held["uploads"])
@@ -153,14 +149,14 @@ class Output:
         results = [PART_RESULT.validate_python(part) for part in body["parts"]]
         return {result.part: result for result in results}
 
-    def make_room(self, plan: Plan) -> None:
-        """Before the first completion of an overwrite: take away what would make a mixture loadable."""
-        index = join(self.uri, INDEX_FILE)
-        if not self._is(index, plan.index.encode()):
+    def make_room(self) -> None:
+        """Before the first completion of an overwrite: take away what would make a mixture loadable.
+
+        An index of the same text goes as well: it is the old checkpoint's, whose shards have the same names.
+        """
+        for name in (INDEX_FILE, SINGLE_FILE):
             self._guard()
-            self.store.delete(index)
-        self._guard()
-        self.store.delete(join(self.uri, SINGLE_FILE))
+            self.store.delete(join(self.uri, name))
 
     def complete(self, shard: Shard, uploads: Mapping[str, str], plan_digest: str) -> None:
         """Complete a shard's upload; after a lost answer, recognise that it is complete.
@@ -219,8 +215,12 @@ class Output:
             if not self._is(uri, data):
                 raise OutputConflictError(f"{uri} was written by somebody else in the meantime") from None
 
-    def clear(self) -> None:
-        """Remove everything hidden, the claim last, so that a crash in between still finds it claimed."""
+    def clear(self, shards: Iterable[str]) -> None:
+        """Remove everything hidden, the claim last, so that a crash in between still finds it claimed.
+
+        Uploads for ``shards`` that nobody knows go too: a lost answer, or a paused scheduler, may leave some.
+        """
+        self._abort(shards)
         claim = join(self.uri, CLAIM)
         for info in list(self.store.list(join(self.uri, HIDDEN) + "/")):
             if info.uri != claim:
@@ -232,18 +232,29 @@ class Output:
     def give_up(self) -> None:
         """Abort every upload, delete shards that this job completed without a commit, and remove its claim.
 
-        Nothing is touched where the claim is not this job's.
+        Nothing is touched where the claim is not this job's, nor any shard of a checkpoint that can be loaded:
+        that is the one from before, which the same plan may have made.
         """
         held = self._claim()
         if held is None or held["job"] != self.job:
             return
-        self._abort(held)
-        for shard in held["shards"]:
+        self._abort(held["shards"])
+        for shard in held["shards"] if self._loadable() is None else ():
             uri = join(self.uri, shard)
             if self._made_by(uri, held["plan_digest"]):
                 self._guard()
                 self.store.delete(uri)
-        self.clear()
+        self.clear(held["shards"])
+
+    def _loadable(self) -> str | None:
+        """The file that makes the output loadable, or None."""
+        for name in (INDEX_FILE, SINGLE_FILE):
+            try:
+                self.store.head(join(self.uri, name))
+            except ObjectNotFoundError:
+                continue
+            return name
+        return None
 
     def _claim(self) -> dict[str, Any] | None:
         try:
@@ -252,9 +263,9 @@ class Output:
             return None
         return held
 
-    def _abort(self, held: Mapping[str, Any]) -> None:
-        """Abort all uploads of a claim's shards: also those that were opened and not yet recorded."""
-        for shard in held["shards"]:
+    def _abort(self, shards: Iterable[str]) -> None:
+        """Abort all uploads for these shards: also those that were opened and not yet recorded."""
+        for shard in shards:
             for upload in self.store.list_uploads(join(self.uri, shard)):
                 self._guard()
                 self.store.abort(upload)

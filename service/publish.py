@@ -21,6 +21,8 @@ from service.output import (
     text_file,
 )
 from service.planning import Planned
+from workers.errors import ObjectNotFoundError
+from workers.store.uris import join
 from workers.task import PartResult
 
 
@@ -50,6 +52,20 @@ def publish(
     output.put_index(plan)
     files.append(text_file(INDEX_FILE, plan.index.encode()))
     return files
+
+
+def published(output: Output, plan_digest: str) -> list[OutputFile] | None:
+    """What :func:`publish` returned when it committed this plan; None when there is no such checkpoint."""
+    try:
+        index = output.read(join(output.uri, INDEX_FILE))
+        data = output.read(join(output.uri, MANIFEST))
+    except ObjectNotFoundError:
+        return None
+    document = json.loads(data)
+    if document["plan_digest"] != plan_digest:
+        return None
+    files = [OutputFile(file["name"], file["size"], file["digest"]) for file in document["files"]]
+    return [*files, text_file(MANIFEST, data), text_file(INDEX_FILE, index)]
 
 
 def _small_files(planned: Planned, output: Output) -> list[tuple[str, bytes]]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -32,24 +33,30 @@ from service.jobs import (
     Planned as PlanRecorded,
 )
 from service.jobstore import Lease
+from service.output import OutputFile
 from service.plan import PlanOptions, plan_summary
 from service.planning import Planned, plan_recipe
-from service.publish import publish
+from service.publish import publish, published
 from service.recipe import parse_recipe
 from service.work import Tools, Work
 from workers.errors import (
+    IllegalTransitionError,
     JobNotFoundError,
     JobStoreUnavailableError,
     LeaseLostError,
     MergemillError,
     PlanError,
     StoreError,
+    StoreUnavailableError,
     UploadNotFoundError,
     to_json,
 )
 
 MAX_ATTEMPTS = 5
 """How often a job starts over when its uploads vanish under it, before it fails."""
+
+MAX_OUTAGES = 3
+"""How often a job goes on from what is recorded when the store was out of reach, before it fails."""
 
 log = structlog.get_logger(__name__)
 
@@ -111,23 +118,36 @@ class JobRunner:
     def _work(self) -> None:
         if self.record.state in {JobState.QUEUED, JobState.PLANNING}:
             self._apply(PlanningStarted())
+        outages = 0
         while not self.record.state.is_terminal:
-            self.check()
-            planned = self._plan()
-            if self.record.state in {JobState.RUNNING, JobState.COMMITTING}:
-                self._resume(planned)
-            if self.record.state == JobState.PLANNING:
-                self._open(planned)
             try:
-                if self.record.state == JobState.RUNNING:
-                    Work(self.record, self.lease, self.tools, self._output, planned, self.check).run()
-                    self.check()
-                    self._apply(CommitStarted())
-                self._commit(planned)
+                self._go_on()
             except UploadNotFoundError as error:
                 if self.record.attempt >= MAX_ATTEMPTS:
                     raise
                 self._restart(f"an upload is gone: {error}")
+            except StoreUnavailableError as error:  # what was asked for may have happened all the same
+                outages += 1
+                if outages > MAX_OUTAGES:
+                    raise
+                self._log.warning("the store is out of reach; trying again", error=str(error))
+                self.tools.stopping.wait(self.tools.settings.poll_seconds)
+
+    def _go_on(self) -> None:
+        """Everything that is left to do, once."""
+        self.check()
+        if self.record.state == JobState.COMMITTING and self._is_committed():
+            return
+        planned = self._plan()
+        if self.record.state in {JobState.RUNNING, JobState.COMMITTING}:
+            self._resume(planned)
+        if self.record.state == JobState.PLANNING:
+            self._open(planned)
+        if self.record.state == JobState.RUNNING:
+            Work(self.record, self.lease, self.tools, self._output, planned, self.check).run()
+            self.check()
+            self._apply(CommitStarted())
+        self._commit(planned)
 
     def _plan(self) -> Planned:
         """Plan; in the planning state with everything that can be wrong about the output, too."""
@@ -203,9 +223,10 @@ class JobRunner:
                 passes,
             )
         )
-        self.tools.jobs.claim_output(self.lease, self.record.output)
         document = self._document(planned)
-        known = self._output.claim(document, self._is_over)
+        known = self._claim(document)
+        if problems := self._output_problems():  # another job may have finished here while this one planned
+            raise PlanError(*problems)
         self._apply(UploadsOpened(self._output.open_uploads(plan, document, known)))
 
     def _resume(self, planned: Planned) -> None:
@@ -213,6 +234,13 @@ class JobRunner:
         self._log.info("resuming", state=str(self.record.state))
         if planned.plan.digest != self.record.plan_digest:
             self._restart("planning again gave another plan: an input or Mergemill changed")
+        else:
+            self._claim(self._document(planned))  # nobody else's by now, if it was lost
+
+    def _claim(self, document: dict[str, Any]) -> dict[str, str]:
+        """Claim the output in Redis and beside it; the uploads that an earlier claim of ours recorded."""
+        self.tools.jobs.claim_output(self.lease, self.record.output)
+        return self._output.claim(document, self._is_over)
 
     def _restart(self, reason: str) -> None:
         self._log.warning("starting over", reason=reason)
@@ -222,35 +250,63 @@ class JobRunner:
     def _commit(self, planned: Planned) -> None:
         plan = planned.plan
         results = self.tools.jobs.parts(self.record.id)
-        if self._options.overwrite:
-            self._output.make_room(plan)
+        if self._options.overwrite and not self.record.completed_shards:
+            self._output.make_room()
         for shard in plan.shards:
             if shard.name not in self.record.completed_shards:
                 self._output.complete(shard, self.record.uploads, plan.digest)
                 self._apply(ShardCompleted(shard.name))
-        files = publish(planned, results, self._output, self._options.overwrite)
+        self._succeed(publish(planned, results, self._output, self._options.overwrite))
+
+    def _is_committed(self) -> bool:
+        """Whether the index is written, and only this had not been recorded: what is left is then done.
+
+        No input is needed any more, and none may undo the commit.
+        """
+        digest = self.record.plan_digest
+        if digest is None or set(self.record.uploads) - set(self.record.completed_shards):
+            return False
+        files = published(self._output, digest)
+        if files is not None:
+            self._succeed(files)
+        return files is not None
+
+    def _succeed(self, files: Iterable[OutputFile]) -> None:
+        """Clear up and report. The output stays claimed in Redis until nothing of it can be done again."""
+        self._output.clear(self.record.uploads)
         summary = {"files": [{"name": f.name, "size": f.size, "digest": f.digest} for f in files]}
-        self._output.clear()
-        self.tools.jobs.release_output(self.lease, self.record.output)
         self._apply(Succeeded(summary))
-        self._log.info("job succeeded", output=self.record.output, bytes=plan.price.bytes_written)
+        self._log.info("job succeeded", output=self.record.output, bytes=self.record.bytes_total)
+        self.tools.jobs.release_output(self.lease, self.record.output)
 
     def _end(self, event: Event) -> None:
         """Give the output up and record why; the uploads are aborted before anybody is told."""
         try:
-            self._output.give_up()
-            self.tools.jobs.release_output(self.lease, self.record.output)
-        except LeaseLostError:
-            return
-        except MergemillError as error:
-            self._log.exception("could not clean up the output")
-            if isinstance(event, Failed):
-                left = f" (and its uploads under {self.record.output} could not be aborted: {error})"
-                event = replace(event, error={**event.error, "detail": f"{event.error['detail']}{left}"})
-        try:
+            left = self._give_up()
+            if self.record.state.is_terminal:
+                return
+            if left is not None and isinstance(event, Failed):
+                detail = f"{event.error['detail']} ({self.record.output} could not be cleaned up: {left})"
+                event = replace(event, error={**event.error, "detail": detail})
             self._apply(event)
         except LeaseLostError as error:
             self._log.warning("lease lost at the end; leaving the job alone", reason=str(error))
+        except JobStoreUnavailableError as error:
+            self._log.error("job state is out of reach; the job waits for it", error=str(error))
+
+    def _give_up(self) -> str | None:
+        """Leave nothing behind, unless the job had succeeded after all; why something had to be left."""
+        try:
+            if self.record.state == JobState.COMMITTING and self._is_committed():
+                return None
+            self._output.give_up()
+            self.tools.jobs.release_output(self.lease, self.record.output)
+        except (LeaseLostError, JobStoreUnavailableError):
+            raise
+        except MergemillError as error:
+            self._log.exception("could not clean up the output")
+            return str(error)
+        return None
 
     def _release(self) -> None:
         try:
@@ -259,7 +315,13 @@ class JobRunner:
             self._log.warning("could not release the lease; it will expire", reason=str(error))
 
     def _apply(self, event: Event) -> None:
-        self.record = self.tools.jobs.apply(self.record.id, event, self.lease.token)
+        try:
+            self.record = self.tools.jobs.apply(self.record.id, event, self.lease.token)
+        except IllegalTransitionError:
+            self.record = self.tools.jobs.get(self.record.id)
+            if self.record.cancel_requested:  # since we looked
+                raise CancelledError from None
+            raise
 
     def _guard(self) -> None:
         self.tools.jobs.renew(self.lease)
