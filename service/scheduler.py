@@ -11,6 +11,7 @@ from pathlib import Path
 from types import FrameType
 
 import structlog
+from pydantic import ValidationError
 
 from service.driver import Driver
 from service.fleet_process import FleetSettings
@@ -66,6 +67,9 @@ class Scheduler:
             claimed = self._jobs.claim_next(self.owner, self._settings.lease_seconds)
         except JobStoreUnavailableError as error:
             log.warning("job state is out of reach", error=str(error))
+            return False
+        except ValidationError as error:  # written by another version; its lease keeps it out of the way for a while
+            log.error("a job's record cannot be read; it is left alone", error=str(error))
             return False
         if claimed is None:
             return False
