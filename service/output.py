@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +23,8 @@ CARD = "README.md"
 MANIFEST = "mergemill.json"
 TREE = "sha256-tree-1mib"
 """Name of the digest of shards: SHA-256 over the header's SHA-256 and the tensors' digests in file order."""
+
+_DTYPE_KEYS = {"torch_dtype", "dtype"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,8 +47,9 @@ def config_json(planned: Planned) -> str | None:
     corrected = {key: value for key, value in config.items() if key != "_name_or_path"}
     dtype = _float_dtype(planned)
     if dtype is not None:
-        keys = [key for key in ("torch_dtype", "dtype") if key in corrected] or ["torch_dtype"]
-        corrected.update(dict.fromkeys(keys, dtype))
+        corrected = _with_dtype(corrected, dtype)
+        if not _DTYPE_KEYS & corrected.keys():
+            corrected["torch_dtype"] = dtype
     return json.dumps(corrected, indent=2, ensure_ascii=False) + "\n"
 
 
@@ -62,11 +66,7 @@ def model_card(planned: Planned, version: str) -> str:
     hub = [name.partition("@")[0] for name in names if "://" not in name and not name.startswith("/")]
     if hub:
         front["base_model"] = hub
-    source = (
-        f" ([arXiv:{method.paper}](https://arxiv.org/abs/{method.paper}))"
-        if method.paper[:4].isdigit()
-        else ""
-    )
+    source = f" ({_paper_link(method.paper)})"
     lines = [
         "---",
         yaml.safe_dump(front, sort_keys=False).strip(),
@@ -157,6 +157,25 @@ def manifest(
 def text_file(name: str, data: bytes) -> OutputFile:
     """The listing of a small file."""
     return OutputFile(name, len(data), f"sha256:{hashlib.sha256(data).hexdigest()}")
+
+
+def _with_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
+    """A config whose dtype, and that of the models nested in it (``text_config``), is ``dtype``."""
+    corrected: dict[str, Any] = {}
+    for key, value in config.items():
+        if key in _DTYPE_KEYS:
+            corrected[key] = dtype
+        elif key.endswith("_config") and key != "quantization_config" and isinstance(value, dict):
+            corrected[key] = _with_dtype(value, dtype)
+        else:
+            corrected[key] = value
+    return corrected
+
+
+def _paper_link(paper: str) -> str:
+    """A paper as Markdown: ``arXiv:2306.01708`` becomes a link."""
+    found = re.search(r"arXiv:(\d{4}\.\d{4,5})", paper)
+    return paper if found is None else f"[{paper}](https://arxiv.org/abs/{found[1]})"
 
 
 def _float_dtype(planned: Planned) -> str | None:
