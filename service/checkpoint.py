@@ -38,7 +38,7 @@ TIED_NAMES = (
 """Tensors that transformers may tie to the input embedding, and then need not be in the file."""
 
 _WEIGHTS = re.compile(r"\.(safetensors|bin|pt|pth|ckpt|h5|msgpack|onnx|gguf|pkl|pickle|npz)(\.index\.json)?$")
-_SHARD_NAME = re.compile(r"^[^/\\\x00]+\.safetensors$")
+_SHARD_NAME = re.compile(r"[^/\\\x00-\x1f]+\.safetensors")
 _TOKENIZER = re.compile(
     r"^(tokenizer.*|vocab.*|merges\.txt|special_tokens_map\.json|added_tokens\.json|.*\.model|.*\.tiktoken"
     r"|chat_template.*|spiece\..*)$"
@@ -122,7 +122,7 @@ def parse_index(text: bytes, uri: str) -> dict[str, str]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise HeaderError(f"{uri}: weight_map must map tensor names to files, and be non-empty")
     for name, file in weight_map.items():
-        if not isinstance(file, str) or not _SHARD_NAME.match(file) or file.startswith("."):
+        if not isinstance(file, str) or not _SHARD_NAME.fullmatch(file) or file.startswith("."):
             raise HeaderError(
                 f"{uri}: tensor {name!r} points to {file!r}, which is not a .safetensors file beside it"
             )

@@ -53,6 +53,13 @@ OPEN_THREADS = 16
 COMPARED_BYTES = 1 << 30
 """Most bytes per model of tensors without arithmetic that planning reads to compare them."""
 
+WELL_KNOWN_FILES = (
+    SINGLE_FILE, INDEX_FILE, CONFIG_FILE, "generation_config.json", "tokenizer.json", "tokenizer_config.json",
+    "tokenizer.model", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt",
+    "spiece.model", "chat_template.jinja", "preprocessor_config.json",
+)  # fmt: skip
+"""What a checkpoint may hold besides shards: looked for one by one where listing is not permitted."""
+
 _DIGEST_STEP = 8 << 20
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?(@[\w./-]+)?")
 
@@ -127,24 +134,51 @@ def open_checkpoint(store: ObjectStore, uri: str) -> Checkpoint:
 
     :raises PlanError: it is missing, unreadable or malformed; lists what was wrong.
     """
+    problems: list[str] = []
+
+    def attempt(work: Callable[[], T]) -> T | None:
+        try:
+            return work()
+        except HeaderError as error:
+            problems.append(str(error))
+        except StoreError as error:
+            problems.append(f"{uri}: {error}")
+        return None
+
+    files = attempt(lambda: _files(store, uri)) or {}
+    weight_map = None if problems else attempt(lambda: _weight_map(store, uri, files))
+    if problems:
+        raise PlanError(*problems)
+    config = attempt(lambda: _read_json(store, uri, CONFIG_FILE))
+    shards = [SINGLE_FILE] if weight_map is None else sorted(set(weight_map.values()))
+    infos = _parallel(lambda name: attempt(lambda: store.head(shard_uri(uri, name))), shards)
+    tensors = _parallel(
+        lambda info: None if info is None else attempt(lambda: _read_header(store, info)), infos
+    )
+    read = {name: own for name, own in zip(shards, tensors, strict=True) if own is not None}
+    found = attempt(lambda: gather(uri, weight_map, read)) if len(read) == len(shards) else None
+    if found is None or problems:
+        raise PlanError(*sorted(problems))
+    small = {name: info for name, info in files.items() if is_copied(name)}
+    return Checkpoint(uri, found, config, small, {info.uri: info.etag for info in infos if info is not None})
+
+
+def _files(store: ObjectStore, uri: str) -> dict[str, ObjectInfo]:
+    """The files of a checkpoint, by name; those of well-known names where listing is not permitted."""
     try:
         beside = (info for info in store.list(uri + "/") if "/" not in info.uri[len(uri) + 1 :])
-        files = {base_name(info.uri): info for info in beside}
+        return {base_name(info.uri): info for info in beside}
     except AccessDeniedError:
-        files = {}  # no permission to list is common, and the names are known
-    try:
-        weight_map = _weight_map(store, uri, files)
-        shards = sorted(set(weight_map.values())) if weight_map is not None else [SINGLE_FILE]
-        infos = _parallel(lambda name: store.head(shard_uri(uri, name)), shards)
-        tensors = _parallel(lambda info: _read_header(store, info), infos)
-        found = gather(uri, weight_map, dict(zip(shards, tensors, strict=True)))
-        config = _read_json(store, uri, CONFIG_FILE)
-    except HeaderError as error:
-        raise PlanError(str(error)) from error
-    except StoreError as error:
-        raise PlanError(f"{uri}: {error}") from error
-    small = {name: info for name, info in files.items() if is_copied(name)}
-    return Checkpoint(uri, found, config, small, {info.uri: info.etag for info in infos})
+        pass
+
+    def look(name: str) -> ObjectInfo | None:
+        try:
+            return store.head(join(uri, name))
+        except (ObjectNotFoundError, AccessDeniedError):  # without the permission S3 says 403 for either
+            return None
+
+    found = zip(WELL_KNOWN_FILES, _parallel(look, WELL_KNOWN_FILES), strict=True)
+    return {name: info for name, info in found if info is not None}
 
 
 def plan_recipe(
@@ -183,7 +217,7 @@ def plan_recipe(
     )
     checkpoints = {name: found for name, uri in uris.items() if (found := opened[uri]) is not None}
     if len(checkpoints) < len(names):
-        raise PlanError(*dict.fromkeys(problems))
+        raise PlanError(*sorted(set(problems)))
     inputs = Inputs(checkpoints[recipe.reference], tuple(checkpoints[e.model] for _, e in recipe.task_models))
     inputs = attempt(lambda: _with_digests(store, recipe, inputs)) or inputs
     plan = attempt(lambda: make_plan(recipe, inputs, options, baseline_bytes))

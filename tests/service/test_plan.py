@@ -17,7 +17,14 @@ from hypothesis import strategies as st
 from service.layout import GRAIN_ELEMENTS
 from service.matching import Inputs
 from service.plan import PLAN, Plan, PlanOptions, Shard, make_plan, plan_summary
-from service.price import MAX_PARTS, MIN_PART_BYTES, part_peak_bytes, survey_peak_bytes
+from service.price import (
+    BASELINE_BYTES,
+    MAX_PARTS,
+    MIN_PART_BYTES,
+    part_peak_bytes,
+    survey_peak_bytes,
+    workspace_bytes,
+)
 from service.recipe import Recipe
 from tests.service.headers import Spec, alike, checkpoint, inputs_of, llama, recipe_of
 from workers.binding import bind
@@ -74,7 +81,10 @@ OPTIONS = st.builds(
     whole_tensor_bytes=st.one_of(
         st.sampled_from([MIN_PART_BYTES, 256 * MIB]), st.integers(MIN_PART_BYTES, 1 << 30)
     ),
-    worker_memory_bytes=st.one_of(st.sampled_from([1 << 31, 1 << 50]), st.integers(560 * MIB, 1400 * MIB)),
+    worker_memory_bytes=st.one_of(
+        st.sampled_from([1 << 31, 1 << 50]),
+        st.integers(BASELINE_BYTES + 100 * MIB, BASELINE_BYTES + 900 * MIB),
+    ),
 )
 
 
@@ -175,7 +185,8 @@ def test_every_byte_is_made_once_within_all_limits(recipe: Recipe, spec: Spec, o
         plan = make_plan(recipe, inputs, options)
     except PlanError as error:
         assert all("worker_memory_bytes" in problem for problem in error.problems)
-        smallest = 480 * MIB + 64 * MIB + (len(recipe.models) + 1) * (6 + 4 * 2 * 5 + 5) * MIB
+        inputs_count = len(recipe.models) + 1
+        smallest = BASELINE_BYTES + workspace_bytes(inputs_count) + inputs_count * 45 * MIB
         assert options.worker_memory_bytes < smallest, "a plan that fits was refused"
         event("refused")
         return
