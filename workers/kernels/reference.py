@@ -250,7 +250,7 @@ def slerp_coefficients(t: float, first: float, second: float, dot: float) -> tup
     norms = math.sqrt(first), math.sqrt(second)
     if min(norms) <= ZERO_NORM:
         return 1 - t, t
-    cosine = max(-1.0, min(1.0, dot / norms[0] / norms[1]))
+    cosine = dot / norms[0] / norms[1]
     if abs(cosine) > PARALLEL:
         return 1 - t, t
     angle = math.acos(cosine)

@@ -15,7 +15,7 @@ from workers.random import keep_mask
 from workers.task import SURVEY_ELEMENTS, Facts
 
 SMALL_NORM = 1e-7
-"""Below this L1 norm, before or after dropping, matching norms leaves the vector as it is."""
+"""Below this L1 norm after the drop, matching norms leaves the vector as it is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +94,7 @@ class Norms(SurveyPass):
                 before, after = (
                     math.fsum(sums[model][which] for sums in summary.values()) for which in (0, 1)
                 )
-                if before >= SMALL_NORM and after >= SMALL_NORM:
+                if after >= SMALL_NORM:
                     factor = before / after
             factors.append(factor)
         return {"drop_factor": factors}

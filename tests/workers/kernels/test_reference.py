@@ -146,6 +146,14 @@ def test_drop_keeps_nan() -> None:
 # --- scalars and sums -------------------------------------------------------------------------------------
 
 
+def test_dividing_is_not_multiplying_by_the_reciprocal() -> None:
+    x = np.random.default_rng(0).normal(0, 1, 1003).astype(np.float32)
+    for divisor in (3.0, 0.7, 1.4000000000000001):
+        quotients = reference.divide(torch.from_numpy(x), divisor).numpy()
+        assert (quotients == x / np.float32(divisor)).all()
+        assert (quotients != x * np.float32(1 / divisor)).any()
+
+
 def test_scalars_are_rounded_to_float32_once() -> None:
     assert reference.float32(0.1) == float(np.float32(0.1)) != 0.1
     assert reference.float32(1e300) == math.inf

@@ -144,8 +144,9 @@ def test_a_norm_that_vanishes_is_not_matched() -> None:
     mask = keep_mask(mask_key(0, 0, "w"), 0, 8, 0.5)
     dropped_only = torch.where(mask, 0.0, 1.0)  # nothing is left after the drop
     assert dare(LINEAR, torch.zeros(8), [dropped_only], [1.0], [0.5], rescale="l1").tolist() == [0.0] * 8
-    tiny = torch.where(mask, 1e-9, 0.0)
-    assert dare(LINEAR, torch.zeros(8), [tiny], [1.0], [0.5], rescale="l1").tolist() == tiny.tolist()
+    tiny = torch.full((8,), 1e-9)
+    merged = dare(LINEAR, torch.zeros(8), [tiny], [1.0], [0.5], rescale="l1")
+    assert merged.tolist() == torch.where(mask, tiny, 0.0).tolist()
 
 
 @pytest.mark.parametrize("method", [LINEAR, TIES], ids=["linear", "ties"])

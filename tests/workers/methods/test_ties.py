@@ -108,6 +108,12 @@ def test_a_zero_sum_elects_plus_or_the_majority() -> None:
     assert taus([[1.0, -4.0, 4.0], [-1.0, -4.0, 4.0]], zero_sign="majority") == [-1.0, -4.0, 4.0]
 
 
+def test_the_majority_leaves_nonfinite_entries_out_and_keeps_their_neighbours() -> None:
+    # The finite sums elect +, -, + besides the zero: with the last one uncounted they would balance.
+    models = [[1.0, 2.0, -2.0, 1.0], [-1.0, 2.0, -2.0, float("nan")]]
+    assert taus(models, zero_sign="majority")[:3] == [1.0, 2.0, -2.0]
+
+
 def test_equal_magnitudes_stay_or_make_up_exactly_k() -> None:
     vector = [1.0, -2.0, 2.0, 3.0, 2.0, -2.0]
     assert taus([vector], densities=[0.5]) == [0.0, -2.0, 2.0, 3.0, 2.0, -2.0]
