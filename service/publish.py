@@ -43,29 +43,30 @@ def publish(
     for result in results.values():
         for where, count in result.nonfinite.items():
             nonfinite[where] = nonfinite.get(where, 0) + count
-    document = manifest(planned, digests, files, nonfinite, version("mergemill"))
+    index = text_file(INDEX_FILE, plan.index.encode())
+    document = manifest(planned, digests, [*files, index], nonfinite, version("mergemill"))
     data = json.dumps(document, indent=2, ensure_ascii=False, sort_keys=True).encode() + b"\n"
     output.put(MANIFEST, data)
     files.append(text_file(MANIFEST, data))
     if overwrite:
         output.delete_stale_shards(plan)
     output.put_index(plan)
-    files.append(text_file(INDEX_FILE, plan.index.encode()))
-    return files
+    return [*files, index]
 
 
 def published(output: Output, plan_digest: str) -> list[OutputFile] | None:
     """What :func:`publish` returned when it committed this plan; None when there is no such checkpoint."""
     try:
-        index = output.read(join(output.uri, INDEX_FILE))
+        index = text_file(INDEX_FILE, output.read(join(output.uri, INDEX_FILE)))
         data = output.read(join(output.uri, MANIFEST))
     except ObjectNotFoundError:
         return None
     document = json.loads(data)
-    if document["plan_digest"] != plan_digest:
-        return None
     files = [OutputFile(file["name"], file["size"], file["digest"]) for file in document["files"]]
-    return [*files, text_file(MANIFEST, data), text_file(INDEX_FILE, index)]
+    if document["plan_digest"] != plan_digest or index not in files:
+        return None
+    files.remove(index)
+    return [*files, text_file(MANIFEST, data), index]
 
 
 def _small_files(planned: Planned, output: Output) -> list[tuple[str, bytes]]:

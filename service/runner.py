@@ -304,7 +304,7 @@ class JobRunner:
         except (LeaseLostError, JobStoreUnavailableError):
             raise
         except MergemillError as error:
-            self._log.exception("could not clean up the output")
+            self._log.error("could not clean up the output", error=type(error).__name__, detail=str(error))
             return str(error)
         return None
 

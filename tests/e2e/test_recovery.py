@@ -1,0 +1,458 @@
+"""What a job does when answers, records, parts, inputs or the output are not what they were."""
+
+from __future__ import annotations
+
+import os
+import threading
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from service.jobs import CancelRequested, JobRecord, JobState
+from tests.checkpoints import fine_tune, llama_tensors, read_checkpoint, write_checkpoint
+from tests.e2e.bench import Bench, KilledError, Steps
+from workers.errors import (
+    AlreadyExistsError,
+    IllegalTransitionError,
+    JobStoreUnavailableError,
+    StoreUnavailableError,
+)
+from workers.store import join
+
+pytestmark = pytest.mark.valkey
+
+INDEX = "model.safetensors.index.json"
+SHARD_BYTES = 90_000
+LOST = StoreUnavailableError("the answer was lost")
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> dict[str, torch.Tensor]:
+    """Tensors of the base at ``base``, with a fine-tune at ``one``: they merge into two shards."""
+    tensors = llama_tensors(0, layers=1, hidden=48, heads=2, vocab=64, dtype=torch.float32)
+    write_checkpoint(tmp_path / "base", tensors)
+    write_checkpoint(tmp_path / "one", fine_tune(tensors, 1, 0.1))
+    return tensors
+
+
+def recipe(root: Path) -> dict[str, Any]:
+    """The mean of the two."""
+    return {"merge_method": "linear", "models": [{"model": str(root / name)} for name in ("one", "base")]}
+
+
+def submit(bench: Bench, root: Path, out: str = "out", **options: Any) -> str:
+    """Queue the merge."""
+    return bench.submit(recipe(root), root / out, shard_bytes=SHARD_BYTES, **options)
+
+
+def events(record: JobRecord, name: str) -> int:
+    """How often something happened to a job."""
+    return sum(entry.event == name for entry in record.history)
+
+
+def is_mean(root: Path, out: str = "out") -> bool:
+    """Whether the output is the mean of what the inputs are now, and nothing else is there."""
+    one, base, merged = (read_checkpoint(root / name) for name in ("one", "base", out))
+    return not (root / out / ".mergemill").exists() and all(
+        torch.equal(merged[name], (one[name] + base[name]) / 2) for name in base
+    )
+
+
+def nothing_at(out: Path) -> bool:
+    """Whether an output holds nothing at all."""
+    return not out.exists() or not any(out.iterdir())
+
+
+def at_step(name: str, act: Callable[[], None], when: str = "before") -> Steps:
+    """Do something around the first step of that name."""
+    seen: list[str] = []
+
+    def hook(_: int, moment: str, step: str) -> None:
+        if moment == when and step.startswith(name) and not seen:
+            seen.append(step)
+            act()
+
+    return Steps(hook)
+
+
+def raising(error: BaseException) -> Callable[[], None]:
+    """A hook that raises."""
+
+    def act() -> None:
+        raise error
+
+    return act
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize(
+    "step",
+    [
+        "put_if_absent claim",
+        "open_upload",
+        "put claim",
+        "complete model-00001",
+        "complete model-00002",
+        "put README",
+        "put mergemill",
+        f"put_if_absent {INDEX}",
+        "delete claim",
+    ],
+)
+def test_a_store_that_loses_a_request_or_its_answer_does_not_end_the_job(
+    bench: Bench, base: dict[str, torch.Tensor], tmp_path: Path, step: str, when: str
+) -> None:
+    job = submit(bench, tmp_path)
+    steps = at_step(step, raising(LOST), when)
+    record = bench.run(job, steps)
+    assert record.state == JobState.SUCCEEDED, record.error
+    assert events(record, "restarted") == 0
+    assert len(bench.driver.labels) == record.parts_total == 2
+    assert any(name.startswith(step) for name in steps.names)
+    assert is_mean(tmp_path)
+
+
+def test_a_refusal_to_put_what_is_our_own_index_is_no_error(
+    bench: Bench, base: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    job = submit(bench, tmp_path)
+    steps = at_step(f"put_if_absent {INDEX}", raising(AlreadyExistsError("it is there")), "after")
+    assert bench.run(job, steps).state == JobState.SUCCEEDED
+    assert is_mean(tmp_path)
+
+
+def test_a_store_that_stays_away_fails_the_job_in_the_end(
+    bench: Bench, base: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    def gone(_: int, moment: str, name: str) -> None:
+        if moment == "before" and name.startswith("complete"):
+            raise LOST
+
+    record = bench.run(submit(bench, tmp_path), Steps(gone))
+    assert record.state == JobState.FAILED
+    assert record.error is not None
+    assert record.error["type"] == "StoreUnavailableError"
+    assert nothing_at(tmp_path / "out")
+
+
+def test_somebody_elses_index_is_not_overwritten(
+    bench: Bench, base: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    def intrude() -> None:
+        (tmp_path / "out" / INDEX).write_text("{}")
+
+    record = bench.run(submit(bench, tmp_path), at_step(f"put_if_absent {INDEX}", intrude))
+    assert record.state == JobState.FAILED
+    assert record.error is not None
+    assert "written by somebody else" in str(record.error["detail"])
+    assert (tmp_path / "out" / INDEX).read_text() == "{}"
+
+
+def test_a_checkpoint_that_appears_while_a_job_plans_is_not_touched(
+    bench: Bench, base: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    """Two jobs look, and find nothing; one finishes before the other claims."""
+    other = submit(bench, tmp_path)
+    before: dict[str, bytes] = {}
+
+    def finish_other() -> None:
+        assert bench.run(other).state == JobState.SUCCEEDED
+        before.update({path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()})
+
+    write_checkpoint(tmp_path / "two", fine_tune(base, 2, 0.1))
+    wanted = {"merge_method": "linear", "models": [{"model": str(tmp_path / "two")}]}
+    late = bench.submit(wanted, tmp_path / "out", shard_bytes=SHARD_BYTES)
+    record = bench.run(late, at_step("claim_output", finish_other))
+    assert record.state == JobState.FAILED
+    assert record.error is not None
+    assert "already holds a checkpoint" in str(record.error["detail"])
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
+
+
+def test_of_two_jobs_for_one_output_one_is_refused(
+    bench: Bench, base: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    first, second = submit(bench, tmp_path), submit(bench, tmp_path)
+
+    def run_second() -> None:
+        record = bench.run(second)
+        assert record.state == JobState.FAILED
+        assert record.error is not None
+        assert first in str(record.error["detail"])
+
+    assert bench.run(first, at_step("put progress", run_second)).state == JobState.SUCCEEDED
+    assert is_mean(tmp_path)
+
+
+def test_the_claim_of_a_job_that_has_ended_is_taken_over(
+    bench: Bench, base: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    """The first job is cancelled while the store refuses to let anything be cleaned up."""
+    first = submit(bench, tmp_path)
+
+    def cancel_and_cut(_: int, moment: str, name: str) -> None:
+        if name == "record_part" and moment == "before":
+            bench.jobs.apply(first, CancelRequested())
+        if name.startswith("abort") and moment == "before":
+            raise LOST
+
+    assert bench.run(first, Steps(cancel_and_cut)).state == JobState.CANCELLED
+    shard = join(f"file://{tmp_path}/out", "model-00001-of-00002.safetensors")
+    assert bench.store.list_uploads(shard)
+    assert bench.run(submit(bench, tmp_path)).state == JobState.SUCCEEDED
+    assert bench.store.list_uploads(shard) == []
+    assert is_mean(tmp_path)
+
+
+def test_the_claim_of_a_job_that_nobody_knows_is_respected(
+    bench: Bench, base: dict[str, torch.Tensor], tmp_path: Path, valkey_url: str
+) -> None:
+    elsewhere = Bench(valkey_url, f"test-{uuid.uuid4().hex}")
+    with elsewhere.jobs:
+        other = submit(elsewhere, tmp_path)
+        with pytest.raises(KilledError):
+            elsewhere.run(other, at_step("put progress", raising(KilledError())))
+        record = bench.run(submit(bench, tmp_path))
+        assert record.state == JobState.FAILED
+        assert record.error is not None
+        for words in (
+            other,
+            "wait for it or cancel it",
+            f"delete file://{tmp_path}/out/.mergemill/claim.json",
+        ):
+            assert words in str(record.error["detail"])
+        assert elsewhere.run(other).state == JobState.SUCCEEDED  # nothing of it was touched
+    assert is_mean(tmp_path)
+
+
+def test_parts_that_redis_lost_are_found_beside_the_output(
+    bench: Bench, base: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    job = submit(bench, tmp_path)
+    with pytest.raises(KilledError):
+        bench.run(job, at_step("apply commit_started", raising(KilledError())))
+    assert len(bench.driver.labels) == 2
+    lease = bench.jobs.acquire(job, "a test", 60)
+    assert lease is not None
+    bench.jobs.clear_parts(lease)
+    bench.jobs.release(lease)
+    assert bench.jobs.parts(job) == {}
+    record = bench.run(job)
+    assert record.state == JobState.SUCCEEDED
+    assert len(bench.driver.labels) == 2  # nothing was done again
+    assert len(bench.jobs.parts(job)) == 2
+    assert is_mean(tmp_path)
+
+
+def test_a_part_that_the_store_lost_is_made_again(
+    bench: Bench, base: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    job = submit(bench, tmp_path)
+    with pytest.raises(KilledError):
+        bench.run(job, at_step("apply commit_started", raising(KilledError())))
+    (note, *_) = (tmp_path / "out").glob(".mergemill/uploads/*/parts/1.json")
+    note.unlink()
+    record = bench.run(job)
+    assert record.state == JobState.SUCCEEDED
+    assert events(record, "restarted") == 0
+    assert len(bench.driver.labels) == 3
+    assert is_mean(tmp_path)
+
+
+@pytest.mark.parametrize("at", ["apply commit_started", "complete model-00002"])
+def test_an_upload_that_the_store_lost_starts_the_job_over(
+    bench: Bench, base: dict[str, torch.Tensor], tmp_path: Path, at: str
+) -> None:
+    job = submit(bench, tmp_path)
+    with pytest.raises(KilledError):
+        bench.run(job, at_step(at, raising(KilledError())))
+    (upload,) = bench.store.list_uploads(join(f"file://{tmp_path}/out", "model-00002-of-00002.safetensors"))
+    bench.store.abort(upload)
+    record = bench.run(job)
+    assert record.state == JobState.SUCCEEDED
+    assert events(record, "restarted") == 1
+    assert is_mean(tmp_path)
+
+
+def test_uploads_that_vanish_again_and_again_fail_the_job(
+    bench: Bench, base: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    uri = join(f"file://{tmp_path}/out", "model-00001-of-00002.safetensors")
+
+    def sweep(_: int, moment: str, name: str) -> None:
+        if moment == "after" and name == "apply commit_started":
+            for upload in bench.store.list_uploads(uri):
+                bench.store.abort(upload)
+
+    record = bench.run(submit(bench, tmp_path), Steps(sweep))
+    assert record.state == JobState.FAILED
+    assert record.error is not None
+    assert record.error["type"] == "UploadNotFoundError"
+    assert nothing_at(tmp_path / "out")
+
+
+def test_an_input_that_changes_after_planning_fails_the_job_by_name(
+    bench: Bench, base: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    def change() -> None:
+        write_checkpoint(tmp_path / "one", fine_tune(base, 3, 0.1))
+
+    record = bench.run(submit(bench, tmp_path), at_step("apply uploads_opened", change))
+    assert record.state == JobState.FAILED
+    assert record.error is not None
+    assert record.error["type"] == "ObjectChangedError"
+    assert f"file://{tmp_path}/one/model.safetensors" in str(record.error["detail"])
+    assert nothing_at(tmp_path / "out")
+
+
+def test_an_input_that_is_cut_short_after_planning_fails_the_job_by_name(
+    bench: Bench, base: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    path = tmp_path / "one" / "model.safetensors"
+
+    def cut() -> None:
+        os.truncate(path, path.stat().st_size - 1000)
+
+    record = bench.run(submit(bench, tmp_path), at_step("apply uploads_opened", cut))
+    assert record.state == JobState.FAILED
+    assert record.error is not None
+    assert str(path) in str(record.error["detail"])
+    assert nothing_at(tmp_path / "out")
+
+
+@pytest.mark.parametrize("at", ["put progress", "complete model-00002", "put README"])
+def test_an_input_that_changes_before_a_resume_starts_the_job_over(
+    bench: Bench, base: dict[str, torch.Tensor], tmp_path: Path, at: str
+) -> None:
+    job = submit(bench, tmp_path)
+    with pytest.raises(KilledError):
+        bench.run(job, at_step(at, raising(KilledError())))
+    write_checkpoint(tmp_path / "one", fine_tune(base, 3, 0.1))
+    record = bench.run(job)
+    assert record.state == JobState.SUCCEEDED, record.error
+    assert events(record, "restarted") == 1
+    assert is_mean(tmp_path)  # of the new input alone
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("at", ["delete claim", "apply succeeded"])
+def test_a_commit_that_was_made_stands_whatever_becomes_of_the_inputs(
+    bench: Bench, base: dict[str, torch.Tensor], tmp_path: Path, at: str, overwrite: bool
+) -> None:
+    if overwrite:
+        write_checkpoint(tmp_path / "out", fine_tune(base, 9))
+    job = submit(bench, tmp_path, overwrite=overwrite)
+    with pytest.raises(KilledError):
+        bench.run(job, at_step(at, raising(KilledError())))
+    (tmp_path / "one" / "model.safetensors").rename(tmp_path / "aside")
+    record = bench.run(job)
+    assert record.state == JobState.SUCCEEDED, record.error
+    assert record.summary is not None
+    names = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert names == sorted(file["name"] for file in record.summary["files"])  # type: ignore[index, union-attr]
+    (tmp_path / "aside").rename(tmp_path / "one" / "model.safetensors")
+    assert is_mean(tmp_path)
+
+
+def test_giving_up_leaves_the_checkpoint_that_was_there(
+    bench: Bench, base: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    """The one from before may have been made by the very same plan, and say so."""
+    assert bench.run(submit(bench, tmp_path)).state == JobState.SUCCEEDED
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    job = submit(bench, tmp_path, overwrite=True)
+
+    def cancel_unreadably() -> None:
+        shard = tmp_path / "out" / "model-00001-of-00002.safetensors"
+        record = bench.jobs.get(job)
+        bench.store.put(f"file://{shard}", shard.read_bytes(), {"mergemill-plan": str(record.plan_digest)})
+        bench.jobs.apply(job, CancelRequested())
+
+    assert bench.run(job, at_step("record_part", cancel_unreadably)).state == JobState.CANCELLED
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
+
+
+def test_a_failure_leaves_nothing_behind_wherever_giving_up_is_interrupted(
+    bench: Bench, base: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    """NaN in what the last part reads: all others are there by then."""
+    bad = fine_tune(base, 1, 0.1)
+    bad["model.norm.weight"][0] = torch.nan
+    write_checkpoint(tmp_path / "one", bad)
+    whole = Steps()
+    record = bench.run(submit(bench, tmp_path), whole)
+    assert record.state == JobState.FAILED
+    assert record.error is not None
+    assert "model.norm.weight" in str(record.error["detail"])
+    assert nothing_at(tmp_path / "out")
+    assert "record_part" in whole.names
+    for number in range(whole.names.index("record_part"), len(whole.names)):
+        job = submit(bench, tmp_path, str(number))
+        bench.run_until(job, number)
+        assert bench.run(job).state == JobState.FAILED, whole.names[number]
+        assert nothing_at(tmp_path / str(number)), whole.names[number]
+
+
+def test_a_cancel_ends_the_job_wherever_it_comes(
+    bench: Bench, base: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    """Before the commit starts, everything is gone when the job is cancelled; from there on it is refused."""
+    whole = Steps()
+    assert bench.run(submit(bench, tmp_path), whole).state == JobState.SUCCEEDED
+    commit = whole.names.index("apply commit_started")
+    for number, name in enumerate(whole.names):
+        out = tmp_path / str(number)
+        job = submit(bench, tmp_path, str(number))
+
+        def cancel(step: int, moment: str, what: str, number: int = number, job: str = job) -> None:
+            if what == "apply cancelled" and moment == "before":
+                assert nothing_at(tmp_path / str(number))
+            if (step, moment) != (number, "before"):
+                return
+            if number > commit:
+                with pytest.raises(IllegalTransitionError):
+                    bench.jobs.apply(job, CancelRequested())
+            else:
+                bench.jobs.apply(job, CancelRequested())
+
+        record = bench.run(job, Steps(cancel))
+        if number > commit:
+            assert record.state == JobState.SUCCEEDED, name
+            continue
+        assert record.state == JobState.CANCELLED, f"{name}: {record.error}"
+        assert nothing_at(out), name
+    assert bench.run(submit(bench, tmp_path, str(commit))).state == JobState.SUCCEEDED
+    assert is_mean(tmp_path, str(commit))
+
+
+def test_a_queued_job_that_was_cancelled_while_it_was_taken_stays_cancelled(
+    bench: Bench, base: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    job = submit(bench, tmp_path)
+    runner = bench.runner(job)
+    bench.jobs.apply(job, CancelRequested())
+    runner.run()
+    assert bench.jobs.get(job).state == JobState.CANCELLED
+    assert nothing_at(tmp_path / "out")
+
+
+def test_a_job_store_that_is_out_of_reach_at_the_end_does_not_fail_the_job(
+    bench: Bench, base: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    job = submit(bench, tmp_path)
+    away = threading.Event()
+
+    def cut(_: int, moment: str, name: str) -> None:
+        if name == "apply commit_started" and moment == "before":
+            bench.jobs.apply(job, CancelRequested())
+        if name.startswith("abort") and moment == "before" and not away.is_set():
+            away.set()
+            raise JobStoreUnavailableError("Redis is away")
+
+    assert bench.run(job, Steps(cut)).state == JobState.RUNNING  # until somebody takes it over
+    assert bench.run(job).state == JobState.CANCELLED
+    assert nothing_at(tmp_path / "out")
