@@ -18,7 +18,7 @@ from workers.binding import bind
 from workers.errors import NonFiniteError
 from workers.kernels.reference import TORCH_DTYPES, round_to, to_float32
 from workers.methods.base import Block, Summary
-from workers.methods.evaluate import run_survey_pass, survey
+from workers.methods.evaluate import survey
 from workers.random import mask_key
 from workers.ranges import coalesce
 from workers.safetensors_format import prefix
@@ -104,9 +104,7 @@ def run_survey(task: SurveyTask, store: ObjectStore, device: str = "cpu") -> Sum
     method = bind(task.arithmetic)
     problems = _NonFinite()
     counted = problems if task.index == 0 else None
-    summary = run_survey_pass(
-        method.passes[task.index], _blocks(task.arithmetic, inputs, counted), task.facts
-    )
+    summary = method.passes[task.index].accumulate(_blocks(task.arithmetic, inputs, counted), task.facts)
     if problems and not task.allow_nonfinite:
         raise problems.error()
     return summary

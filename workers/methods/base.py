@@ -8,7 +8,7 @@ output dtype, reading, splitting and the handling of non-finite input are done b
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -41,12 +41,28 @@ class Block:
     """A 64-bit Philox key per model, from seed, model index and tensor name."""
 
 
+_FOLD = 16
+"""Summaries gathered before they are combined: bounds what a pass holds, whatever the tensor's size."""
+
+
 class SurveyPass(ABC):
     """One pass over all blocks of a tensor. Immutable; holds its parameters."""
 
     @abstractmethod
     def summarise(self, block: Block, facts: Facts) -> Summary:
         """The statistic of one block; ``facts`` are those of the passes before."""
+
+    def accumulate(self, blocks: Iterable[Block], facts: Facts) -> Summary:
+        """The statistic of one or more blocks: their summaries, combined.
+
+        A pass whose summaries are big overrides this, to count in place what it need not write out a block.
+        """
+        summaries: list[Summary] = []
+        for block in blocks:
+            summaries.append(self.summarise(block, facts))
+            if len(summaries) == _FOLD:
+                summaries = [self.combine(summaries)]
+        return self.combine(summaries)
 
     @abstractmethod
     def combine(self, summaries: Sequence[Summary]) -> Summary:

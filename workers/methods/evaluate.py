@@ -1,7 +1,7 @@
 """Running a method over a tensor, block by block: no I/O, and never more than one block of float32 at a time.
 
 ``merge_tensor`` does the whole on tensors in memory. A worker that reads its blocks from elsewhere uses
-``survey`` and the method's ``merge``; one that sees only a piece of a tensor uses ``run_survey_pass``, and
+``survey`` and the method's ``merge``; one that sees only a piece of a tensor uses a pass' ``accumulate``, and
 whoever gathers the pieces uses ``conclude_pass``.
 """
 
@@ -18,19 +18,6 @@ from workers.task import SURVEY_ELEMENTS, Facts
 Blocks = Callable[[], Iterable[Block]]
 """Starts over the blocks of one whole tensor, on the grid of ``SURVEY_ELEMENTS``."""
 
-_FOLD = 16
-"""Summaries gathered before they are combined: bounds what a pass holds, whatever the tensor's size."""
-
-
-def run_survey_pass(survey_pass: SurveyPass, blocks: Iterable[Block], facts: Facts) -> Summary:
-    """What one pass finds on one or more blocks; ``facts`` are those of the passes before."""
-    summaries: list[Summary] = []
-    for block in blocks:
-        summaries.append(survey_pass.summarise(block, facts))
-        if len(summaries) == _FOLD:
-            summaries = [survey_pass.combine(summaries)]
-    return survey_pass.combine(summaries)
-
 
 def conclude_pass(survey_pass: SurveyPass, summaries: Sequence[Summary], numel: int, facts: Facts) -> Facts:
     """The facts after a pass, given the summaries of all pieces of the tensor, in any order."""
@@ -41,7 +28,7 @@ def survey(passes: Sequence[SurveyPass], blocks: Blocks, numel: int) -> Facts:
     """All that ``passes`` find out about a tensor of ``numel`` > 0 elements."""
     facts: Facts = {}
     for survey_pass in passes:
-        facts = conclude_pass(survey_pass, [run_survey_pass(survey_pass, blocks(), facts)], numel, facts)
+        facts = conclude_pass(survey_pass, [survey_pass.accumulate(blocks(), facts)], numel, facts)
     return facts
 
 

@@ -7,11 +7,15 @@ for bit. Only when exactly k elements shall be kept does a third pass count the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import base64
+import zlib
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from workers.kernels import reference
@@ -21,6 +25,8 @@ from workers.task import SURVEY_ELEMENTS, Facts
 
 Vectors = Callable[[Block, Facts], Sequence[torch.Tensor]]
 """``(block, facts) -> one float32 vector a model``: what is trimmed."""
+
+Counts = npt.NDArray[np.int64]
 
 _BINS = 1 << 16
 
@@ -81,16 +87,33 @@ class _TrimPass(SurveyPass):
     vectors: Vectors
     """What is trimmed."""
 
-    def _bits(self, block: Block, facts: Facts) -> list[torch.Tensor | None]:
-        """Each thresholded vector's magnitude bits, non-finite ones as zero."""
-        return [
-            reference.finite_bits(vector) if wanted else None
-            for vector, wanted in zip(self.vectors(block, facts), self.trim.thresholded, strict=True)
-        ]
+    def _bits(self, block: Block, facts: Facts) -> Iterator[torch.Tensor | None]:
+        """Each thresholded vector's magnitude bits, non-finite ones as zero; one model at a time is held."""
+        for vector, wanted in zip(self.vectors(block, facts), self.trim.thresholded, strict=True):
+            yield reference.finite_bits(vector) if wanted else None
 
 
 class _Histogram(_TrimPass):
-    """Counts per bin; a summary lists ``[bins, counts]`` per model, null for one without a threshold."""
+    """Counts per bin of 16 bits; a summary has one packed histogram a model, null for one without a threshold.
+
+    While blocks are counted, a model costs one array of 65,536 counts, whatever they hold.
+    """
+
+    @abstractmethod
+    def _values(self, bits: torch.Tensor, model: int, facts: Facts) -> torch.Tensor:
+        """The 16 bits that are counted, as int32; what lies outside 0 to 65535 is not. May overwrite ``bits``."""
+
+    def summarise(self, block: Block, facts: Facts) -> Summary:
+        return self.accumulate([block], facts)
+
+    def accumulate(self, blocks: Iterable[Block], facts: Facts) -> Summary:
+        totals: list[torch.Tensor | None] = [None] * len(self.trim.densities)
+        for block in blocks:
+            for model, bits in enumerate(self._bits(block, facts)):
+                if bits is not None:
+                    counts, total = _count(self._values(bits, model, facts)), totals[model]
+                    totals[model] = counts if total is None else total.add_(counts)
+        return [None if total is None else _pack(total.cpu().numpy()) for total in totals]
 
     def combine(self, summaries: Sequence[Summary]) -> Summary:
         return [_add(histograms) for histograms in zip(*summaries, strict=True)]
@@ -99,8 +122,8 @@ class _Histogram(_TrimPass):
 class HighHistogram(_Histogram):
     """Pass 1: the high 16 bits. Adds ``trim_high``: per model the bin, and the k-th's rank within it."""
 
-    def summarise(self, block: Block, facts: Facts) -> Summary:
-        return [None if bits is None else _count(bits >> 16) for bits in self._bits(block, facts)]
+    def _values(self, bits: torch.Tensor, model: int, facts: Facts) -> torch.Tensor:
+        return bits.bitwise_right_shift_(16)
 
     def conclude(self, summary: Summary, numel: int, facts: Facts) -> Facts:
         ranks = (
@@ -120,11 +143,8 @@ class LowHistogram(_Histogram):
     Adds ``trim_threshold``: the k-th magnitude's bits; ``trim_equals``: how many equal to it make up k.
     """
 
-    def summarise(self, block: Block, facts: Facts) -> Summary:
-        return [
-            None if bits is None else _count(bits - (high[0] << 16))
-            for bits, high in zip(self._bits(block, facts), facts["trim_high"], strict=True)
-        ]
+    def _values(self, bits: torch.Tensor, model: int, facts: Facts) -> torch.Tensor:
+        return bits.sub_(facts["trim_high"][model][0] << 16)
 
     def conclude(self, summary: Summary, numel: int, facts: Facts) -> Facts:
         thresholds: list[int | None] = []
@@ -167,30 +187,43 @@ class Equals(_TrimPass):
         return {"trim_cut": cuts}
 
 
-def _count(values: torch.Tensor) -> list[list[int]]:
-    """The sparse histogram ``[bins, counts]`` of the int32 values from 0 to 65535, leaving out all others."""
+def _count(values: torch.Tensor) -> torch.Tensor:
+    """How often each value from 0 to 65535 is among int32 ``values``, which are overwritten: int64 counts."""
     # Two bins more, for what lies below and above: cheaper than picking the rest out first.
-    counts = torch.bincount(values.clamp_(-1, _BINS).add_(1), minlength=_BINS + 2)[1:-1]
-    bins = torch.nonzero(counts).flatten()
-    return [bins.tolist(), counts[bins].tolist()]
+    return torch.bincount(values.clamp_(-1, _BINS).add_(1), minlength=_BINS + 2)[1:-1]
 
 
-def _add(histograms: Sequence[list[list[int]] | None]) -> list[list[int]] | None:
-    """One sparse histogram for several."""
+def _pack(counts: Counts) -> str:
+    """A histogram as text: base64 of zlib of the gaps between filled bins (uint16) and their counts (int64)."""
+    (bins,) = np.nonzero(counts)
+    raw = np.diff(bins, prepend=0).astype("<u2").tobytes() + counts[bins].astype("<i8").tobytes()
+    return base64.b64encode(zlib.compress(raw, level=1)).decode("ascii")
+
+
+def _unpack(histogram: str) -> tuple[Counts, Counts]:
+    """The filled bins of a packed histogram, ascending, and their counts."""
+    raw = zlib.decompress(base64.b64decode(histogram))
+    filled = len(raw) // 10
+    gaps = np.frombuffer(raw, "<u2", filled)
+    return np.cumsum(gaps, dtype=np.int64), np.frombuffer(raw, "<i8", filled, offset=2 * filled)
+
+
+def _add(histograms: Sequence[str | None]) -> str | None:
+    """One packed histogram for several."""
     total = np.zeros(_BINS, dtype=np.int64)
     for histogram in histograms:
         if histogram is None:
             return None
-        bins, counts = np.asarray(histogram, dtype=np.int64)
+        bins, counts = _unpack(histogram)
         total[bins] += counts
-    (filled,) = np.nonzero(total)
-    return [filled.tolist(), total[filled].tolist()]
+    return _pack(total)
 
 
-def _select(histogram: list[list[int]], rank: int) -> list[int]:
+def _select(histogram: str, rank: int) -> list[int]:
     """The bin of the ``rank``-th largest value (from 1), and the rank of that value within its bin."""
-    for value, count in zip(reversed(histogram[0]), reversed(histogram[1]), strict=True):
-        if rank <= count:
-            return [value, rank]
-        rank -= count
-    raise ValueError("the survey did not see the whole tensor: its histogram holds too few elements")
+    bins, counts = (found[::-1] for found in _unpack(histogram))
+    totals = np.cumsum(counts)
+    at = int(np.searchsorted(totals, rank))
+    if at == len(totals):
+        raise ValueError("the survey did not see the whole tensor: its histogram holds too few elements")
+    return [int(bins[at]), rank - int(totals[at] - counts[at])]

@@ -12,7 +12,7 @@ import torch
 
 from tests.workers.methods.cases import CASES, LONG, WIDE, Case, tensors
 from workers.methods import METHODS
-from workers.methods.evaluate import blocks_of, conclude_pass, merge_tensor, run_survey_pass, survey
+from workers.methods.evaluate import blocks_of, conclude_pass, merge_tensor, survey
 from workers.task import SURVEY_ELEMENTS, Facts, canonical_json
 
 pytestmark = pytest.mark.fast
@@ -60,9 +60,7 @@ def test_pieces_in_any_order_and_grouping_find_the_same_facts(name: str) -> None
     for survey_pass in of.method.survey(of.parameters, of.models):
         summaries = [
             json.loads(
-                canonical_json(
-                    run_survey_pass(survey_pass, blocks_of(base, models, of.keys, first, last), facts)
-                )
+                canonical_json(survey_pass.accumulate(blocks_of(base, models, of.keys, first, last), facts))
             )
             for first, last in pieces
         ]
