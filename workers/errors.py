@@ -7,6 +7,11 @@
     ├── PlanError (ValueError)               the recipe and its inputs do not fit; lists every problem
     ├── HeaderError (ValueError)             a safetensors header is malformed
     ├── NonFiniteError (ArithmeticError)     NaN or Inf in an input, or an overflow on rounding
+    ├── RequestError                         an HTTP request cannot be taken
+    │   ├── MalformedRequestError (ValueError)       it is not what its content type says
+    │   │   └── CursorError                  the cursor is not one that a page gave out
+    │   ├── RequestTooLargeError             its body is longer than is read
+    │   └── UnsupportedMediaTypeError        its content type is not one that is read
     ├── ServiceUnavailableError (ConnectionError)   the REST API cannot be reached (raised by the client)
     ├── StackError                           the embedded stack did not come up
     ├── StoreError (OSError)                 the object store refused or failed
@@ -21,6 +26,7 @@
     └── JobError
         ├── JobNotFoundError (LookupError)
         ├── IllegalTransitionError           the job's state does not allow this
+        ├── NotReadyError                    the job has not made what is asked for
         ├── ConflictError                    somebody else changed the record first
         ├── LeaseLostError                   another scheduler owns the job now
         ├── OutputConflictError              the output is in use or holds a checkpoint
@@ -71,6 +77,26 @@ class HeaderError(MergemillError, ValueError):
 
 class NonFiniteError(MergemillError, ArithmeticError):
     """An input holds NaN or Inf, or rounding to the output dtype overflowed."""
+
+
+class RequestError(MergemillError):
+    """An HTTP request cannot be taken, whatever it asks for."""
+
+
+class MalformedRequestError(RequestError, ValueError):
+    """The request is not what its content type says, or contradicts itself."""
+
+
+class CursorError(MalformedRequestError):
+    """The cursor is not one that a page of jobs gave out."""
+
+
+class RequestTooLargeError(RequestError):
+    """The request's body is longer than is read."""
+
+
+class UnsupportedMediaTypeError(RequestError):
+    """The request's content type is not one that is read."""
 
 
 class ServiceUnavailableError(MergemillError, ConnectionError):
@@ -130,6 +156,10 @@ class JobNotFoundError(JobError, LookupError):
 
 class IllegalTransitionError(JobError):
     """The job's state does not allow this event; the message holds the record's history."""
+
+
+class NotReadyError(JobError):
+    """The job has not made what is asked for: it goes on, or it ended otherwise."""
 
 
 class ConflictError(JobError):

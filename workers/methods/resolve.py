@@ -12,6 +12,12 @@ from workers.errors import RecipeError
 from workers.methods.base import Method, Parameters
 from workers.task import JSONValue
 
+MAX_PARAMETERS = 64
+"""Most parameters of one section of a recipe: more than any method has, and few enough to speak of each."""
+
+_MOST_HINTS = 50
+_SHOWN_CHARACTERS = 64
+
 Values = Mapping[str, JSONValue]
 
 
@@ -40,7 +46,7 @@ def resolve_parameters(
         for name, value in _scalars("parameters", global_values, problems).items()
     }
     for name in given.keys() - ours - theirs:
-        problems.append(f"parameters.{name}: {_unknown(name, method, ours | theirs)}")
+        problems.append(f"parameters.{_short(name)}: {_unknown(name, method, ours | theirs, problems)}")
     shared = {**defaults, **given}
     parameters = _validate(method.parameters, "parameters", _only(shared, ours), problems)
 
@@ -55,9 +61,9 @@ def resolve_parameters(
             hint = (
                 "is set for the whole merge: move it to the recipe's own parameters"
                 if name in ours
-                else _unknown(name, method, theirs)
+                else _unknown(name, method, theirs, problems)
             )
-            problems.append(f"{section}.{name}: {hint}")
+            problems.append(f"{section}.{_short(name)}: {hint}")
         models.append(
             _validate(method.model_parameters, section, model_defaults | _only(own, theirs), problems)
         )
@@ -84,8 +90,10 @@ def _only(values: Values, names: set[str]) -> dict[str, JSONValue]:
     return {name: value for name, value in values.items() if name in names}
 
 
-def _unknown(name: str, method: Method, known: set[str]) -> str:
-    nearest = get_close_matches(name, sorted(known), n=1)
+def _unknown(name: str, method: Method, known: set[str], problems: Sequence[str]) -> str:
+    if len(problems) >= _MOST_HINTS:  # looking for near names takes time that a stranger could spend
+        return f"is not a parameter of {method.name}"
+    nearest = get_close_matches(_short(name), sorted(known), n=1)
     if nearest:
         return f"is not a parameter of {method.name}; did you mean {nearest[0]!r}?"
     return f"is not a parameter of {method.name} (known here: {', '.join(sorted(known)) or 'none'})"
@@ -93,16 +101,27 @@ def _unknown(name: str, method: Method, known: set[str]) -> str:
 
 def _scalars(section: str, values: Values, problems: list[str]) -> dict[str, JSONValue]:
     """The values that are single ones; the others are reported."""
+    if len(values) > MAX_PARAMETERS:
+        problems.append(f"{section}: {len(values)} parameters, more than the {MAX_PARAMETERS} that are read")
+        return {}
     scalars = {}
     for name, value in values.items():
         items = value if isinstance(value, list | tuple) else [value]
         if any(isinstance(item, Mapping) for item in items):
-            problems.append(f"{section}.{name}: values by filter are not supported yet; give one value")
+            problems.append(
+                f"{section}.{_short(name)}: values by filter are not supported yet; give one value"
+            )
         elif items is value:
-            problems.append(f"{section}.{name}: gradients (lists) are not supported yet; give one value")
+            problems.append(
+                f"{section}.{_short(name)}: gradients (lists) are not supported yet; give one value"
+            )
         else:
             scalars[name] = value
     return scalars
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= _SHOWN_CHARACTERS else f"{text[:_SHOWN_CHARACTERS]}…"
 
 
 def _complaints(model: type[Parameters], section: str, values: Values) -> list[str]:
@@ -135,4 +154,11 @@ def _sentence(section: str, detail: ErrorDetails) -> str:
             return f"{field}: {detail['ctx']['error']}"
         case _:
             message = detail["msg"]
-            return f"{field}: {message[0].lower()}{message[1:]} (got {detail['input']!r})"
+            return f"{field}: {message[0].lower()}{message[1:]} (got {_shown(detail['input'])})"
+
+
+def _shown(value: object) -> str:
+    try:
+        return _short(repr(value))
+    except ValueError:  # an integer of more digits than Python writes
+        return "an endless number"

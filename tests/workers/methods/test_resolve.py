@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import pytest
 
 from workers.errors import RecipeError
 from workers.methods import METHODS, get_method
-from workers.methods.resolve import resolve_parameters
+from workers.methods import resolve as resolve_module
+from workers.methods.resolve import MAX_PARAMETERS, resolve_parameters
 
 pytestmark = pytest.mark.fast
 
@@ -214,3 +216,33 @@ def test_schemas_describe_what_a_recipe_may_say() -> None:
     assert "lambda" in schema["properties"]
     assert schema["additionalProperties"] is False
     assert METHODS["ties"].model_parameters.model_json_schema()["properties"]["density"]["maximum"] == 1
+
+
+# --- bounded work -----------------------------------------------------------------------------------------
+
+
+def test_a_hundred_thousand_unknown_names_are_one_problem_and_no_time() -> None:
+    begun = time.process_time()
+    given = {f"densit{number}": 1 for number in range(100_000)}
+    assert problems("ties", given) == ["parameters: 100000 parameters, more than the 64 that are read"]
+    assert problems("ties", {}, (given,)) == [
+        "models[0].parameters: 100000 parameters, more than the 64 that are read"
+    ]
+    assert time.process_time() - begun < 1
+
+
+def test_hints_are_looked_for_a_bounded_number_of_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(resolve_module, "get_close_matches", lambda name, *_, **__: asked.append(name) or [])
+    unknown = {f"{number}{'x' * 10_000}": 1 for number in range(MAX_PARAMETERS)}
+    found = problems("ties", unknown, (unknown,) * 64)
+    assert len(found) == 65 * MAX_PARAMETERS
+    assert len(asked) == 50
+    assert max(map(len, [*found, *asked])) < 250
+
+
+def test_what_was_given_is_shown_shortly() -> None:
+    (problem,) = problems("ties", {"lambda": "x" * 10_000})
+    assert len(problem) < 200
+    (problem,) = problems("ties", {"trim_scope": 1 << 100_000})
+    assert problem.endswith("(got an endless number)")
