@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from service.jobs import JobRecord, JobState
-from service.jobstore import JobStatus
+from service.jobpages import JobStatus
 
 
 class _Model(BaseModel):

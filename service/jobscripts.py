@@ -120,12 +120,19 @@ if redis.call('GET', KEYS[2]) == ARGV[2] then redis.call('DEL', KEYS[2]) end
 return 'released'
 """
 
-# Ids and records in one step: between two, a job could change its state, and a page of failed jobs show one
-# that is not.
+# Ids, records and progress in one step: between two, a job could change its state, and a page of failed jobs
+# show one that is not, or a count be of other uploads than the record's. A row is what `status` reads of a job.
 PAGE: Final = """
 local page = {}
 for _, id in ipairs(redis.call('ZRANGE', KEYS[1], ARGV[1], '-', 'BYLEX', 'REV', 'LIMIT', 0, ARGV[2])) do
-  page[#page + 1] = redis.call('HGET', KEYS[2] .. ':' .. id, 'record')
+  local job = KEYS[2] .. ':' .. id
+  page[#page + 1] = {
+    redis.call('HGET', job, 'record'),
+    redis.call('HLEN', job .. ':parts'),
+    redis.call('HMGET', job .. ':progress', 'bytes_done', 'bytes_read'),
+    redis.call('HLEN', job .. ':surveys'),
+    redis.call('HGET', job .. ':lease', 'owner'),
+  }
 end
 return page
 """

@@ -25,7 +25,6 @@ keys of a script have to be named in advance and live in one slot, is not suppor
 
 from __future__ import annotations
 
-import base64
 import json
 import secrets
 import time
@@ -39,6 +38,7 @@ from redis.backoff import ExponentialWithJitterBackoff
 from redis.retry import Retry
 
 from service import jobscripts as scripts
+from service.jobpages import JobPage, JobStatus, page_of, read_cursor, read_status
 from service.jobs import JOB_ID, CancelRequested, Event, JobRecord, JobState, Restarted, advance
 from workers.errors import (
     ConflictError,
@@ -77,34 +77,6 @@ class Lease:
     """Who holds it, for people."""
     ttl_s: float
     """How long it lasts after it was taken or renewed, in seconds."""
-
-
-@dataclass(frozen=True, slots=True)
-class JobStatus:
-    """A job's record and how far it is, all of one moment."""
-
-    record: JobRecord
-    """The record."""
-    parts_done: int
-    """Finished parts."""
-    bytes_done: int
-    """Output bytes in them."""
-    bytes_read: int
-    """Input bytes that they and the surveys fetched."""
-    surveys_done: int
-    """Finished survey passes."""
-    owner: str | None
-    """Who holds the lease, if anybody does."""
-
-
-@dataclass(frozen=True, slots=True)
-class JobPage:
-    """Some jobs, newest first."""
-
-    records: tuple[JobRecord, ...]
-    """The jobs."""
-    cursor: str | None
-    """Where the next page begins; ``None`` when there is none."""
 
 
 _P = ParamSpec("_P")
@@ -193,24 +165,27 @@ class JobStore:
             pipe.hmget(f"{key}:progress", "bytes_done", "bytes_read")
             pipe.hlen(f"{key}:surveys")
             pipe.hget(f"{key}:lease", "owner")
-            record, parts, (done, read), surveys, owner = pipe.execute()
-        return JobStatus(self._parse(job, record), parts, int(done or 0), int(read or 0), surveys, owner)
+            row = pipe.execute()
+        if row[0] is None:
+            raise JobNotFoundError(f"there is no job {job}")
+        return read_status(row)
 
     @_guarded
     def list(self, limit: int, cursor: str | None = None, state: JobState | None = None) -> JobPage:
         """The newest ``limit`` jobs, or those after ``cursor``; only those in ``state``, when it is given.
 
-        New jobs come before every cursor, so paging neither repeats nor skips because of them.
+        New jobs come before every cursor, so paging neither repeats nor skips because of them. Records and
+        progress are read in one step: no page of running jobs shows one that has ended.
 
-        :raises ValueError: the limit is below 1, or the cursor is none of ours.
+        :raises ValueError: the limit is below 1.
+        :raises CursorError: the cursor is none of ours.
         """
         if limit < 1:
             raise ValueError("limit must be at least 1")
         index = self._key("jobs") if state is None else self._key("jobs", state)
-        start = "+" if cursor is None else f"({_read_cursor(cursor)}"
+        start = "+" if cursor is None else f"({read_cursor(cursor)}"
         found = self._run(scripts.PAGE, (index, self._key("job")), start, limit + 1)
-        records = tuple(JobRecord.model_validate_json(text) for text in found[:limit])
-        return JobPage(records, _cursor(records[-1].id) if len(found) > limit else None)
+        return page_of(found, limit)
 
     @_guarded
     def apply(self, job: str, event: Event, token: str | None = None) -> JobRecord:
@@ -403,18 +378,3 @@ def _milliseconds(seconds: float) -> int:
 
 def _settings(wanted: dict[str, str]) -> str:
     return ", ".join(f"{name} {value}" for name, value in wanted.items())
-
-
-def _cursor(job: str) -> str:
-    """An opaque cursor: clients must not build one, or take one apart."""
-    return base64.urlsafe_b64encode(job.encode()).decode().rstrip("=")
-
-
-def _read_cursor(cursor: str) -> str:
-    try:
-        job = base64.urlsafe_b64decode(cursor + "=" * (-len(cursor) % 4)).decode("ascii")
-    except ValueError:  # binascii's and Unicode's errors are both
-        job = ""
-    if not JOB_ID.fullmatch(job):
-        raise ValueError("the cursor is not one that a page gave out")
-    return job
