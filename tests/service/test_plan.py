@@ -259,10 +259,21 @@ def test_a_huge_shard_has_bigger_parts_instead_of_too_many() -> None:
     check(plan, options, spec, recipe)
 
 
+def test_tensors_a_little_over_half_a_part_do_not_make_twice_too_many_parts() -> None:
+    recipe = recipe_of("linear", 1)
+    spec = {
+        f"t{number}": ("BF16", (6 << 19,)) for number in range(11_000)
+    }  # 6 MiB each: one in 7.7 MB, two in 13.8
+    options = PlanOptions(shard_bytes=1 << 40, part_bytes=MIN_PART_BYTES)
+    assert make_plan(recipe, alike(recipe, spec), options).shards[0].parts == 5_500
+
+
 def test_a_shard_that_memory_does_not_let_fit_in_10000_parts_is_refused_with_what_to_change() -> None:
     recipe = recipe_of("linear", 8)
     spec = {f"t{number}": ("BF16", (1 << 30, 9)) for number in range(5)}
-    options = PlanOptions(shard_bytes=1 << 40, part_bytes=MIN_PART_BYTES, worker_memory_bytes=720 * MIB)
+    options = PlanOptions(
+        shard_bytes=1 << 40, part_bytes=MIN_PART_BYTES, worker_memory_bytes=BASELINE_BYTES + 240 * MIB
+    )
     with pytest.raises(
         PlanError, match=r"model-00001-of-00001\.safetensors would need \d+ parts.*lower shard_bytes"
     ):
