@@ -283,3 +283,18 @@ class Output:
         except ObjectNotFoundError:
             return None
         return info if info.metadata.get(PLAN_METADATA) == plan_digest else None
+
+
+def output_problems(store: ObjectStore, uri: str, overwrite: bool) -> list[str]:
+    """What is wrong with a place for a checkpoint: it cannot be looked at, or holds one that is not to go."""
+    try:
+        there = Output(store, uri, job="", guard=_nothing).existing()
+    except StoreError as error:
+        return [f"output {uri}: {error}"]
+    if there is None or overwrite:
+        return []
+    return [f"output {uri} already holds a checkpoint ({there}): set overwrite to replace it"]
+
+
+def _nothing() -> None:
+    """The guard of an output that is only looked at."""
