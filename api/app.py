@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, closing
 from importlib.metadata import version
 
+from anyio import CapacityLimiter
 from fastapi import FastAPI
 
 from api import errors
+from api.openapi import Application
 from api.routes import health, merges, methods, plans
 from service.jobstore import JobStore
 from service.settings import Settings
 from workers.store import open_stores
+
+PLAN_THREADS = 4
+"""Plans made at once. They wait for object storage, and may not take the threads that answer everything else."""
 
 
 def create_app(settings: Settings) -> FastAPI:
@@ -21,12 +26,16 @@ def create_app(settings: Settings) -> FastAPI:
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         app.state.settings = settings
-        app.state.store = open_stores(settings.store)
-        with JobStore(settings.redis_url, settings.namespace) as jobs:
+        app.state.plan_limiter = CapacityLimiter(PLAN_THREADS)
+        with (
+            closing(open_stores(settings.store)) as store,
+            JobStore(settings.redis_url, settings.namespace) as jobs,
+        ):
+            app.state.store = store
             app.state.jobs = jobs
             yield
 
-    app = FastAPI(
+    app = Application(
         title="Mergemill",
         version=version("mergemill"),
         summary="Merge model checkpoints in object storage.",

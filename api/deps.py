@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any
 
+from anyio import CapacityLimiter
 from fastapi import Depends, Request
 from pydantic import ValidationError
 
@@ -17,27 +18,34 @@ from workers.errors import RecipeError
 from workers.store.base import ObjectStore
 
 
-def settings_of(request: Request) -> Settings:
+async def settings_of(request: Request) -> Settings:
     """The deployment's settings."""
     found: Settings = request.app.state.settings
     return found
 
 
-def jobs_of(request: Request) -> JobStore:
+async def jobs_of(request: Request) -> JobStore:
     """Job state."""
     found: JobStore = request.app.state.jobs
     return found
 
 
-def store_of(request: Request) -> ObjectStore:
+async def store_of(request: Request) -> ObjectStore:
     """Object storage."""
     found: ObjectStore = request.app.state.store
+    return found
+
+
+async def plan_limiter_of(request: Request) -> CapacityLimiter:
+    """How many plans may be made at once."""
+    found: CapacityLimiter = request.app.state.plan_limiter
     return found
 
 
 SettingsDep = Annotated[Settings, Depends(settings_of)]
 JobsDep = Annotated[JobStore, Depends(jobs_of)]
 StoreDep = Annotated[ObjectStore, Depends(store_of)]
+PlanLimiterDep = Annotated[CapacityLimiter, Depends(plan_limiter_of)]
 
 
 def plan_options(settings: Settings, body: OptionsBody) -> PlanOptions:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,83 +12,94 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
+from api.openapi import PROBLEM
+from api.schemas import Problem
 from workers.errors import (
     ConflictError,
+    CursorError,
     IllegalTransitionError,
     JobNotFoundError,
     JobStoreUnavailableError,
+    MalformedRequestError,
     MergemillError,
+    NotReadyError,
     ObjectNotFoundError,
     OutputConflictError,
     RecipeError,
+    RequestTooLargeError,
     StoreError,
+    UnsupportedMediaTypeError,
 )
 
-PROBLEM = "application/problem+json"
-
-STATUS: Mapping[type[MergemillError], int] = {
-    RecipeError: 422,
-    JobNotFoundError: 404,
-    IllegalTransitionError: 409,
-    ConflictError: 409,
-    OutputConflictError: 409,
-    JobStoreUnavailableError: 503,
-    ObjectNotFoundError: 404,
-    StoreError: 502,
-    MergemillError: 500,
+ANSWERS: Mapping[type[MergemillError], tuple[int, str]] = {
+    RecipeError: (422, "The recipe cannot be merged"),
+    CursorError: (400, "No such page"),
+    MalformedRequestError: (400, "The request cannot be read"),
+    RequestTooLargeError: (413, "The request is too long"),
+    UnsupportedMediaTypeError: (415, "Not a content type that is read"),
+    JobNotFoundError: (404, "No such job"),
+    NotReadyError: (409, "The job has no files yet"),
+    IllegalTransitionError: (409, "Not possible in the job's state"),
+    ConflictError: (409, "Changed at the same time"),
+    OutputConflictError: (409, "The output is in use"),
+    JobStoreUnavailableError: (503, "Job state is out of reach"),
+    ObjectNotFoundError: (404, "No such file"),
+    StoreError: (502, "The object store failed"),
+    MergemillError: (500, "Internal error"),
 }
-"""The first entry that fits wins: the most specific come first."""
-
-TITLES = {
-    RecipeError: "The recipe cannot be merged",
-    JobNotFoundError: "No such job",
-    IllegalTransitionError: "Not possible in the job's state",
-    ConflictError: "Changed at the same time",
-    OutputConflictError: "The output is in use",
-    JobStoreUnavailableError: "Job state is out of reach",
-    ObjectNotFoundError: "No such file",
-    StoreError: "The object store failed",
-    MergemillError: "Internal error",
-}
+"""Status and title. The first entry that fits wins: the most specific come first."""
 
 log = structlog.get_logger(__name__)
 
 
-def problem(status: int, title: str, detail: str, code: str = "about:blank", **extra: Any) -> JSONResponse:
-    """A problem details response."""
-    body = {"type": code, "title": title, "status": status, "detail": detail, **extra}
+class ProblemResponse(JSONResponse):
+    """A problem on the wire."""
+
+    media_type = PROBLEM
+
+    def render(self, content: Any) -> bytes:
+        """JSON; a lone surrogate (in a file name that is not UTF-8) becomes its escape, which is JSON as well."""
+        return json.dumps(content, ensure_ascii=False).encode("utf-8", "backslashreplace")
+
+
+def problem(
+    status: int, title: str, detail: str, code: str = "about:blank", **members: Any
+) -> ProblemResponse:
+    """A problem details response; ``members`` are the further ones of :class:`~api.schemas.Problem`."""
+    body = Problem(type=code, title=title, status=status, detail=detail, **members)
     headers = {"Retry-After": "5"} if status == 503 else None
-    return JSONResponse(body, status, headers, media_type=PROBLEM)
+    return ProblemResponse(body.model_dump(exclude_none=True), status, headers)
 
 
-def from_error(error: MergemillError) -> JSONResponse:
+def from_error(error: MergemillError, **members: Any) -> ProblemResponse:
     """The problem that a domain error is."""
-    kind = next(kind for kind in STATUS if isinstance(error, kind))
-    extra = {"errors": list(error.problems)} if isinstance(error, RecipeError) else {}
-    return problem(STATUS[kind], TITLES[kind], str(error), f"urn:mergemill:error:{error.code}", **extra)
+    status, title = next(answer for kind, answer in ANSWERS.items() if isinstance(error, kind))
+    if isinstance(error, RecipeError):
+        members["errors"] = error.problems
+    return problem(status, title, str(error), f"urn:mergemill:error:{error.code}", **members)
 
 
 def install(app: FastAPI) -> None:
     """Answer every error of the application as a problem."""
 
-    async def domain(_: Request, error: Exception) -> JSONResponse:
+    async def domain(_: Request, error: Exception) -> ProblemResponse:
         assert isinstance(error, MergemillError)  # noqa: S101 - what it is registered for
         return from_error(error)
 
-    async def http(_: Request, error: Exception) -> JSONResponse:
+    async def http(_: Request, error: Exception) -> ProblemResponse:
         assert isinstance(error, HTTPException)  # noqa: S101
         answer = problem(error.status_code, str(error.detail), str(error.detail))
         answer.headers.update(error.headers or {})
         return answer
 
-    async def validation(_: Request, error: Exception) -> JSONResponse:
+    async def validation(_: Request, error: Exception) -> ProblemResponse:
         assert isinstance(error, RequestValidationError)  # noqa: S101
         errors = [f"{'.'.join(str(step) for step in item['loc'])}: {item['msg']}" for item in error.errors()]
         return problem(
             422, "The request is not valid", "; ".join(errors), "urn:mergemill:error:request", errors=errors
         )
 
-    async def unexpected(request: Request, error: Exception) -> JSONResponse:
+    async def unexpected(request: Request, error: Exception) -> ProblemResponse:
         log.error("unexpected error", method=request.method, path=request.url.path, exc_info=error)
         return problem(500, "Internal error", "something went wrong here; the log of the API tells more")
 

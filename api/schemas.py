@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime
-from typing import Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from service.jobs import JobRecord, JobState
 from service.jobpages import JobStatus
+from service.jobs import JobRecord, JobState
 
 
 class _Model(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+Output = Annotated[str, Field(min_length=1, max_length=2048)]
 
 
 class OptionsBody(_Model):
@@ -32,12 +35,24 @@ class OptionsBody(_Model):
     """Let NaN and Inf in the inputs through."""
 
 
+class RecipeQuery(OptionsBody):
+    """What goes beside a YAML body, as query parameters."""
+
+    output: Output | None = None
+    """With a YAML body: where the checkpoint goes, `s3://bucket/prefix` or `file:///directory`."""
+
+    @property
+    def options(self) -> OptionsBody:
+        """The options alone."""
+        return OptionsBody(**{name: getattr(self, name) for name in OptionsBody.model_fields})
+
+
 class MergeRequest(_Model):
     """A merge to run."""
 
     recipe: dict[str, Any]
     """mergekit's YAML, as JSON."""
-    output: str = Field(min_length=1, max_length=2048)
+    output: Output
     """Where the checkpoint goes: `s3://bucket/prefix` or `file:///directory`."""
     options: OptionsBody = OptionsBody()
     """How to run it."""
@@ -48,10 +63,67 @@ class PlanRequest(_Model):
 
     recipe: dict[str, Any]
     """mergekit's YAML, as JSON."""
-    output: str | None = Field(default=None, min_length=1, max_length=2048)
-    """Where the checkpoint would go; checked against the inputs when given."""
+    output: Output | None = None
+    """Where the checkpoint would go; when given, it must not overlap an input, nor hold a checkpoint already."""
     options: OptionsBody = OptionsBody()
     """How it would run."""
+
+
+class PriceInfo(_Model):
+    """What a merge will cost, before it runs."""
+
+    bytes_read: int
+    """Input bytes fetched, surveys included."""
+    bytes_written: int
+    """Output bytes of all shards."""
+    input_bytes: int
+    """Bytes of the input tensors, counted once."""
+    requests: int
+    """Ranged reads and part uploads."""
+    shards: int
+    """Output files with weights."""
+    parts: int
+    """Part tasks."""
+    survey_tasks: int
+    """Survey tasks over all passes."""
+    surveyed_tensors: int
+    """Tensors that are read more than once because no task can hold them."""
+    most_reads: int
+    """How often the most often read byte is read."""
+    peak_bytes: int
+    """Peak memory of the worst task, the worker's baseline included."""
+    worst: str
+    """The tensor (or tensors) of the worst task."""
+
+
+class ShardInfo(_Model):
+    """An output file with weights."""
+
+    name: str
+    """File name."""
+    size: int
+    """Length in bytes."""
+    parts: int
+    """In how many parts it is made."""
+
+
+class PlanInfo(_Model):
+    """A merge that would work, and what it costs."""
+
+    digest: str
+    """SHA-256 that two plans share only when they make the same bytes of the same parts."""
+    semantics_version: int
+    """Version of the mathematics."""
+    price: PriceInfo
+    """What it costs."""
+    shards: tuple[ShardInfo, ...]
+    """The output files with weights."""
+    tensors: int
+    """Tensors of the output."""
+    total_size: int
+    """Bytes of all tensors."""
+    notices: tuple[str, ...]
+    """What the planner wants you to know."""
 
 
 class Progress(_Model):
@@ -123,7 +195,7 @@ class JobList(_Model):
     """A page of jobs, newest first."""
 
     jobs: tuple[Job, ...]
-    """The jobs; progress counters are those of single jobs only and stand at the recorded totals here."""
+    """The jobs, each as it is when asked for alone; all of one moment."""
     next_cursor: str | None
     """Pass it as `cursor` for the next page; null on the last one."""
 
@@ -146,6 +218,41 @@ class FileList(_Model):
 
     files: tuple[File, ...]
     """All of them; the index last."""
+
+
+class Liveness(_Model):
+    """This process answers."""
+
+    status: Literal["ok"] = "ok"
+    """Nothing else is ever said."""
+
+
+class Readiness(_Model):
+    """Jobs can be accepted."""
+
+    status: Literal["ready"] = "ready"
+    """When it is not ready the answer is a problem, with what is `missing`."""
+    missing: dict[str, str] = {}
+    """What is out of reach, and why: nothing."""
+    warnings: tuple[str, ...]
+    """What about the deployment could lose jobs."""
+
+
+class Problem(_Model):
+    """Why a request was not done (RFC 9457)."""
+
+    type: str
+    """`urn:mergemill:error:` and the error's name, or `about:blank`."""
+    title: str
+    """The kind of problem, in a few words."""
+    status: int
+    """The HTTP status."""
+    detail: str
+    """What is wrong here, and what to do about it."""
+    errors: tuple[str, ...] | None = None
+    """One sentence for each thing that is wrong, where there may be several; else left out."""
+    missing: dict[str, str] | None = None
+    """What a service that is not ready cannot reach, and why; else left out."""
 
 
 class MethodInfo(_Model):

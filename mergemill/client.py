@@ -21,9 +21,12 @@ from workers.errors import (
     JobNotFoundError,
     JobStoreUnavailableError,
     JobTimeoutError,
+    MalformedRequestError,
     MergemillError,
     RecipeError,
+    RequestTooLargeError,
     ServiceUnavailableError,
+    UnsupportedMediaTypeError,
     from_json,
 )
 
@@ -38,8 +41,11 @@ PATIENCE_S = 60.0
 
 _PROBLEM = "urn:mergemill:error:"
 _BY_STATUS: Mapping[int, type[MergemillError]] = {
+    400: MalformedRequestError,
     404: JobNotFoundError,
     409: ConflictError,
+    413: RequestTooLargeError,
+    415: UnsupportedMediaTypeError,
     422: RecipeError,
     503: JobStoreUnavailableError,
 }
@@ -89,6 +95,7 @@ class Client:
         :param options: ``shard_bytes``, ``part_bytes``, ``whole_tensor_bytes``, ``worker_memory_bytes``,
             ``overwrite``, ``allow_nonfinite``; what is ``None`` or left out is the service's default.
         :raises RecipeError: the request is wrong; lists every problem.
+        :raises RequestTooLargeError: the recipe is longer than the service reads.
         """
         return Job.from_json(self._post("/v1/merges", _request(recipe, output, options)))
 
@@ -110,7 +117,10 @@ class Client:
         return Job.from_json(self._get(f"/v1/merges/{_segment(job)}"))
 
     def list(self, limit: int = 50, cursor: str | None = None, state: str | None = None) -> JobPage:
-        """A page of jobs, newest first."""
+        """A page of jobs, newest first.
+
+        :raises CursorError: the cursor is not a page's.
+        """
         asked = {"limit": limit, "cursor": cursor, "state": state}
         body = self._get("/v1/merges", {name: value for name, value in asked.items() if value is not None})
         return JobPage(tuple(map(Job.from_json, body["jobs"])), body["next_cursor"])
@@ -166,7 +176,7 @@ class Client:
     def files(self, job: str) -> builtins.list[File]:
         """The files of a merged checkpoint.
 
-        :raises ConflictError: the job has not succeeded.
+        :raises NotReadyError: the job has not succeeded.
         """
         body = self._get(f"/v1/merges/{_segment(job)}/files")
         return [File(item["name"], item["size"], item["digest"], item["url"]) for item in body["files"]]
@@ -181,7 +191,7 @@ class Client:
 
         :param on_progress: called with the bytes that are here, and those of all files.
         :returns: the directory.
-        :raises ConflictError: the job has not succeeded.
+        :raises NotReadyError: the job has not succeeded.
         :raises StoreError: the store does not give a file, or the bytes are not those of the merge.
         """
         place = Path(directory)
@@ -271,9 +281,6 @@ def _problem(response: httpx.Response) -> MergemillError:
         return MergemillError(
             f"{response.request.url} answered {response.status_code} {response.reason_phrase}"
         )
-    if body.get("status") == "unavailable":  # /readyz
-        missing = "; ".join(f"{name}: {why}" for name, why in body.get("missing", {}).items())
-        return JobStoreUnavailableError(f"the service is not ready: {missing}")
     detail = str(body.get("detail") or body.get("title") or response.reason_phrase)
     problems = body.get("errors")
     kind = str(body.get("type", ""))

@@ -2,31 +2,31 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from fastapi import APIRouter, Response
 
 from api.deps import JobsDep
+from api.errors import from_error
+from api.openapi import problems
+from api.routing import readable
+from api.schemas import Liveness, Readiness
 from workers.errors import JobStoreUnavailableError
 
 router = APIRouter(tags=["health"])
 
 
-@router.get("/healthz")
-@router.get("/v1/healthz", include_in_schema=False)
-def healthz() -> dict[str, str]:
-    """This process answers."""
-    return {"status": "ok"}
+@readable(router, "/healthz", response_model=Liveness)
+@readable(router, "/v1/healthz", response_model=Liveness, include_in_schema=False)
+async def healthz() -> Liveness:
+    """This process answers, however busy its threads are."""
+    return Liveness()
 
 
-@router.get("/readyz")
-@router.get("/v1/readyz", include_in_schema=False)
-def readyz(response: Response, jobs: JobsDep) -> dict[str, Any]:
+@readable(router, "/readyz", response_model=Readiness, responses=problems(503))
+@readable(router, "/v1/readyz", response_model=Readiness, include_in_schema=False)
+def readyz(jobs: JobsDep) -> Readiness | Response:
     """Whether jobs can be accepted, and what about the deployment could lose them."""
     try:
         jobs.ping()
-        warnings = list(jobs.durability_warnings())
+        return Readiness(warnings=jobs.durability_warnings())
     except JobStoreUnavailableError as error:
-        response.status_code = 503
-        return {"status": "unavailable", "missing": {"redis": str(error)}, "warnings": []}
-    return {"status": "ready", "missing": {}, "warnings": warnings}
+        return from_error(error, missing={"redis": str(error)})

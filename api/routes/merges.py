@@ -7,79 +7,54 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request, Response
 from fastapi.responses import FileResponse, RedirectResponse
-from pydantic import ValidationError
-from starlette.concurrency import run_in_threadpool
 
-from api.deps import JobsDep, SettingsDep, StoreDep, plan_options
-from api.schemas import File, FileList, Job, JobList, MergeRequest, OptionsBody, job_of
+from api.bodies import BodyDep, read
+from api.deps import JobsDep, SettingsDep, StoreDep
+from api.openapi import problems, recipe_body
+from api.routing import readable
+from api.schemas import File, FileList, Job, JobList, MergeRequest, job_of
+from service.jobpages import JobStatus
 from service.jobs import CancelRequested, JobRecord, JobState, new_job
 from service.planning import resolve_model
-from service.recipe import parse_recipe, parse_yaml, validation_problems
 from service.settings import Settings
-from workers.errors import ConflictError, ObjectNotFoundError, RecipeError, StoreError
-from workers.store.uris import join, normalise, scheme, to_path
+from workers.errors import NotReadyError, ObjectNotFoundError, RecipeError, StoreError
+from workers.store.uris import join, scheme, to_path
 
 router = APIRouter(prefix="/v1/merges", tags=["merges"])
 
 BASE = "/v1/merges"
-YAML_TYPES = ("application/yaml", "application/x-yaml", "text/yaml", "text/x-yaml")
-MAX_BODY_BYTES = 2 << 20
 MAX_PAGE = 200
+BYTES = "application/octet-stream"
 
-_BODY = {
-    "requestBody": {
-        "required": True,
-        "content": {
-            "application/json": {"schema": MergeRequest.model_json_schema()},
-            "application/yaml": {
-                "schema": {"type": "string", "description": "mergekit's YAML; give ?output="}
-            },
-        },
-    }
+_FILE: dict[int | str, dict[str, Any]] = {
+    200: {"description": "The file", "content": {BYTES: {}}},
+    206: {"description": "The part of it that `Range` asks for", "content": {BYTES: {}}},
+    307: {"description": "Where it is: a presigned URL"},
+    416: {"description": "The file has no such range"},
 }
 
 
-@router.post("", status_code=202, response_model=Job, openapi_extra=_BODY)
-async def submit(
-    request: Request,
-    response: Response,
-    settings: SettingsDep,
-    jobs: JobsDep,
-    output: Annotated[str | None, Query(description="with a YAML body: where the checkpoint goes")] = None,
-    overwrite: Annotated[
-        bool | None, Query(description="with a YAML body: replace a checkpoint there")
-    ] = None,
-) -> Job:
+@router.post(
+    "",
+    status_code=202,
+    response_model=Job,
+    openapi_extra=recipe_body(MergeRequest),
+    responses=problems(400, 413, 415, 422, 503),
+)
+def submit(body: BodyDep, response: Response, settings: SettingsDep, jobs: JobsDep) -> Job:
     """Accept a merge. The recipe is checked now; models are opened, checked and priced when planning."""
-    body = await _body(request)
-    kind = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
-    if kind in YAML_TYPES:
-        recipe = parse_yaml(body.decode("utf-8", "strict"))
-        if output is None:
-            raise RecipeError("output: give the place of the checkpoint as the query parameter `output`")
-        wanted, options = output, OptionsBody(overwrite=overwrite)
-    else:
-        try:
-            merge = MergeRequest.model_validate_json(body)
-        except ValidationError as error:
-            raise RecipeError(*validation_problems(error)) from error
-        recipe, wanted, options = parse_recipe(merge.recipe), merge.output, merge.options
-    problems = [problem for name in recipe.names for problem in _model_problems(name, settings)]
-    try:
-        place = normalise(wanted)
-    except StoreError as error:
-        problems.append(f"output: {error}")
-    if problems:
-        raise RecipeError(*problems)
-    record = new_job(
-        recipe.to_json(), place, plan_options(settings, options).model_dump(mode="json"), time.time()
-    )
-    await run_in_threadpool(jobs.create, record)
+    wanted = read(body, settings, MergeRequest)
+    assert wanted.output is not None  # noqa: S101 - a MergeRequest has one
+    if wrong := [problem for name in wanted.recipe.names for problem in _model_problems(name, settings)]:
+        raise RecipeError(*wrong)
+    options = wanted.options.model_dump(mode="json")
+    record = new_job(wanted.recipe.to_json(), wanted.output, options, time.time())
+    jobs.create(record)
     response.headers["Location"] = f"{BASE}/{record.id}"
-    return job_of(await run_in_threadpool(jobs.status, record.id), BASE)
+    return job_of(JobStatus(record), BASE)  # not read again: if that failed, nobody would know of the job
 
 
-@router.get("", response_model=JobList)
+@readable(router, "", response_model=JobList, responses=problems(400, 422, 503))
 def list_merges(
     jobs: JobsDep,
     limit: Annotated[int, Query(ge=1, le=MAX_PAGE)] = 50,
@@ -87,28 +62,24 @@ def list_merges(
     state: JobState | None = None,
 ) -> JobList:
     """Jobs, newest first, a page at a time."""
-    try:
-        page = jobs.list(limit, cursor, state)
-    except ValueError as error:
-        raise RecipeError(f"cursor: {error}") from error
-    found = tuple(job_of(jobs.status(record.id), BASE) for record in page.records)
-    return JobList(jobs=found, next_cursor=page.cursor)
+    page = jobs.list(limit, cursor, state)
+    return JobList(jobs=tuple(job_of(status, BASE) for status in page.statuses), next_cursor=page.cursor)
 
 
-@router.get("/{job}", response_model=Job)
+@readable(router, "/{job}", response_model=Job, responses=problems(404, 503))
 def get_merge(job: str, jobs: JobsDep) -> Job:
     """One job, with its progress, price and history."""
     return job_of(jobs.status(job), BASE)
 
 
-@router.post("/{job}/cancel", status_code=202, response_model=Job)
+@router.post("/{job}/cancel", status_code=202, response_model=Job, responses=problems(404, 409, 503))
 def cancel(job: str, jobs: JobsDep) -> Job:
     """Ask for a job's end: 409 once it commits or has ended. The state becomes `cancelled` when it has."""
     jobs.apply(job, CancelRequested())
     return job_of(jobs.status(job), BASE)
 
 
-@router.get("/{job}/files", response_model=FileList)
+@readable(router, "/{job}/files", response_model=FileList, responses=problems(404, 409, 502, 503))
 def files(job: str, request: Request, jobs: JobsDep, store: StoreDep, settings: SettingsDep) -> FileList:
     """The files of a merged checkpoint, with URLs to download them from."""
     record = jobs.get(job)
@@ -120,8 +91,15 @@ def files(job: str, request: Request, jobs: JobsDep, store: StoreDep, settings: 
     return FileList(files=tuple(found))
 
 
-@router.get("/{job}/files/{name}", response_class=Response)
-def download(job: str, name: str, jobs: JobsDep, store: StoreDep, settings: SettingsDep) -> Response:
+@readable(
+    router,
+    "/{job}/files/{name}",
+    response_class=Response,
+    responses={**_FILE, **problems(404, 409, 502, 503)},
+)
+def download(
+    job: str, name: str, request: Request, jobs: JobsDep, store: StoreDep, settings: SettingsDep
+) -> Response:
     """One file: served with Range support from a directory, redirected to a presigned URL on S3."""
     record = jobs.get(job)
     if name not in {file["name"] for file in _listing(record)}:
@@ -129,7 +107,10 @@ def download(job: str, name: str, jobs: JobsDep, store: StoreDep, settings: Sett
     uri = join(record.output, name)
     if scheme(uri) == "file":
         store.head(uri)
-        return FileResponse(to_path(uri), filename=name, media_type="application/octet-stream")
+        return FileResponse(to_path(uri), filename=name, media_type=BYTES)
+    if request.method == "HEAD":  # a presigned URL is for GET alone
+        headers = {"Content-Length": str(store.head(uri).size), "Accept-Ranges": "bytes"}
+        return Response(headers=headers, media_type=BYTES)
     url = store.presign(uri, settings.presign_seconds)
     if url is None:
         raise StoreError(f"{uri} cannot be presigned")
@@ -138,18 +119,9 @@ def download(job: str, name: str, jobs: JobsDep, store: StoreDep, settings: Sett
 
 def _listing(record: JobRecord) -> list[dict[str, Any]]:
     if record.state != JobState.SUCCEEDED or record.summary is None:
-        raise ConflictError(f"{record.id} is {record.state}: there are files once it has succeeded")
+        raise NotReadyError(f"{record.id} is {record.state}: there are files once it has succeeded")
     found: list[dict[str, Any]] = record.summary["files"]
     return found
-
-
-async def _body(request: Request) -> bytes:
-    body = b""
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > MAX_BODY_BYTES:
-            raise RecipeError(f"the request is longer than {MAX_BODY_BYTES} bytes")
-    return body
 
 
 def _model_problems(name: str, settings: Settings) -> list[str]:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from fastapi import APIRouter
 
+from api.routing import readable
 from api.schemas import MethodInfo
 from workers.methods import METHODS
 
 router = APIRouter(prefix="/v1/methods", tags=["methods"])
 
 
-@router.get("", response_model=list[MethodInfo])
+@readable(router, "", response_model=list[MethodInfo])
 def list_methods() -> list[MethodInfo]:
     """Every merge method with the JSON schemas of its parameters."""
     return [

@@ -2,31 +2,51 @@
 
 from __future__ import annotations
 
-from typing import Any
-
+from anyio.to_thread import run_sync
 from fastapi import APIRouter
 
-from api.deps import SettingsDep, StoreDep, plan_options
-from api.schemas import PlanRequest
+from api.bodies import Body, BodyDep, read
+from api.deps import PlanLimiterDep, SettingsDep, StoreDep
+from api.openapi import problems, recipe_body
+from api.schemas import PlanInfo, PlanRequest
+from service.commit import output_problems
 from service.plan import plan_summary
 from service.planning import plan_recipe
-from service.recipe import parse_recipe
-from workers.errors import PlanError, StoreError
-from workers.store.uris import normalise
+from service.settings import Settings
+from workers.errors import PlanError
+from workers.store.base import ObjectStore
 
 router = APIRouter(prefix="/v1/plans", tags=["plans"])
 
 
-@router.post("")
-def plan(body: PlanRequest, settings: SettingsDep, store: StoreDep) -> dict[str, Any]:
+@router.post(
+    "",
+    response_model=PlanInfo,
+    openapi_extra=recipe_body(PlanRequest),
+    responses=problems(400, 413, 415, 422, 502),
+)
+async def plan(body: BodyDep, settings: SettingsDep, store: StoreDep, limiter: PlanLimiterDep) -> PlanInfo:
     """Open the models' headers, check everything, and return the price, the files and the notices."""
-    options = plan_options(settings, body.options)
-    recipe = parse_recipe(body.recipe)
+    return await run_sync(_plan, body, settings, store, limiter=limiter)
+
+
+def _plan(body: Body, settings: Settings, store: ObjectStore) -> PlanInfo:
+    wanted = read(body, settings, PlanRequest)
+    wrong: list[str] = []
     try:
-        output = None if body.output is None else normalise(body.output)
-    except StoreError as error:
-        raise PlanError(f"output: {error}") from error
-    planned = plan_recipe(
-        recipe, options, store, settings.model_roots, settings.worker_baseline_bytes, output
-    )
-    return plan_summary(planned.plan)
+        planned = plan_recipe(
+            wanted.recipe,
+            wanted.options,
+            store,
+            settings.model_roots,
+            settings.worker_baseline_bytes,
+            wanted.output,
+        )
+    except PlanError as error:
+        planned = None
+        wrong.extend(error.problems)
+    if wanted.output is not None:
+        wrong.extend(output_problems(store, wanted.output, wanted.options.overwrite))
+    if planned is None or wrong:
+        raise PlanError(*wrong)
+    return PlanInfo.model_validate(plan_summary(planned.plan))

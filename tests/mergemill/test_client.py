@@ -23,17 +23,22 @@ from service.settings import Settings
 from tests.service.job_steps import ALL_COMPLETE, PATHS, TO_RUNNING, fresh
 from workers.errors import (
     ConflictError,
+    CursorError,
     IllegalTransitionError,
     JobCancelledError,
     JobFailedError,
     JobNotFoundError,
     JobStoreUnavailableError,
     JobTimeoutError,
+    MalformedRequestError,
     MergemillError,
+    NotReadyError,
     OutputConflictError,
     PlanError,
     RecipeError,
+    RequestTooLargeError,
     ServiceUnavailableError,
+    UnsupportedMediaTypeError,
 )
 
 pytest_plugins = ["tests.servers.valkey"]
@@ -125,7 +130,7 @@ class TestOnARealApi:
         assert [job.id for job in client.jobs("cancelled")] == [made[4]]
         with pytest.raises(RecipeError, match="state"):
             client.list(state="sleeping")
-        with pytest.raises(RecipeError, match="cursor"):
+        with pytest.raises(CursorError, match="cursor"):
             client.list(cursor="nonsense")
 
     def test_what_is_not_there_is_said_to_be(self, client: Client) -> None:
@@ -139,7 +144,7 @@ class TestOnARealApi:
         job = record(job_store, PATHS[JobState.COMMITTING])
         with pytest.raises(IllegalTransitionError):
             client.cancel(job)
-        with pytest.raises(ConflictError, match="committing"):
+        with pytest.raises(NotReadyError, match="committing"):
             client.files(job)
 
     def test_waiting_shows_every_step_and_ends_with_success(
@@ -241,7 +246,13 @@ class TestOddAnswers:
                 b'{"detail": "x", "type": "urn:mergemill:error:job_store_unavailable"}',
                 JobStoreUnavailableError,
             ),
-            (503, b'{"status": "unavailable", "missing": {"redis": "gone"}}', JobStoreUnavailableError),
+            (503, b'{"status": 503, "detail": "x", "missing": {"redis": "gone"}}', JobStoreUnavailableError),
+            (400, b'{"detail": "x", "type": "urn:mergemill:error:cursor"}', CursorError),
+            (400, b'{"detail": "x"}', MalformedRequestError),
+            (409, b'{"detail": "x", "type": "urn:mergemill:error:not_ready"}', NotReadyError),
+            (413, b'{"detail": "x", "type": "urn:mergemill:error:request_too_large"}', RequestTooLargeError),
+            (413, b'{"detail": "x"}', RequestTooLargeError),
+            (415, b'{"detail": "x"}', UnsupportedMediaTypeError),
             (
                 422,
                 b'{"detail": "x", "type": "urn:mergemill:error:request", "errors": ["a", "b"]}',

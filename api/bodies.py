@@ -1,0 +1,153 @@
+"""Recipes in request bodies: JSON, or YAML with the rest in the query. One reader for all routes that take one."""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Annotated, Final, TypeVar
+
+from fastapi import Depends, Query, Request
+from pydantic import ValidationError
+from starlette.requests import ClientDisconnect
+
+from api.deps import plan_options
+from api.schemas import MergeRequest, PlanRequest, RecipeQuery
+from service.plan import PlanOptions
+from service.recipe import Recipe, parse_recipe, parse_yaml, validation_problems
+from service.settings import Settings
+from workers.errors import (
+    MalformedRequestError,
+    RecipeError,
+    RequestTooLargeError,
+    StoreError,
+    UnsupportedMediaTypeError,
+)
+from workers.store.uris import normalise
+
+MAX_BODY_BYTES: Final = 2 << 20
+"""Longest body that is read."""
+
+DRAINED_BYTES: Final = 16 << 20
+"""Longest body that is let in and thrown away: a connection closed while it is written never shows our answer."""
+
+JSON_TYPE: Final = "application/json"
+YAML_TYPES: Final = ("application/yaml", "application/x-yaml", "text/yaml", "text/x-yaml")
+
+_MOST_PROBLEMS = 50
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Body:
+    """A body as it came. Parsing may take long, so it waits until a thread does it."""
+
+    data: bytes
+    """The bytes, without a byte order mark."""
+    is_yaml: bool
+    """Whether they are YAML, not JSON."""
+    query: RecipeQuery
+    """What the query says."""
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """A merge that somebody wants run or planned, as far as it can be checked without looking anywhere."""
+
+    recipe: Recipe
+    """The recipe."""
+    output: str | None
+    """Normalised URI of the output, when it is given."""
+    options: PlanOptions
+    """The request's options over the deployment's defaults."""
+
+
+async def receive(request: Request, query: Annotated[RecipeQuery, Query()]) -> Body:
+    """Take a body in, without looking into it.
+
+    :raises UnsupportedMediaTypeError: it is neither JSON nor YAML.
+    :raises RequestTooLargeError: it is longer than :data:`MAX_BODY_BYTES`.
+    """
+    kind = request.headers.get("content-type", JSON_TYPE).partition(";")[0].strip().lower()
+    if kind != JSON_TYPE and kind not in YAML_TYPES:
+        raise UnsupportedMediaTypeError(
+            f"a body of the type {kind[:100]!r} is not read: set the header Content-Type to {JSON_TYPE}, or to "
+            f"{YAML_TYPES[0]} for a recipe in mergekit's YAML (curl -H 'Content-Type: {YAML_TYPES[0]}')"
+        )
+    data, length = bytearray(), 0
+    try:
+        async for chunk in request.stream():
+            length += len(chunk)
+            if length <= MAX_BODY_BYTES:
+                data += chunk
+            elif length > DRAINED_BYTES:
+                break
+    except ClientDisconnect as error:
+        raise MalformedRequestError("the client went away before the request was whole") from error
+    if length > MAX_BODY_BYTES:
+        raise RequestTooLargeError(f"the body is longer than {MAX_BODY_BYTES} bytes")
+    return Body(bytes(data.removeprefix(codecs.BOM_UTF8)), kind in YAML_TYPES, query)
+
+
+BodyDep = Annotated[Body, Depends(receive)]
+
+
+def read(body: Body, settings: Settings, model: type[MergeRequest | PlanRequest]) -> Wanted:
+    """Parse a body and check all that it says by itself; ``model`` is what its JSON has to be.
+
+    :raises MalformedRequestError: it is not JSON or YAML in UTF-8, or the query speaks beside a JSON body.
+    :raises RecipeError: lists every problem.
+    """
+    problems: list[str] = []
+
+    def attempt(work: Callable[[], T]) -> T | None:
+        try:
+            return work()
+        except RecipeError as error:
+            problems.extend(error.problems)
+        except StoreError as error:
+            problems.append(f"output: {error}")
+        return None
+
+    if body.is_yaml:
+        text = _text(body.data)
+        recipe = attempt(lambda: parse_yaml(text))
+        output, given = body.query.output, body.query.options
+        if output is None and model is MergeRequest:
+            problems.append("output: give the place of the checkpoint as the query parameter `output`")
+    else:
+        request = _request(body, model)
+        recipe = attempt(lambda: parse_recipe(request.recipe))
+        output, given = request.output, request.options
+    place = None if output is None else attempt(lambda: normalise(output))
+    options = attempt(lambda: plan_options(settings, given))
+    if recipe is None or options is None or problems:
+        raise RecipeError(*problems)
+    return Wanted(recipe, place, options)
+
+
+def _text(data: bytes) -> str:
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        raise MalformedRequestError(
+            f"the body is not UTF-8 text (byte 0x{data[error.start]:02x} at position {error.start}): "
+            "save the recipe as UTF-8"
+        ) from error
+
+
+def _request(body: Body, model: type[MergeRequest | PlanRequest]) -> MergeRequest | PlanRequest:
+    if ignored := [name for name, value in body.query if value is not None]:
+        raise MalformedRequestError(
+            f"the query parameters {', '.join(ignored)} go with a YAML body only: put them into the JSON body"
+        )
+    try:
+        return model.model_validate_json(body.data)
+    except ValidationError as error:
+        found = validation_problems(error)
+        if any(item["type"] == "json_invalid" for item in error.errors(include_url=False)):
+            raise MalformedRequestError("; ".join(found)) from error
+        shown = found[:_MOST_PROBLEMS]
+        more = len(found) - len(shown)
+        raise RecipeError(*shown, *([f"and {more} more problem(s)"] if more else [])) from error

@@ -1,0 +1,56 @@
+"""The API alone, on a port: with a Valkey behind it, and with none."""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import httpx
+import pytest
+import uvicorn
+from fastapi import FastAPI
+
+from api.app import create_app
+from service import jobstore
+from service.settings import Settings
+
+
+@contextmanager
+def serving(app: FastAPI) -> Iterator[httpx.Client]:
+    """A client of the application on a real server."""
+    server = uvicorn.Server(uvicorn.Config(app, log_config=None, lifespan="on", ws="none"))
+    listener = socket.create_server(("127.0.0.1", 0))
+    thread = threading.Thread(target=server.run, args=([listener],))
+    thread.start()
+    try:
+        deadline = time.monotonic() + 30
+        while not server.started:
+            assert thread.is_alive() and time.monotonic() < deadline, "the API did not start"
+            time.sleep(0.01)
+        with httpx.Client(base_url=f"http://127.0.0.1:{listener.getsockname()[1]}", timeout=30) as client:
+            yield client
+    finally:
+        server.should_exit = True
+        thread.join()
+        listener.close()
+
+
+@pytest.fixture
+def api(valkey_url: str, valkey_namespace: str) -> Iterator[httpx.Client]:
+    """An API with job state of its own."""
+    with serving(create_app(Settings(redis_url=valkey_url, namespace=valkey_namespace))) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def lonely_api() -> Iterator[httpx.Client]:
+    """An API whose Redis is not there, and that soon gives up looking for it."""
+    with pytest.MonkeyPatch.context() as patch, socket.create_server(("127.0.0.1", 0)) as probe:
+        patch.setattr(jobstore, "CONNECTION_TRIES", 0)
+        url = f"redis://127.0.0.1:{probe.getsockname()[1]}"
+        probe.close()
+        with serving(create_app(Settings(redis_url=url))) as client:
+            yield client
