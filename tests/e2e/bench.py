@@ -115,7 +115,7 @@ class LocalDriver:
         """Give a task up."""
         return future.cancel()
 
-    def capacity(self) -> Capacity:
+    def capacity(self, timeout_s: float | None = None) -> Capacity:
         """One node."""
         return Capacity(cpus=1, gpus=0, nodes=1, max_node_memory_bytes=self._memory_bytes)
 

@@ -1,0 +1,94 @@
+"""A job on S3 over three Ray nodes, one of which dies with a part that it has read and not yet uploaded."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from service.driver import Driver
+from service.fleet_process import FleetSettings
+from tests.checkpoints import fine_tune, llama_tensors, write_checkpoint
+from tests.servers.ray_cluster import RayCluster
+from tests.servers.s3_proxy import Request, ancestors, s3_proxy
+from tests.servers.service import running_service
+from workers.store import StoreSettings, join, open_stores
+from workers.store.base import ObjectStore
+from workers.store.stores import read_bytes
+
+pytestmark = [pytest.mark.valkey, pytest.mark.ray, pytest.mark.rgw]
+
+MIB = 1 << 20
+DEADLINE_S = 50.0
+
+
+def objects(store: ObjectStore, prefix: str) -> dict[str, bytes]:
+    """Everything below a prefix."""
+    return {info.uri[len(prefix) :]: read_bytes(store, info.uri) for info in store.list(prefix + "/")}
+
+
+def test_a_node_that_dies_before_it_uploads_a_part(
+    valkey_url: str, ray_cluster: RayCluster, rgw_settings: StoreSettings, rgw_bucket: str, tmp_path: Path
+) -> None:
+    base = llama_tensors(0, layers=4, hidden=256, heads=4, vocab=12_000, dtype=torch.float32)
+    write_checkpoint(tmp_path / "base", base, {"torch_dtype": "float32"}, shard_bytes=16 * MIB)
+    write_checkpoint(tmp_path / "one", fine_tune(base, 1, 0.01))
+    direct = open_stores(rgw_settings)
+    for path in (*tmp_path.glob("base/*"), *tmp_path.glob("one/*")):
+        direct.put(join(rgw_bucket, *path.relative_to(tmp_path).parts), path.read_bytes())
+    recipe: dict[str, Any] = {
+        "merge_method": "ties",
+        "base_model": f"{rgw_bucket}/base",
+        "models": [{"model": f"{rgw_bucket}/one"}],
+        "parameters": {"density": 0.5},
+    }
+    options = {"part_bytes": 5 * MIB, "whole_tensor_bytes": 5 * MIB, "shard_bytes": 20 * MIB}
+    assert rgw_settings.s3_endpoint_url is not None
+    head, *others = ray_cluster.raylets
+    with (
+        s3_proxy(rgw_settings.s3_endpoint_url) as proxy,
+        Driver(FleetSettings(address=ray_cluster.address)) as driver,
+        running_service(
+            valkey_url, driver, store=rgw_settings.model_copy(update={"s3_endpoint_url": proxy.url})
+        ) as service,
+    ):
+        undisturbed = service.merge(recipe, f"{rgw_bucket}/undisturbed", **options)
+        parts = undisturbed["progress"]["parts_total"]
+        assert parts > 6
+        assert driver.capacity().nodes == 3
+        assert proxy.counts["UploadPart"] == parts
+
+        def is_of_a_node_that_can_die(request: Request) -> bool:
+            return request.operation == "UploadPart" and bool({*ancestors(request.pid())} & {*others})
+
+        proxy.counts.clear()
+        proxy.hold = is_of_a_node_that_can_die
+        job = service.submit(recipe, f"{rgw_bucket}/out", **options)["id"]
+        deadline = time.monotonic() + DEADLINE_S
+        while proxy.held is None:
+            assert time.monotonic() < deadline, service.get(job)
+            time.sleep(0.01)
+        worker = proxy.held.pid()
+        (node,) = {*ancestors(worker)} & {*others}
+        ray_cluster.kill_node(node)
+        while ancestors(worker):
+            assert time.monotonic() < deadline, "the worker is still there"
+            time.sleep(0.01)
+        proxy.drop.set()
+        done = service.wait(job)
+        assert done["state"] == "succeeded", done["error"]
+        assert driver.retries == 1
+        assert proxy.counts["UploadPart"] == parts + 1
+        assert proxy.counts["CreateMultipartUpload"] == proxy.counts["CompleteMultipartUpload"] == 2
+        while driver.capacity().nodes != 2:
+            assert time.monotonic() < deadline, "the node is still there"
+            time.sleep(0.05)
+    merged = objects(direct, f"{rgw_bucket}/out")
+    assert len([name for name in merged if name.endswith(".safetensors")]) == 2
+    assert merged == objects(direct, f"{rgw_bucket}/undisturbed")
+    for name in merged:
+        assert direct.list_uploads(f"{rgw_bucket}/out{name}") == []
+    assert head in ray_cluster.raylets
