@@ -37,6 +37,7 @@ TIED_NAMES = (
 )
 """Tensors that transformers may tie to the input embedding, and then need not be in the file."""
 
+_SHARD = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
 _WEIGHTS = re.compile(r"\.(safetensors|bin|pt|pth|ckpt|h5|msgpack|onnx|gguf|pkl|pickle|npz)(\.index\.json)?$")
 _SHARD_NAME = re.compile(r"[^/\\\x00-\x1f]+\.safetensors")
 _TOKENIZER = re.compile(
@@ -168,6 +169,11 @@ def gather(
 def is_weight_file(name: str) -> bool:
     """Whether a file holds weights in any format (only safetensors is ever read)."""
     return _WEIGHTS.search(name) is not None
+
+
+def is_shard(name: str) -> bool:
+    """Whether a file is one that a checkpoint keeps its weights in, by Hugging Face's naming."""
+    return _SHARD.fullmatch(name) is not None
 
 
 def is_copied(name: str) -> bool:

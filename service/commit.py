@@ -8,13 +8,13 @@ Until ``model.safetensors.index.json`` exists there is no merged checkpoint; aft
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from pathlib import PurePosixPath
 from typing import Any
 
 import structlog
 
-from service.checkpoint import INDEX_FILE, SINGLE_FILE
+from service.checkpoint import INDEX_FILE, SINGLE_FILE, is_shard, is_tokenizer_file
 from service.plan import Plan, Shard
 from workers.errors import (
     AlreadyExistsError,
@@ -27,6 +27,7 @@ from workers.errors import (
 )
 from workers.store.base import ObjectInfo, ObjectStore, Upload, UploadedPart
 from workers.store.uris import join
+from workers.store.uris import name as file_name
 from workers.task import PART_RESULT, PartResult, canonical_json
 
 HIDDEN = ".mergemill"
@@ -167,7 +168,14 @@ class Output:
         for attempt in (1, 2):
             self._guard()
             try:
-                self.store.complete(upload, self.store.list_parts(upload))
+                parts = self.store.list_parts(upload)
+                held = sum(part.size for part in parts)
+                if (len(parts), held) != (shard.parts, shard.size):
+                    raise UploadNotFoundError(
+                        f"the upload of {upload.uri} holds {held} of {shard.size} bytes in "
+                        f"{len(parts)} of {shard.parts} parts"
+                    )
+                self.store.complete(upload, parts)
                 return
             except (UploadNotFoundError, StoreUnavailableError):
                 made = self._made_by(upload.uri, plan_digest)
@@ -193,12 +201,16 @@ class Output:
             self.store.read_into(uri, 0, memoryview(buffer), etag or info.etag)
         return bytes(buffer)
 
-    def delete_stale_shards(self, plan: Plan) -> None:
-        """Delete the weights that an overwritten checkpoint left and that are not ours."""
-        ours = {join(self.uri, shard.name) for shard in plan.shards}
+    def delete_stale(self, ours: Container[str]) -> None:
+        """Delete what an overwritten checkpoint left and would be loaded with the new one.
+
+        That is its shards and its tokenizer's files, but for those in ``ours``; whatever else lies there stays.
+        """
         for info in list(self.store.list(self.uri + "/")):
-            beside = "/" not in info.uri[len(self.uri) + 1 :]
-            if beside and info.uri.endswith(".safetensors") and info.uri not in ours:
+            if "/" in info.uri[len(self.uri) + 1 :]:
+                continue
+            own = file_name(info.uri)
+            if own not in ours and (is_shard(own) or is_tokenizer_file(own)):
                 self._guard()
                 self.store.delete(info.uri)
 

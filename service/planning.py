@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -43,7 +44,7 @@ from workers.errors import (
 )
 from workers.safetensors_format import LENGTH_BYTES, header_length, parse
 from workers.store.base import ObjectInfo, ObjectStore
-from workers.store.uris import join, normalise
+from workers.store.uris import from_path, join, normalise, to_path
 from workers.store.uris import name as base_name
 from workers.task import TensorRef
 
@@ -123,10 +124,17 @@ def resolve_model(name: str, model_roots: Mapping[str, str]) -> str:
 def overlap(output: str, inputs: Iterable[str]) -> list[str]:
     """What is wrong with an output that equals, lies inside or contains an input."""
     problems = []
+    ours = _real(output)
     for uri in dict.fromkeys(inputs):
-        if uri == output or output.startswith(uri + "/") or uri.startswith(output + "/"):
+        theirs = _real(uri)
+        if theirs == ours or ours.startswith(theirs + "/") or theirs.startswith(ours + "/"):
             problems.append(f"output {output} overlaps the input {uri}: choose another place")
     return problems
+
+
+def _real(uri: str) -> str:
+    """The place itself, without the symbolic links that may lead to it."""
+    return from_path(os.path.realpath(to_path(uri))) if uri.startswith("file:") else uri
 
 
 def open_checkpoint(store: ObjectStore, uri: str) -> Checkpoint:

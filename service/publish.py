@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from importlib.metadata import version
 
 from service.checkpoint import INDEX_FILE, is_tokenizer_file
@@ -49,7 +49,7 @@ def publish(
     output.put(MANIFEST, data)
     files.append(text_file(MANIFEST, data))
     if overwrite:
-        output.delete_stale_shards(plan)
+        output.delete_stale({file.name for file in files})
     output.put_index(plan)
     return [*files, index]
 
@@ -69,14 +69,13 @@ def published(output: Output, plan_digest: str) -> list[OutputFile] | None:
     return [*files, text_file(MANIFEST, data), index]
 
 
-def _small_files(planned: Planned, output: Output) -> list[tuple[str, bytes]]:
-    """Config and card, and the reference's other files with the tokenizer of the chosen model."""
+def _small_files(planned: Planned, output: Output) -> Iterator[tuple[str, bytes]]:
+    """Card and config, and the reference's other files with the tokenizer of the chosen model, one at a time."""
     reference, tokenizer = planned.inputs.reference, planned.tokenizer
-    found = [(CARD, model_card(planned, version("mergemill")).encode())]
+    yield CARD, model_card(planned, version("mergemill")).encode()
     if (config := config_json(planned)) is not None:
-        found.append((CONFIG, config.encode()))
+        yield CONFIG, config.encode()
     own = {name: info for name, info in reference.files.items() if not is_tokenizer_file(name)}
     chosen = {name: info for name, info in tokenizer.files.items() if is_tokenizer_file(name)}
     for name, info in sorted({**own, **chosen}.items()):
-        found.append((name, output.read(info.uri, info.etag)))
-    return found
+        yield name, output.read(info.uri, info.etag)

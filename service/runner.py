@@ -16,6 +16,7 @@ from typing import Any
 import structlog
 
 from service.commit import Output
+from service.driver import Capacity
 from service.jobs import (
     Cancelled,
     CommitStarted,
@@ -40,7 +41,9 @@ from service.publish import publish, published
 from service.recipe import parse_recipe
 from service.work import Tools, Work
 from workers.errors import (
+    FleetError,
     IllegalTransitionError,
+    JobError,
     JobNotFoundError,
     JobStoreUnavailableError,
     LeaseLostError,
@@ -53,10 +56,13 @@ from workers.errors import (
 )
 
 MAX_ATTEMPTS = 5
-"""How often a job starts over when its uploads vanish under it, before it fails."""
+"""How often a job is planned, because its scheduler ended or its uploads vanished, before it fails."""
 
 MAX_OUTAGES = 3
 """How often a job goes on from what is recorded when the store was out of reach, before it fails."""
+
+CLUSTER_WAIT_S = 180.0
+"""How long a job waits for the compute cluster to come up, in seconds, before it fails."""
 
 log = structlog.get_logger(__name__)
 
@@ -77,7 +83,6 @@ class JobRunner:
         self.lease = lease
         self.tools = tools
         self.lost = threading.Event()
-        self._options = PlanOptions.model_validate(record.options)
         self._output = Output(tools.store, record.output, record.id, self._guard)
         self._checked = 0.0
         self._log = log.bind(job=record.id)
@@ -103,6 +108,10 @@ class JobRunner:
         finally:
             self._release()
 
+    @property
+    def _options(self) -> PlanOptions:
+        return PlanOptions.model_validate(self.record.options)
+
     def check(self) -> None:
         """Raise when this job should not go on here: lease lost, scheduler stopping, or cancelled."""
         if self.lost.is_set():
@@ -117,6 +126,10 @@ class JobRunner:
 
     def _work(self) -> None:
         if self.record.state in {JobState.QUEUED, JobState.PLANNING}:
+            if (
+                self.record.attempt >= MAX_ATTEMPTS
+            ):  # whatever ends the scheduler that plans it would go on doing so
+                raise JobError(f"planning began {self.record.attempt} times and never came to an end")
             self._apply(PlanningStarted())
         outages = 0
         while not self.record.state.is_terminal:
@@ -186,7 +199,7 @@ class JobRunner:
         ]
 
     def _capacity_problems(self, planned: Planned) -> list[str]:
-        capacity = self.tools.driver.capacity()
+        capacity = self._capacity()
         price = planned.plan.price
         if price.peak_bytes <= capacity.max_node_memory_bytes:
             return []
@@ -194,6 +207,17 @@ class JobRunner:
             f"the biggest task ({price.worst}) needs {price.peak_bytes} bytes of memory, and the largest node of the "
             f"cluster offers {capacity.max_node_memory_bytes}: lower worker_memory_bytes or add a larger node"
         ]
+
+    def _capacity(self) -> Capacity:
+        """What the cluster offers; a cancel or a stop does not wait for a cluster that is not up."""
+        deadline = time.monotonic() + CLUSTER_WAIT_S
+        while True:
+            self.check()
+            try:
+                return self.tools.driver.capacity(self.tools.settings.poll_seconds)
+            except FleetError:
+                if time.monotonic() > deadline:
+                    raise
 
     def _document(self, planned: Planned) -> dict[str, Any]:
         """What the claim object says about the job."""

@@ -144,7 +144,7 @@ def test_nonfinite_input(
     value: float,
     count: int,
 ) -> None:
-    name = list(base)[0]
+    name = next(iter(base))
     bad = fine_tune(base, 1, 0.1)
     bad[name].view(-1)[:count] = value
     write_checkpoint(tmp_path / "bad", bad)

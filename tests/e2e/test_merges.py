@@ -83,7 +83,7 @@ def test_ties_from_post_to_checkpoint(service: RunningService, models: Path, tmp
 
     base, one, two = (read_checkpoint(models / name) for name in ("base", "sharded", "wide"))
     merged = read_checkpoint(tmp_path / "out")
-    assert list(sorted(merged)) == sorted(base)
+    assert sorted(merged) == sorted(base)
     for name, tensor in base.items():
         expected = _ties64(tensor, [one[name], two[name]], 0.4, 0.8)
         actual = merged[name].double().numpy()
@@ -268,13 +268,17 @@ def test_overwrite_leaves_exactly_the_new_checkpoint(
 ) -> None:
     out = tmp_path / "out"
     old = llama_tensors(9, layers=1, hidden=32, heads=2, vocab=64, dtype=torch.float32)
-    write_checkpoint(out, old, {"old": True}, shard_bytes=None if before == "single file" else 4096)
+    others = {"added_tokens.json": "{}", "adapter_model.safetensors": b"somebody's", "notes.txt": "keep"}
+    write_checkpoint(out, old, {"old": True}, None if before == "single file" else 4096, others)
     assert "already holds a checkpoint" in service.failure(recipe(models, "linear"), str(out))
     assert read_checkpoint(out).keys() == old.keys()  # refused, so untouched
     service.merge(recipe(models, "linear"), str(out), overwrite=True)
     assert read_checkpoint(out).keys() == read_checkpoint(models / "base").keys()
     assert not (out / "model.safetensors").exists()
-    assert len(list(out.glob("*.safetensors"))) == 1
+    assert len(list(out.glob("model*.safetensors"))) == 1
+    assert not (out / "added_tokens.json").exists()  # it would be loaded with the new tokenizer
+    assert (out / "adapter_model.safetensors").exists()
+    assert (out / "notes.txt").exists()
     assert "old" not in json.loads((out / "config.json").read_text())
 
 

@@ -348,3 +348,12 @@ def test_an_output_overlaps_an_input_that_it_is_holds_or_lies_in() -> None:
         ("s3://b", 2),
     ):
         assert len(overlap(output, inputs)) == count
+
+
+def test_a_symbolic_link_does_not_hide_an_overlap(tmp_path: Path) -> None:
+    (tmp_path / "models").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "models")
+    models = (tmp_path / "models").as_uri()
+    assert overlap((tmp_path / "link" / "out").as_uri(), [models])
+    assert overlap((tmp_path / "link").as_uri(), [f"{models}/one"])
+    assert not overlap((tmp_path / "out").as_uri(), [models])
