@@ -295,3 +295,21 @@ def test_another_scheduler_takes_over_from_one_that_sleeps(rig: Rig, shards: int
     assert rig.stack.pids["schedule"] == sleeper
     assert rig.jobs.get(job) == record
     assert digests(tmp_path / "out") == rig.content
+
+
+def test_a_cancel_over_rest_is_heard_until_the_commit_begins(rig: Rig, shards: int, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    job = rig.submit(out)
+    with Held(out, shards, exclusive=1) as held:
+        until(lambda: list(held.paths[-1].parent.glob("parts/*.lock")), "no part waits to be uploaded")
+        assert httpx.post(f"{rig.stack.url}/v1/merges/{job}/cancel").status_code == 202
+        held.release()  # the worker may get on with its part: there is no upload for it any more
+        assert rig.wait(job).state == JobState.CANCELLED
+        assert not out.exists() or not any(out.iterdir())
+    job = rig.submit(out)
+    with Held(out, shards, exclusive=0):
+        assert rig.wait(job, JobState.COMMITTING).state == JobState.COMMITTING
+        refused = httpx.post(f"{rig.stack.url}/v1/merges/{job}/cancel")
+        assert refused.status_code == 409
+        assert refused.headers["content-type"] == "application/problem+json"
+    rig.check(job, out)
