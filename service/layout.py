@@ -73,18 +73,24 @@ def pieces_of(
     if isinstance(tensor.source, StoredTensor):
         return list(_copies(tensor, tensor.source, min(limits.part_bytes, limits.held_bytes // 2))), None
     whole = tensor.source
-    passes = len(bind(whole).passes)
     held = merge_bytes(whole, DTYPE_BYTES[tensor.dtype])
-    most = limits.whole_bytes if passes else limits.part_bytes
-    if tensor.nbytes <= most and held <= limits.held_bytes:
-        return [MergePiece("merge", whole, tensor.dtype, None)], None
+    alone = MergePiece("merge", whole, tensor.dtype, None)
+
+    def fits(most: int) -> bool:
+        return tensor.nbytes <= most and held <= limits.held_bytes
+
+    if fits(min(limits.part_bytes, limits.whole_bytes)):
+        return [alone], None  # with a survey or without: asking the method would be half of planning
+    passes = len(bind(whole).passes)
+    if fits(limits.whole_bytes if passes else limits.part_bytes):
+        return [alone], None
     step = _step(whole, tensor.dtype, limits)
     runs = [
         slice_arithmetic(whole, first, min(first + step, whole.numel))
         for first in range(0, whole.numel, step)
     ]
     if len(runs) == 1:  # smaller than the grain: it cannot be split, and is whole after all
-        return [MergePiece("merge", whole, tensor.dtype, None)], None
+        return [alone], None
     survey = None
     if passes:
         identity = digest([semantics_version, arithmetic_json(whole)])[:32]

@@ -69,6 +69,8 @@ class Plan:
     """The output files with weights."""
     parts: tuple[Part, ...]
     """What makes them, shard by shard, in order."""
+    part_ids: tuple[str, ...]
+    """Their ids, as :func:`workers.task.part_id` gives them."""
     surveys: tuple[Survey, ...]
     """What must be known before some of the parts."""
     weight_map: dict[str, str]
@@ -79,25 +81,14 @@ class Plan:
     """What the user should know."""
     price: Price
     """What it costs."""
+    digest: str
+    """Hex SHA-256 that two plans share only when they make the same bytes of the same parts."""
 
     @property
     def index(self) -> str:
         """The text of ``model.safetensors.index.json``, the commit marker."""
         document = {"metadata": {"total_size": self.total_size}, "weight_map": self.weight_map}
         return json.dumps(document, indent=2, ensure_ascii=False) + "\n"
-
-    @property
-    def digest(self) -> str:
-        """Hex SHA-256 that two plans share only when they make the same bytes of the same parts."""
-        return digest(
-            [
-                self.semantics_version,
-                [[shard.name, shard.size] for shard in self.shards],
-                [part_id(part) for part in self.parts],
-                [survey.id for survey in self.surveys],
-                self.weight_map,
-            ]
-        )
 
 
 PLAN = TypeAdapter(Plan)
@@ -142,15 +133,21 @@ def make_plan(
         notices: tuple[str, ...] = (f"semantics follow the profile `{recipe.profile}`", *matched.notices)
     else:
         notices = matched.notices
+    part_ids = tuple(part_id(part) for part in parts)
+    weight_map = dict(sorted(weight_map.items()))
+    files = [[shard.name, shard.size] for shard in shards]
+    survey_ids = [survey.id for survey in surveys]
     plan = Plan(
-        SEMANTICS_VERSION,
-        tuple(shards),
-        tuple(parts),
-        tuple(surveys),
-        dict(sorted(weight_map.items())),
-        sum(tensor.nbytes for tensor in matched.tensors),
-        notices,
-        price(parts, surveys, len(shards), baseline_bytes),
+        semantics_version=SEMANTICS_VERSION,
+        shards=tuple(shards),
+        parts=tuple(parts),
+        part_ids=part_ids,
+        surveys=tuple(surveys),
+        weight_map=weight_map,
+        total_size=sum(tensor.nbytes for tensor in matched.tensors),
+        notices=notices,
+        price=price(parts, surveys, len(shards), baseline_bytes),
+        digest=digest([SEMANTICS_VERSION, files, part_ids, survey_ids, weight_map]),
     )
     _check(plan, options, baseline_bytes)
     return plan

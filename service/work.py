@@ -7,7 +7,8 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import FIRST_COMPLETED, Future, wait
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 
 import structlog
 from pydantic import SecretStr
@@ -31,13 +32,13 @@ from workers.task import (
     PART,
     PART_RESULT,
     SURVEY_TASK,
+    Arithmetic,
     Facts,
     JSONValue,
     Part,
     PartResult,
     Survey,
     SurveyTask,
-    part_id,
 )
 
 log = structlog.get_logger(__name__)
@@ -67,14 +68,15 @@ class _Pass:
     index: int
     facts: Facts
     missing: int
-    summaries: list[Summary] = field(default_factory=list)
+    found: Summary | None = None
+    """The summaries that came so far, combined."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Task:
-    """A request and what to do with its answer."""
+    """A request, made when its turn comes, and what to do with its answer."""
 
-    request: TaskRequest
+    request: Callable[[], TaskRequest]
     finish: Callable[[JSONValue], None]
 
 
@@ -139,8 +141,8 @@ class Work:
             for part in self._output.held_parts(shard.name, self._record.uploads)
         }
         missing = []
-        for part in self._plan.parts:
-            result = self._results.get(part_id(part))
+        for part, identity in zip(self._plan.parts, self._plan.part_ids, strict=True):
+            result = self._results.get(identity)
             there = held.get((part.shard, part.number))
             if result is None or there is None or (there.size, there.etag) != (result.size, result.etag):
                 missing.append(part)
@@ -171,7 +173,7 @@ class Work:
                 self._check()
                 while self._ready and len(flying) < settings.max_parts_in_flight:
                     task = self._ready.popleft()
-                    flying[self._tools.driver.submit(task.request)] = task
+                    flying[self._tools.driver.submit(task.request())] = task
                 done, _ = wait(flying, timeout=settings.poll_seconds, return_when=FIRST_COMPLETED)
                 for future in done:
                     flying.pop(future).finish(future.result())
@@ -181,15 +183,17 @@ class Work:
                 self._tools.driver.cancel(future)
 
     def _part(self, part: Part) -> _Task:
+        return _Task(partial(self._part_request, part), self._part_done)
+
+    def _part_request(self, part: Part) -> TaskRequest:
         upload = self._output.upload(part.shard, self._record.uploads)
         payload = {
-            "part": PART.dump_python(part, mode="json"),
+            "part": PART.dump_json(part, ensure_ascii=True).decode(),
             "upload": {"uri": upload.uri, "id": upload.id},
             "facts": {survey: self._facts[survey] for survey in part.surveys},
         }
         memory = part_peak_bytes(part, self._baseline)
-        request = self._request(PART_ENTRY, payload, memory, part_label(part))
-        return _Task(request, self._part_done)
+        return self._request(PART_ENTRY, payload, memory, part_label(part))
 
     def _request(
         self, entry: str, payload: dict[str, JSONValue], memory_bytes: int, label: str
@@ -204,30 +208,33 @@ class Work:
         )
 
     def _part_done(self, answer: JSONValue) -> None:
-        result = PART_RESULT.validate_python(answer)
+        result = PART_RESULT.validate_json(answer)
         self._tools.jobs.record_part(self._lease, result)
         self._results[result.part] = result
 
     def _survey(self, survey: Survey, index: int, facts: Facts) -> None:
         """Queue one pass, before any part: parts wait for surveys, not the other way round."""
         state = _Pass(survey, index, facts, len(survey.pieces))
-        tasks = []
-        for piece in survey.pieces:
-            task = SurveyTask(survey.id, index, piece, facts, self._plan.parts[0].allow_nonfinite)
-            payload = {"task": SURVEY_TASK.dump_python(task, mode="json")}
-            label = f"survey of {piece.name}, pass {index + 1} of {survey.passes}"
-            memory = survey_peak_bytes(piece, self._baseline)
-            request = self._request(SURVEY_ENTRY, payload, memory, label)
-            tasks.append(_Task(request, lambda summary: self._summary_done(state, summary)))
+        done = partial(self._summary_done, state)
+        tasks = [_Task(partial(self._survey_request, state, piece), done) for piece in survey.pieces]
         self._ready.extendleft(reversed(tasks))
 
+    def _survey_request(self, state: _Pass, piece: Arithmetic) -> TaskRequest:
+        survey, allow_nonfinite = state.survey, self._plan.parts[0].allow_nonfinite
+        task = SurveyTask(survey.id, state.index, piece, state.facts, allow_nonfinite)
+        payload = {"task": SURVEY_TASK.dump_json(task, ensure_ascii=True).decode()}
+        label = f"survey of {piece.name}, pass {state.index + 1} of {survey.passes}"
+        memory = survey_peak_bytes(piece, self._baseline)
+        return self._request(SURVEY_ENTRY, payload, memory, label)
+
     def _summary_done(self, state: _Pass, summary: Summary) -> None:
-        state.summaries.append(summary)
+        survey, piece = state.survey, state.survey.pieces[0]
+        survey_pass = bind(piece).passes[state.index]
+        state.found = summary if state.found is None else survey_pass.combine([state.found, summary])
         state.missing -= 1
         if state.missing:
             return
-        survey, piece = state.survey, state.survey.pieces[0]
-        facts = conclude_pass(bind(piece).passes[state.index], state.summaries, piece.numel, state.facts)
+        facts = conclude_pass(survey_pass, [state.found], piece.numel, state.facts)
         read = sum(run.nbytes for each in survey.pieces for run in coalesce(each.refs))
         self._tools.jobs.record_survey(self._lease, survey.id, state.index, facts, read)
         if state.index + 1 < survey.passes:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, TypeAdapter
@@ -279,13 +279,17 @@ class PartResult:
 
 
 PART = TypeAdapter(Part)
+_PIECE: TypeAdapter[Piece] = TypeAdapter(Piece)
 PART_RESULT = TypeAdapter(PartResult)
 SURVEY_TASK = TypeAdapter(SurveyTask)
 
 
+_CANONICAL = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+
+
 def canonical_json(value: JSONValue) -> str:
     """The one JSON text of a value: sorted keys, no spaces, shortest floats that round-trip, no NaN."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    return _CANONICAL.encode(value)
 
 
 def digest(value: JSONValue) -> str:
@@ -294,8 +298,18 @@ def digest(value: JSONValue) -> str:
 
 
 def part_id(part: Part) -> str:
-    """The part's id: the first 32 hex digits of the SHA-256 of its canonical JSON."""
-    return digest(PART.dump_python(part, mode="json"))[:32]
+    """The part's id: the first 32 hex digits of the SHA-256 of its canonical JSON.
+
+    The text is hashed piece by piece: of tens of thousands of pieces it would be tens of megabytes.
+    """
+    without = canonical_json(PART.dump_python(replace(part, pieces=()), mode="json"))
+    before, after = without.split('"pieces":[]', maxsplit=1)
+    hashed = hashlib.sha256(f'{before}"pieces":['.encode())
+    for number, piece in enumerate(part.pieces):
+        text = canonical_json(_PIECE.dump_python(piece, mode="json"))
+        hashed.update(f",{text}".encode() if number else text.encode())
+    hashed.update(f"]{after}".encode())
+    return hashed.hexdigest()[:32]
 
 
 def tensor_digest(blocks: list[str]) -> str:

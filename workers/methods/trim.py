@@ -116,6 +116,8 @@ class _Histogram(_TrimPass):
         return [None if total is None else _pack(total.cpu().numpy()) for total in totals]
 
     def combine(self, summaries: Sequence[Summary]) -> Summary:
+        if len(summaries) == 1:
+            return summaries[0]
         return [_add(histograms) for histograms in zip(*summaries, strict=True)]
 
 
@@ -195,8 +197,10 @@ def _count(values: torch.Tensor) -> torch.Tensor:
 
 def _pack(counts: Counts) -> str:
     """A histogram as text: base64 of zlib of the gaps between filled bins (uint16) and their counts (int64)."""
-    (bins,) = np.nonzero(counts)
-    raw = np.diff(bins, prepend=0).astype("<u2").tobytes() + counts[bins].astype("<i8").tobytes()
+    (bins,) = np.nonzero(counts > 0)  # of booleans it is several times as fast
+    gaps = bins.astype("<u2")
+    gaps[1:] -= gaps[:-1].copy()
+    raw = gaps.tobytes() + counts[bins].astype("<i8").tobytes()
     return base64.b64encode(zlib.compress(raw, level=1)).decode("ascii")
 
 
