@@ -152,6 +152,21 @@ def test_somebody_elses_index_is_not_overwritten(
     assert (tmp_path / "out" / INDEX).read_text() == "{}"
 
 
+def test_somebody_elses_index_is_not_deleted_once_an_overwrite_has_begun(
+    bench: Bench, base: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    write_checkpoint(tmp_path / "out", fine_tune(base, 9))
+    job = submit(bench, tmp_path, overwrite=True)
+    with pytest.raises(KilledError):
+        bench.run(job, at_step("complete model-00002", raising(KilledError())))
+    (tmp_path / "out" / INDEX).write_text("{}")
+    record = bench.run(job)
+    assert record.state == JobState.FAILED
+    assert record.error is not None
+    assert "written by somebody else" in str(record.error["detail"])
+    assert (tmp_path / "out" / INDEX).read_text() == "{}"
+
+
 def test_a_checkpoint_that_appears_while_a_job_plans_is_not_touched(
     bench: Bench, base: dict[str, torch.Tensor], tmp_path: Path
 ) -> None:
