@@ -68,7 +68,8 @@ class Scheduler:
         except JobStoreUnavailableError as error:
             log.warning("job state is out of reach", error=str(error))
             return False
-        except ValidationError as error:  # written by another version; its lease keeps it out of the way for a while
+        except ValidationError as error:
+            # Written by another version of Mergemill; the lease that was just taken keeps it out of the way for a while.
             log.error("a job's record cannot be read; it is left alone", error=str(error))
             return False
         if claimed is None:
