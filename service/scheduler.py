@@ -69,7 +69,7 @@ class Scheduler:
             log.warning("job state is out of reach", error=str(error))
             return False
         except ValidationError as error:
-            # Written by another version of Mergemill; the lease that was just taken keeps it out of the way for a while.
+            # Written by another version of Mergemill; the lease just taken keeps it out of the way for a while.
             log.error("a job's record cannot be read; it is left alone", error=str(error))
             return False
         if claimed is None:
