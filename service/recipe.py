@@ -30,6 +30,9 @@ from workers.task import canonical_json
 DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 """The recipe's dtype names, and safetensors' names for them."""
 
+MAX_MODELS = 64
+"""Most models of a recipe."""
+
 MAX_RECIPE_CHARACTERS = 1 << 18
 """Longest recipe text that is read."""
 
@@ -83,7 +86,7 @@ class Recipe(_Frozen):
     """Name of the merge method."""
     base_model: ModelName | None = None
     """The common ancestor of the models, for methods that have one."""
-    models: tuple[ModelEntry, ...] = Field(min_length=1, max_length=64)
+    models: tuple[ModelEntry, ...] = Field(min_length=1, max_length=MAX_MODELS)
     """The models, in the order of summation."""
     parameters: ParameterValues = Field(default_factory=dict)
     """Global parameters, and defaults for the models' own."""
@@ -206,6 +209,9 @@ def parse_recipe(value: Any) -> Recipe:
     """
     if not isinstance(value, dict):
         raise RecipeError("the recipe must be a mapping with `merge_method` and `models`")
+    listed = value.get("models")
+    if isinstance(listed, list) and len(listed) > MAX_MODELS:  # before each of them is looked into
+        raise RecipeError(f"models: {len(listed)} models, more than the {MAX_MODELS} that are read")
     try:
         return Recipe.model_validate(value)
     except ValidationError as error:

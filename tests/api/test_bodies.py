@@ -147,6 +147,14 @@ def test_thousands_of_problems_are_cut_short(lonely_api: httpx.Client, route: st
     assert found["errors"][-1] == "and 9950 more problem(s)"
 
 
+def test_many_models_are_not_looked_into(lonely_api: httpx.Client, route: str) -> None:
+    body = {"recipe": LINEAR | {"models": [{"modell": 1}] * 100_000}, "output": "/o"}
+    begun = time.monotonic()
+    found = problem(lonely_api.post(route, json=body), 422)
+    assert found["errors"] == ["models: 100000 models, more than the 64 that are read"]
+    assert time.monotonic() - begun < 5
+
+
 @pytest.mark.parametrize("place", ["parameters", "model"])
 def test_many_names_keep_nobody_waiting(lonely_api: httpx.Client, route: str, place: str) -> None:
     many = {f"densit{number}": 0.5 for number in range(100_000)}

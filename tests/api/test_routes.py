@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from api.app import PLAN_THREADS, create_app
 from api.routes import plans
 from service.jobs import CommitStarted, Event, JobRecord, Succeeded
 from service.jobstore import JobStore
+from service.planning import plan_recipe
 from service.settings import Settings
 from tests.api.conftest import serving
 from tests.checkpoints import fine_tune, write_checkpoint
@@ -183,7 +183,7 @@ class TestPlans:
         self, api: httpx.Client, body: dict[str, Any], monkeypatch: pytest.MonkeyPatch
     ) -> None:
         inside, go_on = threading.Semaphore(0), threading.Event()
-        planning = plans.plan_recipe
+        planning = plan_recipe
 
         def slow(*arguments: Any) -> Any:
             inside.release()
@@ -220,15 +220,21 @@ class TestHealth:
 
 
 @pytest.fixture
-def closed(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+def closed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What was closed so far."""
     found: list[str] = []
-    for kind in (Stores, JobStore):
+
+    def watch(kind: type[Stores | JobStore]) -> None:
         close = kind.close
-        name = kind.__name__
-        monkeypatch.setattr(
-            kind, "close", lambda self, close=close, name=name: (found.append(name), close(self))
-        )
+
+        def closing(self: Any) -> None:
+            found.append(kind.__name__)
+            close(self)
+
+        monkeypatch.setattr(kind, "close", closing)
+
+    watch(Stores)
+    watch(JobStore)
     return found
 
 
