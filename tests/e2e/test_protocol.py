@@ -166,7 +166,7 @@ def test_a_scheduler_that_is_paused_at_any_step_and_wakes_too_late_does_no_harm(
         assert (record.state, record.summary) == (JobState.SUCCEEDED, undisturbed.summary), where
         if visible(out) != undisturbed.content:
             harmed.append(name)
-    # Deleting the old index is the one change that stores cannot be asked to make on a condition: see the notes.
+    # docs/decisions has a note on the one change that cannot be fenced
     assert set(harmed) <= {f"delete {INDEX}"}
 
 
