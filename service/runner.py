@@ -15,7 +15,7 @@ from typing import Any
 
 import structlog
 
-from service.commit import Output
+from service.commit import Output, output_problems
 from service.driver import Capacity
 from service.jobs import (
     Cancelled,
@@ -49,7 +49,6 @@ from workers.errors import (
     LeaseLostError,
     MergemillError,
     PlanError,
-    StoreError,
     StoreUnavailableError,
     UploadNotFoundError,
     to_json,
@@ -188,15 +187,7 @@ class JobRunner:
         return planned
 
     def _output_problems(self) -> list[str]:
-        try:
-            there = self._output.existing()
-        except StoreError as error:
-            return [f"output {self.record.output}: {error}"]
-        if there is None or self._options.overwrite:
-            return []
-        return [
-            f"output {self.record.output} already holds a checkpoint ({there}): set overwrite to replace it"
-        ]
+        return output_problems(self.tools.store, self.record.output, self._options.overwrite)
 
     def _capacity_problems(self, planned: Planned) -> list[str]:
         capacity = self._capacity()
