@@ -232,7 +232,8 @@ def test_a_kill_in_the_middle_of_a_part(rig: Rig, shards: int, tmp_path: Path, v
     parts = rig.jobs.parts(job)
     assert {part: parts[part] for part in before} == before
     assert len(parts) == record.parts_total
-    until(lambda: httpx.get(f"{rig.stack.url}/v1/merges/{job}").is_success, "the API is not back")
+    # The stack's socket accepts while the API starts again, so the answer may take as long as that.
+    assert httpx.get(f"{rig.stack.url}/v1/merges/{job}", timeout=DEADLINE_S).json()["state"] == "succeeded"
 
 
 @pytest.mark.parametrize("victim", ["schedule", "ray driver", "serve"])
@@ -294,7 +295,10 @@ def test_another_scheduler_takes_over_from_one_that_sleeps(rig: Rig, shards: int
     rig.check(second, tmp_path / "second")
     assert rig.stack.pids["schedule"] == sleeper
     assert rig.jobs.get(job) == record
-    assert digests(tmp_path / "out") == rig.content
+    # Stopped within a write of progress.json, it finishes that when it wakes: hidden, and nobody's any more.
+    late = {name for name in digests(tmp_path / "out") if name.startswith(".mergemill/")}
+    assert late <= {".mergemill/progress.json"}
+    assert {k: v for k, v in digests(tmp_path / "out").items() if k not in late} == rig.content
 
 
 def test_a_cancel_over_rest_is_heard_until_the_commit_begins(rig: Rig, shards: int, tmp_path: Path) -> None:
