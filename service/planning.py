@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 from urllib.parse import quote
 
 from service.checkpoint import (
@@ -41,6 +41,7 @@ from workers.errors import (
     ObjectNotFoundError,
     PlanError,
     StoreError,
+    StoreUnavailableError,
 )
 from workers.safetensors_format import LENGTH_BYTES, header_length, parse
 from workers.store.base import ObjectInfo, ObjectStore
@@ -141,6 +142,7 @@ def open_checkpoint(store: ObjectStore, uri: str) -> Checkpoint:
     """Read a checkpoint's headers, index and config.
 
     :raises PlanError: it is missing, unreadable or malformed; lists what was wrong.
+    :raises StoreUnavailableError: the store is out of reach.
     """
     problems: list[str] = []
 
@@ -149,6 +151,8 @@ def open_checkpoint(store: ObjectStore, uri: str) -> Checkpoint:
             return work()
         except HeaderError as error:
             problems.append(str(error))
+        except StoreUnavailableError:
+            raise  # says nothing about the model: a job that is half done must not fail for it
         except StoreError as error:
             problems.append(f"{uri}: {error}")
         return None
@@ -200,15 +204,24 @@ def plan_recipe(
     """Open every model of the recipe and plan the merge; ``output``, when given, must not overlap an input.
 
     :raises PlanError: lists every problem of every model.
+    :raises StoreUnavailableError: the store is out of reach.
     """
     problems: list[str] = []
+    away: list[str] = []
 
     def attempt(work: Callable[[], T]) -> T | None:
         try:
             return work()
         except PlanError as error:
             problems.extend(error.problems)
-            return None
+        except StoreUnavailableError as error:
+            away.append(str(error))
+        return None
+
+    def refuse() -> NoReturn:
+        if away:
+            raise StoreUnavailableError("; ".join(sorted({*away, *problems})))
+        raise PlanError(*sorted(set(problems)))
 
     names = recipe.names
     resolved = {name: attempt(lambda name=name: resolve_model(name, model_roots)) for name in names}  # type: ignore[misc]
@@ -225,12 +238,12 @@ def plan_recipe(
     )
     checkpoints = {name: found for name, uri in uris.items() if (found := opened[uri]) is not None}
     if len(checkpoints) < len(names):
-        raise PlanError(*sorted(set(problems)))
+        refuse()
     inputs = Inputs(checkpoints[recipe.reference], tuple(checkpoints[e.model] for _, e in recipe.task_models))
     inputs = attempt(lambda: _with_digests(store, recipe, inputs)) or inputs
-    plan = attempt(lambda: make_plan(recipe, inputs, options, baseline_bytes))
+    plan = None if away else attempt(lambda: make_plan(recipe, inputs, options, baseline_bytes))
     if plan is None or problems:
-        raise PlanError(*problems)
+        refuse()
     source = recipe.tokenizer_source
     tokenizer = checkpoints[recipe.reference if source in {None, "base"} else str(source)]
     return Planned(recipe, inputs, plan, uris, tokenizer)
@@ -325,6 +338,8 @@ def _with_digests(store: ObjectStore, recipe: Recipe, inputs: Inputs) -> Inputs:
 
     try:
         return Inputs(digested(inputs.reference), tuple(digested(model) for model in inputs.models))
+    except StoreUnavailableError:
+        raise
     except StoreError as error:
         raise PlanError(str(error)) from error
 

@@ -140,7 +140,7 @@ class JobRunner:
                 self._restart(f"an upload is gone: {error}")
             except StoreUnavailableError as error:  # what was asked for may have happened all the same
                 outages += 1
-                if outages > MAX_OUTAGES:
+                if outages > MAX_OUTAGES or self.record.state == JobState.PLANNING:  # nothing is lost yet
                     raise
                 self._log.warning("the store is out of reach; trying again", error=str(error))
                 self.tools.stopping.wait(self.tools.settings.poll_seconds)
