@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Container, Iterable, Mapping
-from pathlib import PurePosixPath
 from typing import Any
 
 import structlog
@@ -59,10 +58,8 @@ class Output:
         """What makes the output a checkpoint already, or what is left of one, or None."""
         if (name := self._loadable()) is not None:
             return name
-        shards = (
-            info.uri for info in self.store.list(self.uri + "/model") if info.uri.endswith(".safetensors")
-        )
-        return next((PurePosixPath(uri).name for uri in shards), None)
+        names = (file_name(info.uri) for info in self.store.list(self.uri + "/model", beside=True))
+        return next((name for name in names if is_shard(name)), None)
 
     def claim(self, document: Mapping[str, Any], is_over: Callable[[str], bool]) -> dict[str, str]:
         """Claim the output; the upload ids that an earlier claim of this very job recorded.
@@ -206,9 +203,7 @@ class Output:
 
         That is its shards and its tokenizer's files, but for those in ``ours``; whatever else lies there stays.
         """
-        for info in list(self.store.list(self.uri + "/")):
-            if "/" in info.uri[len(self.uri) + 1 :]:
-                continue
+        for info in list(self.store.list(self.uri + "/", beside=True)):
             own = file_name(info.uri)
             if own not in ours and (is_shard(own) or is_tokenizer_file(own)):
                 self._guard()

@@ -178,8 +178,7 @@ def open_checkpoint(store: ObjectStore, uri: str) -> Checkpoint:
 def _files(store: ObjectStore, uri: str) -> dict[str, ObjectInfo]:
     """The files of a checkpoint, by name; those of well-known names where listing is not permitted."""
     try:
-        beside = (info for info in store.list(uri + "/") if "/" not in info.uri[len(uri) + 1 :])
-        return {base_name(info.uri): info for info in beside}
+        return {base_name(info.uri): info for info in store.list(uri + "/", beside=True)}
     except AccessDeniedError:
         pass
 

@@ -207,9 +207,9 @@ class Guarded(LocalStore):
         self._forbidden = forbidden
         self._listing = listing
 
-    def list(self, prefix: str) -> Iterator[ObjectInfo]:
+    def list(self, prefix: str, *, beside: bool = False) -> Iterator[ObjectInfo]:
         if self._listing and self._forbidden not in prefix:
-            return super().list(prefix)
+            return super().list(prefix, beside=beside)
         raise AccessDeniedError(f"not allowed to list {prefix}")
 
     def head(self, uri: str) -> ObjectInfo:
@@ -241,7 +241,7 @@ def test_no_permission_is_said_for_every_model_at_once(tmp_path: Path, model: Pa
 
 
 class Down(LocalStore):
-    def list(self, prefix: str) -> Iterator[ObjectInfo]:
+    def list(self, prefix: str, *, beside: bool = False) -> Iterator[ObjectInfo]:
         raise StoreUnavailableError(f"{prefix}: connection refused, 5 times")
 
 

@@ -86,8 +86,11 @@ class ObjectStore(Protocol):
         """Remove an object; it is no error when there is none."""
         ...
 
-    def list(self, prefix: str) -> Iterator[ObjectInfo]:
-        """All objects whose URI begins with ``prefix`` (a plain string), in the order of their names."""
+    def list(self, prefix: str, *, beside: bool = False) -> Iterator[ObjectInfo]:
+        """All objects whose URI begins with ``prefix`` (a plain string), in the order of their names.
+
+        :param beside: only those without another slash after ``prefix``; what lies deeper costs nothing then.
+        """
         ...
 
     def presign(self, uri: str, expires_s: int) -> str | None:

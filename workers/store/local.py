@@ -96,14 +96,16 @@ class LocalStore:
             _forget_metadata(path, status)
             files.prune(path.parent)
 
-    def list(self, prefix: str) -> Iterator[ObjectInfo]:
+    def list(self, prefix: str, *, beside: bool = False) -> Iterator[ObjectInfo]:
         """See :meth:`ObjectStore.list`."""
         slash, _, tail = prefix.rpartition("/")
         if slash.endswith(":/"):  # file://, or file://localhost
             slash, tail = prefix, ""
         directory = _path(slash + "/")
         with files.mapped_errors("list", prefix):
-            found = sorted((os.fsencode(path), path) for path in _files_under(directory, unquote(tail)))
+            found = sorted(
+                (os.fsencode(path), path) for path in _files_under(directory, unquote(tail), beside)
+            )
         for _, path in found:
             status = _status(path)
             if status is not None and stat.S_ISREG(
@@ -206,12 +208,14 @@ def _status(path: Path) -> os.stat_result | None:
         return None
 
 
-def _files_under(directory: Path, beginning: str) -> Iterator[Path]:
+def _files_under(directory: Path, beginning: str, beside: bool) -> Iterator[Path]:
     if not directory.is_dir():
         return
     for entry in directory.iterdir():
         if entry.name.startswith(beginning):
             if entry.is_dir():
+                if beside:
+                    continue
                 for root, _, names in os.walk(entry):
                     yield from (Path(root, each) for each in names)
             else:

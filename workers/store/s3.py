@@ -182,12 +182,14 @@ class S3Store:
             if code_of(error.__cause__ or error) == "NoSuchBucket":
                 raise
 
-    def list(self, prefix: str) -> Iterator[ObjectInfo]:
+    def list(self, prefix: str, *, beside: bool = False) -> Iterator[ObjectInfo]:
         """See :meth:`ObjectStore.list`."""
         if scheme(prefix) != "s3":
             raise StoreError(f"{prefix!r} is no s3: URI")
         bucket, _, key = prefix.partition("://")[2].partition("/")
         query: dict[str, Any] = {"Bucket": bucket, "Prefix": key, "MaxKeys": PAGE}
+        if beside:
+            query["Delimiter"] = "/"
         while True:
             page = self._connection.call("list", prefix, lambda: self._client.list_objects_v2(**query))
             for item in page.get("Contents", []):

@@ -6,6 +6,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr
 
+from workers.ranges import READ_BYTES
+
 
 class StoreSettings(BaseModel):
     """How to reach the stores. What is ``None`` is left to boto3: environment, shared files, role."""
@@ -39,7 +41,7 @@ class StoreSettings(BaseModel):
     """Seconds to wait for the next bytes of an answer."""
     s3_max_connections: int = Field(default=32, ge=1)
     """Connections kept open by one process."""
-    s3_read_bytes: int = Field(default=8 << 20, ge=1 << 20)
+    s3_read_bytes: int = Field(default=READ_BYTES, ge=1 << 20)
     """Bigger reads are split into parallel requests of this many bytes."""
     s3_read_threads: int = Field(default=4, ge=1)
     """How many of those run at once in one process."""

@@ -54,9 +54,9 @@ class Stores:
         """See :meth:`ObjectStore.delete`."""
         self._of(uri).delete(uri)
 
-    def list(self, prefix: str) -> Iterator[ObjectInfo]:
+    def list(self, prefix: str, *, beside: bool = False) -> Iterator[ObjectInfo]:
         """See :meth:`ObjectStore.list`."""
-        return self._of(prefix).list(prefix)
+        return self._of(prefix).list(prefix, beside=beside)
 
     def presign(self, uri: str, expires_s: int) -> str | None:
         """See :meth:`ObjectStore.presign`."""

@@ -232,6 +232,14 @@ class StoreContract:
         for info in store.list(root + "/"):
             assert store.head(info.uri).etag == info.etag
 
+        def beside(prefix: str) -> list[str]:
+            return [info.uri for info in store.list(f"{root}/{prefix}", beside=True)]
+
+        assert beside("") == [join(root, name) for name in ("A", "a-b", "a.b", "b", "é")]
+        assert beside("a") == [join(root, name) for name in ("a-b", "a.b")]
+        assert beside("a/") == under("a/")
+        assert beside("ab/") == []
+
     def test_an_open_upload_is_not_an_object(self, store: ObjectStore, root: str) -> None:
         upload, _ = self._uploaded(store, join(root, "object"), [b"x"])
         with pytest.raises(ObjectNotFoundError):
