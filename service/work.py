@@ -175,7 +175,7 @@ class Work:
                     task = self._ready.popleft()
                     flying[self._tools.driver.submit(task.request())] = task
                 done, _ = wait(flying, timeout=settings.poll_seconds, return_when=FIRST_COMPLETED)
-                for future in done:
+                for future in sorted(done, key=_failed):  # what is finished is recorded before a failure ends it
                     flying.pop(future).finish(future.result())
                 self._save_progress()
         finally:
@@ -259,6 +259,10 @@ class Work:
         self._output.save_progress(self._plan.digest, self._record.uploads, self._results.values())
         self._saved_count = len(self._results)
         self._saved_at = time.monotonic() + 20 * (time.monotonic() - now)
+
+
+def _failed(future: Future[JSONValue]) -> bool:
+    return future.exception() is not None
 
 
 def _plain(settings: StoreSettings) -> JSONValue:
