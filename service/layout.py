@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from service.checkpoint import StoredTensor
 from service.matching import OutputTensor
-from service.price import MIN_PART_BYTES, merge_bytes
+from service.price import MIN_PART_BYTES, description_bytes, merge_bytes, piece_refs
 from workers.binding import bind
 from workers.task import (
     BLOCK_BYTES,
@@ -29,6 +29,9 @@ from workers.task import (
 
 GRAIN_ELEMENTS = math.lcm(SURVEY_ELEMENTS, BLOCK_BYTES // 2, BLOCK_BYTES // 4)
 """Merged tensors are split on multiples of it: survey blocks and digest blocks of every output dtype at once."""
+
+PART_REFS = 4096
+"""Input ranges that a part aims at, at most: what describes it stays small beside what it holds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,28 +132,32 @@ def pack(
 ) -> Iterator[list[Piece]]:
     """Group consecutive pieces into parts of about ``target`` bytes that hold at most ``limit``.
 
-    A part is closed only once it has ``minimum`` bytes, so every part but the last has at least as many.
+    Nor does a part have more than ``PART_REFS`` inputs; but one is closed only once it has ``minimum`` bytes,
+    so every part but the last has at least as many, and tiny tensors may need more inputs for that.
     """
     group: list[Piece] = []
-    size = holding = 0
+    size = holding = inputs = 0
     for piece in pieces:
-        if size >= minimum and (size + piece.nbytes > target or holding + held(piece) > limit):
+        adds, reads = held(piece), len(piece_refs(piece))
+        full = size + piece.nbytes > target or holding + adds > limit or inputs + reads > PART_REFS
+        if size >= minimum and full:
             yield group
-            group, size, holding = [], 0, 0
+            group, size, holding, inputs = [], 0, 0, 0
         group.append(piece)
         size += piece.nbytes
-        holding += held(piece)
+        holding += adds
+        inputs += reads
     if group:
         yield group
 
 
 def held_by(piece: Piece) -> int:
-    """Bytes that a task holds for a piece: its inputs and its output."""
+    """Bytes that a task holds for a piece: its inputs, its output and its description."""
     if isinstance(piece, MergePiece):
-        return merge_bytes(piece.arithmetic, DTYPE_BYTES[piece.dtype])
-    if isinstance(piece, CopyPiece):
-        return 2 * piece.nbytes
-    return piece.nbytes
+        held = merge_bytes(piece.arithmetic, DTYPE_BYTES[piece.dtype])
+    else:
+        held = 2 * piece.nbytes if isinstance(piece, CopyPiece) else piece.nbytes
+    return held + description_bytes(piece)
 
 
 def _step(whole: Arithmetic, dtype: str, limits: Limits) -> int:

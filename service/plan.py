@@ -12,7 +12,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
-from service.layout import Limits, held_by, pack, pieces_of, shard_name, shards_of
+from service.layout import PART_REFS, Limits, held_by, pack, pieces_of, shard_name, shards_of
 from service.matching import Inputs, match
 from service.price import BASELINE_BYTES, MAX_PARTS, MIN_PART_BYTES, Price, price, workspace_bytes
 from service.recipe import Recipe
@@ -118,8 +118,10 @@ def make_plan(
             "header", encode(layout((t.name, t.dtype, t.shape) for t in group), {"format": "pt"})
         )
         size = header.nbytes + sum(tensor.nbytes for tensor in group)
-        # Two neighbouring parts together exceed the target, so this many bytes a part keep within MAX_PARTS.
-        fitted = replace(limits, part_bytes=max(limits.part_bytes, -(-size // (MAX_PARTS // 2 - 1))))
+        # Two neighbouring parts together exceed the target, or PART_REFS: so this many bytes a part keep within
+        # MAX_PARTS.
+        pairs = max(1, MAX_PARTS // 2 - 1 - len(group) * (1 + len(inputs.models)) // PART_REFS)
+        fitted = replace(limits, part_bytes=max(limits.part_bytes, -(-size // pairs)))
         pieces: list[Piece] = [header]
         for tensor in group:
             cut, survey = pieces_of(tensor, fitted, SEMANTICS_VERSION)

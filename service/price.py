@@ -1,18 +1,32 @@
 """What a plan costs: bytes moved, requests, parts, and the peak memory of a task. Pure.
 
 The memory model is a promise (measured peak <= priced peak is a test), and adds up what a task holds, copy
-by copy: the inputs of all its pieces, its output, and the workspace of the arithmetic, on top of the
-baseline of a worker process that has imported everything and done nothing.
+by copy: the inputs of all its pieces, its output, the workspace of the arithmetic, and the task's own
+description, on top of the baseline of a worker process that has imported everything and done nothing. The
+figures were measured; ``docs/decisions/2026-11-22-what-a-task-holds.md`` has them.
 """
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from workers.ranges import READ_BYTES, coalesce
-from workers.task import Arithmetic, CopyPiece, HeaderPiece, MergePiece, Part, Survey, TensorRef
+from workers.task import (
+    BLOCK_BYTES,
+    SURVEY_ELEMENTS,
+    Arithmetic,
+    CopyPiece,
+    HeaderPiece,
+    MergePiece,
+    Part,
+    Piece,
+    Survey,
+    TensorRef,
+)
 
 BASELINE_BYTES = 384 << 20
 """VmHWM of a Ray worker that has imported torch, boto3 and `workers`, before its first byte."""
@@ -22,6 +36,18 @@ WORKSPACE_BYTES = 64 << 20
 
 WORKSPACE_BYTES_PER_INPUT = 6 << 20
 """The part of the workspace that grows with the number of inputs: float32 blocks and histograms."""
+
+STEP_BYTES_PER_INPUT = 256
+"""What stays of a block of :data:`SURVEY_ELEMENTS` once it is done: sums of a survey, digests of the output."""
+
+PIECE_BYTES = 3 << 10
+"""A piece of a part in JSON, as objects and in the result, its texts not counted."""
+
+REF_BYTES = 3 << 10
+"""One of a task's input ranges in JSON, as objects and as a read of its own, its texts not counted."""
+
+TEXT_COPIES = 6
+"""How often a worker holds a text of its task (a name, URI, ETag or header): per character of its JSON."""
 
 MAX_PARTS = 10_000
 """Most parts of one S3 multipart upload."""
@@ -40,7 +66,8 @@ class Price:
     input_bytes: int
     """Bytes of the input tensors, counted once."""
     requests: int
-    """Ranged reads and part uploads."""
+    """Ranged reads of tensors, each of at most ``READ_BYTES``, and part uploads. Not counted: headers and
+    small files, looking up, opening, listing and completing (a few for each file), and repeats."""
     shards: int
     """Output files with weights."""
     parts: int
@@ -67,15 +94,22 @@ def workspace_bytes(inputs: int) -> int:
     return WORKSPACE_BYTES + WORKSPACE_BYTES_PER_INPUT * inputs
 
 
+def description_bytes(piece: Piece) -> int:
+    """Bytes that a worker holds of a piece besides tensors: its description, and what is told about it."""
+    text = piece.text if isinstance(piece, HeaderPiece) else piece.name
+    return PIECE_BYTES + TEXT_COPIES * len(json.dumps(text)) + _refs_bytes(piece_refs(piece))
+
+
+def piece_refs(piece: Piece) -> tuple[TensorRef, ...]:
+    """All byte ranges that a piece is made of."""
+    if isinstance(piece, MergePiece):
+        return piece.arithmetic.refs
+    return (piece.ref,) if isinstance(piece, CopyPiece) else ()
+
+
 def part_refs(part: Part) -> tuple[TensorRef, ...]:
     """All byte ranges that a part reads."""
-    refs: list[TensorRef] = []
-    for piece in part.pieces:
-        if isinstance(piece, MergePiece):
-            refs.extend(piece.arithmetic.refs)
-        elif isinstance(piece, CopyPiece):
-            refs.append(piece.ref)
-    return tuple(refs)
+    return tuple(ref for piece in part.pieces for ref in piece_refs(piece))
 
 
 def part_peak_bytes(part: Part, baseline_bytes: int = BASELINE_BYTES) -> int:
@@ -85,7 +119,7 @@ def part_peak_bytes(part: Part, baseline_bytes: int = BASELINE_BYTES) -> int:
 
 def survey_peak_bytes(arithmetic: Arithmetic, baseline_bytes: int = BASELINE_BYTES) -> int:
     """Peak memory of one survey task."""
-    return baseline_bytes + _reads(arithmetic.refs)[0] + workspace_bytes(len(arithmetic.refs))
+    return baseline_bytes + _reads(arithmetic.refs)[0] + _surveyed_bytes(arithmetic)
 
 
 def price(
@@ -109,7 +143,7 @@ def price(
             bytes_read += read * survey.passes
             requests += reads * survey.passes
             survey_tasks += survey.passes
-            if (needed := baseline_bytes + read + workspace_bytes(len(piece.refs))) > peak:
+            if (needed := baseline_bytes + read + _surveyed_bytes(piece)) > peak:
                 peak, worst = needed, piece.name
     return Price(
         bytes_read=bytes_read,
@@ -135,9 +169,33 @@ def part_label(part: Part) -> str:
 
 
 def _made_bytes(part: Part) -> int:
-    """Bytes of a part's output, and of the workspace to make it."""
-    inputs = max((len(p.arithmetic.refs) for p in part.pieces if isinstance(p, MergePiece)), default=1)
-    return part.nbytes + workspace_bytes(inputs)
+    """Bytes of a part's output, its description, and the workspace to make it."""
+    merges = [piece.arithmetic for piece in part.pieces if isinstance(piece, MergePiece)]
+    workspace = workspace_bytes(max((len(arithmetic.refs) for arithmetic in merges), default=1))
+    steps = part.nbytes // BLOCK_BYTES * STEP_BYTES_PER_INPUT + sum(map(_steps_bytes, merges))
+    return part.nbytes + workspace + steps + sum(map(description_bytes, part.pieces))
+
+
+def _surveyed_bytes(arithmetic: Arithmetic) -> int:
+    """Bytes that a survey task holds besides its inputs."""
+    inputs = arithmetic.refs
+    described = PIECE_BYTES + TEXT_COPIES * len(json.dumps(arithmetic.name)) + _refs_bytes(inputs)
+    return workspace_bytes(len(inputs)) + _steps_bytes(arithmetic) + described
+
+
+def _steps_bytes(arithmetic: Arithmetic) -> int:
+    steps = (arithmetic.last - arithmetic.first) // SURVEY_ELEMENTS
+    return steps * STEP_BYTES_PER_INPUT * len(arithmetic.refs)
+
+
+def _refs_bytes(refs: Sequence[TensorRef]) -> int:
+    texts = sum(_json_length(ref.uri) + _json_length(ref.etag) for ref in refs)
+    return REF_BYTES * len(refs) + TEXT_COPIES * texts
+
+
+@lru_cache(maxsize=1024)
+def _json_length(text: str) -> int:
+    return len(json.dumps(text))
 
 
 def _reads(refs: Iterable[TensorRef]) -> tuple[int, int]:

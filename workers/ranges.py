@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from workers.task import TensorRef
 
-READ_BYTES = 16 << 20
-"""Longest range that is asked of a store in one request."""
+READ_BYTES = 8 << 20
+"""Longest range that is asked of S3 in one request, unless its settings say otherwise."""
 
 
 @dataclass(frozen=True, slots=True)

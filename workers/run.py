@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import time
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -192,6 +193,7 @@ class _InputBytes:
     def __init__(self, store: ObjectStore, refs: Iterable[TensorRef], device: str) -> None:
         self._device = device
         self._runs = coalesce(refs)
+        self._starts = [(run.uri, run.etag, run.start) for run in self._runs]
         self._buffers = [bytearray(run.nbytes) for run in self._runs]
 
         def fetch(index: int) -> None:
@@ -211,9 +213,10 @@ class _InputBytes:
 
     def view(self, ref: TensorRef) -> memoryview:
         """The bytes of one range."""
-        for run, buffer in zip(self._runs, self._buffers, strict=True):
-            if (run.uri, run.etag) == (ref.uri, ref.etag) and run.start <= ref.start and ref.end <= run.end:
-                return memoryview(buffer)[ref.start - run.start : ref.end - run.start]
+        at = bisect_right(self._starts, (ref.uri, ref.etag, ref.start)) - 1
+        run = self._runs[at]
+        if at >= 0 and (run.uri, run.etag) == (ref.uri, ref.etag) and ref.end <= run.end:
+            return memoryview(self._buffers[at])[ref.start - run.start : ref.end - run.start]
         raise LookupError(f"{ref} was not read")
 
     def tensor(self, ref: TensorRef, first: int, last: int) -> torch.Tensor:

@@ -14,14 +14,17 @@ import pytest
 from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 
-from service.layout import GRAIN_ELEMENTS
+from service.layout import GRAIN_ELEMENTS, PART_REFS
 from service.matching import Inputs
 from service.plan import PLAN, Plan, PlanOptions, Shard, make_plan, plan_summary
 from service.price import (
     BASELINE_BYTES,
     MAX_PARTS,
     MIN_PART_BYTES,
+    PIECE_BYTES,
+    REF_BYTES,
     part_peak_bytes,
+    part_refs,
     survey_peak_bytes,
     workspace_bytes,
 )
@@ -195,7 +198,7 @@ def test_every_byte_is_made_once_within_all_limits(recipe: Recipe, spec: Spec, o
     text = PLAN.dump_json(plan)
     assert PLAN.validate_json(text) == plan
     assert PLAN.dump_json(make_plan(recipe, inputs, options)) == text
-    assert PLAN.validate_json(text).digest == plan.digest
+    assert plan.part_ids == tuple(part_id(part) for part in plan.parts)
 
 
 @pytest.mark.parametrize("method", ["ties", "dare_ties", "linear", "slerp", "passthrough"])
@@ -215,8 +218,28 @@ def test_small_neighbours_share_a_part_and_a_part_aims_at_its_size() -> None:
     assert len(sizes) == 5  # the header makes the first part 63 tensors long
     assert all(63 * MIB < size <= 64 * MIB for size in sizes[:-1])
     assert (
-        plan.price.requests == 5 * (2 * 4 + 1) - 2 * 3
-    )  # 64 MiB of neighbours in 16 MiB reads, twice; and a put
+        plan.price.requests == 5 * (2 * 8 + 1) - 2 * 7
+    )  # 64 MiB of neighbours in 8 MiB reads, twice; and a put
+
+
+def test_small_tensors_share_a_part_up_to_its_inputs_and_tiny_ones_up_to_its_minimum() -> None:
+    recipe = recipe_of("linear", 4)
+    small = make_plan(recipe, alike(recipe, {f"t{n}": ("F32", (4096,)) for n in range(5000)}), BIG)
+    counts = [len(part_refs(part)) for part in small.parts]
+    assert counts == [PART_REFS] * 4 + [4 * 5000 - 4 * PART_REFS]
+    tiny = make_plan(recipe, alike(recipe, {f"t{n}": ("F32", (256,)) for n in range(12000)}), BIG)
+    assert len(tiny.parts) == 3  # of 1 KiB, the header in the first
+    assert all(MIN_PART_BYTES <= part.nbytes <= MIN_PART_BYTES + 1024 for part in tiny.parts[:-1])
+    check(tiny, BIG, {f"t{n}": ("F32", (256,)) for n in range(12000)}, recipe)
+
+
+def test_what_describes_tiny_tensors_is_priced_and_can_be_too_much() -> None:
+    recipe = recipe_of("linear", 4)
+    inputs = alike(recipe, {f"t{n}": ("F32", (1,)) for n in range(20000)})
+    priced = make_plan(recipe, inputs, BIG).price.peak_bytes
+    assert priced - BASELINE_BYTES - workspace_bytes(4) > 20000 * (PIECE_BYTES + 4 * REF_BYTES)
+    with pytest.raises(PlanError, match=f"raise it to at least {priced}"):
+        make_plan(recipe, inputs, PlanOptions(worker_memory_bytes=priced - 1))
 
 
 @pytest.mark.parametrize(

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from service.price import (
     BASELINE_BYTES,
+    PIECE_BYTES,
+    REF_BYTES,
+    STEP_BYTES_PER_INPUT,
+    TEXT_COPIES,
+    description_bytes,
     merge_bytes,
     part_label,
     part_peak_bytes,
@@ -48,26 +55,42 @@ def test_every_term_is_there_once() -> None:
     assert found.bytes_read == first + second + 3 * 8 * (13 * MIB + 1)
     assert found.input_bytes == first + second
     assert found.bytes_written == 104 + 101 + 4 * 1009 + 2 * (13 * MIB + 1)
-    # 16 MiB a read. First: buffer, base and two models. Second: 52 MiB of base, 26 MiB a model. And two puts.
-    reads = (1 + 1 + 2) + (4 + 2 + 2)
-    # Survey: 44 MiB and 22 MiB twice; 8 MiB and 4 MiB twice; three times.
-    assert found.requests == reads + 2 + 3 * ((3 + 2 + 2) + 3)
+    # 8 MiB a read. First: buffer, base and two models. Second: 52 MiB of base, 26 MiB a model, and some bytes.
+    reads = (1 + 1 + 2) + (7 + 4 + 4)
+    # Survey: 44 MiB and 22 MiB twice; 8 MiB and 4 MiB twice, and some bytes; three times. And two puts.
+    assert found.requests == reads + 2 + 3 * ((6 + 3 + 3) + (2 + 1 + 1))
     assert (found.shards, found.parts, found.survey_tasks, found.surveyed_tensors) == (2, 2, 6, 1)
     assert found.most_reads == 4
-    assert found.peak_bytes == BASELINE + second + 2 * (13 * MIB + 1) + workspace_bytes(3)
+    blocks = 26 + 52 * 3  # of digests, and of a survey's sums a model
+    made = 2 * (13 * MIB + 1) + workspace_bytes(3) + blocks * STEP_BYTES_PER_INPUT + description_bytes(BIG)
+    assert found.peak_bytes == BASELINE + second + made
     assert found.worst == "big"
 
 
-def test_the_peak_of_a_part_is_baseline_inputs_output_and_workspace() -> None:
+def test_the_peak_of_a_part_is_baseline_inputs_output_workspace_and_description() -> None:
     inputs, output = 101 + 8 * 1009, 104 + 101 + 4 * 1009
-    assert part_peak_bytes(FIRST, BASELINE) == BASELINE + inputs + output + workspace_bytes(3)
+    described = sum(map(description_bytes, (HEADER, COPY, SMALL)))
+    assert part_peak_bytes(FIRST, BASELINE) == BASELINE + inputs + output + workspace_bytes(3) + described
     assert part_peak_bytes(FIRST) - part_peak_bytes(FIRST, 0) == BASELINE_BYTES
     assert workspace_bytes(3) - workspace_bytes(2) == workspace_bytes(2) - workspace_bytes(1) > 0
     assert merge_bytes(SMALL.arithmetic, 4) == 8 * 1009 + 4 * 1009
 
 
+def test_a_description_counts_pieces_refs_and_texts_as_json_has_them() -> None:
+    texts = len('"small"') + 3 * len('"e"') + len('"file:///base/model.safetensors"')
+    texts += 2 * len('"file:///m0/model.safetensors"')
+    assert description_bytes(SMALL) == PIECE_BYTES + 3 * REF_BYTES + TEXT_COPIES * texts
+    texts = len('"buffer"') + len('"e"') + len('"file:///base/model.safetensors"')
+    assert description_bytes(COPY) == PIECE_BYTES + REF_BYTES + TEXT_COPIES * texts
+    assert description_bytes(HEADER) == PIECE_BYTES + TEXT_COPIES * (96 + 2)
+    wide = replace(COPY, name="\N{GRINNING FACE}")  # a surrogate pair, escaped
+    assert description_bytes(wide) - description_bytes(COPY) == TEXT_COPIES * (12 - 6)
+
+
 def test_the_peak_of_a_survey_task_has_no_output() -> None:
-    assert survey_peak_bytes(SURVEY.pieces[0], BASELINE) == BASELINE + 8 * 11 * MIB + workspace_bytes(3)
+    described = description_bytes(BIG) + 44 * 3 * STEP_BYTES_PER_INPUT
+    expected = BASELINE + 8 * 11 * MIB + workspace_bytes(3) + described
+    assert survey_peak_bytes(SURVEY.pieces[0], BASELINE) == expected
 
 
 def test_a_survey_can_be_the_worst_task() -> None:
@@ -79,7 +102,9 @@ def test_a_survey_can_be_the_worst_task() -> None:
 def test_what_two_pieces_share_is_read_and_held_once() -> None:
     twice = Part("s", 1, 0, (SMALL, SMALL), 1)
     assert price([twice], [], 1, 0).bytes_read == 8 * 1009
-    assert part_peak_bytes(twice, 0) == 8 * 1009 + 2 * 4 * 1009 + workspace_bytes(3)
+    assert part_peak_bytes(twice, 0) == 8 * 1009 + 2 * (
+        4 * 1009 + description_bytes(SMALL)
+    ) + workspace_bytes(3)
     assert len(part_refs(twice)) == 6
 
 

@@ -1,0 +1,59 @@
+"""How much a worker grows by a task, measured in a process of its own that has a fleet's environment.
+
+Run as a program it is that worker: it takes the payloads of ``sys.argv[1]`` one after another, as
+:func:`service.fleet.run_entry` does, and prints how far above its start each one took it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from service.fleet_process import WORKER_ENV
+from workers import entry
+
+Task = tuple[str, Any]
+"""The function of :mod:`workers.entry`, and its payload."""
+
+
+def growth(tasks: Sequence[Task], scratch: Path) -> list[int]:
+    """The most resident bytes during each task, less those of the worker that had imported all and done nothing."""
+    lines = [json.dumps([name, json.dumps(payload)]) for name, payload in tasks]
+    scratch.write_text("\n".join(lines))
+    command = [sys.executable, "-m", __name__, str(scratch)]
+    done = subprocess.run(
+        command, env={**os.environ, **WORKER_ENV}, stdout=subprocess.PIPE, check=True, timeout=100
+    )
+    found: list[int] = json.loads(done.stdout)
+    return found
+
+
+def status(key: str) -> int:
+    """A figure of ``/proc/self/status``, in bytes."""
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith(f"{key}:"))
+
+
+def main() -> None:
+    """Do the tasks of a file; each line holds a function's name and the text of its payload."""
+    start, found = status("VmRSS"), []
+    with Path(sys.argv[1]).open(encoding="utf-8") as lines:
+        for line in lines:
+            name, payload = json.loads(line)
+            del line
+            Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # VmHWM begins anew
+            answer = json.dumps({"value": getattr(entry, name)(json.loads(payload))})
+            found.append(status("VmHWM") - start)
+            del answer, payload
+            ctypes.CDLL(None).malloc_trim(0)
+    sys.stdout.write(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

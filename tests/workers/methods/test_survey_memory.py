@@ -1,0 +1,125 @@
+"""A worker grows by less than a task is priced at, for hostile task vectors and for crowds of tensors."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from service.plan import Plan, PlanOptions
+from service.price import part_peak_bytes, survey_peak_bytes, workspace_bytes
+from tests.checkpoints import Tensors, write_checkpoint
+from tests.workers.execute import plan
+from tests.workers.memory import Task, growth
+from workers.binding import bind
+from workers.methods.evaluate import conclude_pass
+from workers.run import run_survey
+from workers.store.local import LocalStore
+from workers.store.uris import from_path, join
+from workers.task import PART, SURVEY_ELEMENTS, SURVEY_TASK, Facts, SurveyTask
+
+MIB = 1 << 20
+ELEMENTS = 6 * SURVEY_ELEMENTS + 7
+ALL = {"equal_magnitudes": "exact_k", "zero_sign": "majority", "normalize": True}
+CASES: list[tuple[str, str, dict[str, Any]]] = [
+    ("ties", "low", {"density": 0.5, **ALL}),
+    ("dare_ties", "high", {"density": 0.9, "rescale": "l1", "retrim": True, **ALL}),
+    ("dare_ties", "narrow", {"density": 0.9, "rescale": "l1", "retrim": True, **ALL}),
+]
+"""Method, model and parameters, with every pass that a survey can have."""
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base of zeros; models whose magnitudes fill a histogram of the low and of the high 16 bits; one in bfloat16."""
+    root = tmp_path_factory.mktemp("models")
+    generator = torch.Generator().manual_seed(0)
+
+    def drawn(below: int) -> torch.Tensor:
+        return torch.randint(0, below, (ELEMENTS,), generator=generator, dtype=torch.int32)
+
+    tensors = {
+        "base": torch.zeros(ELEMENTS),
+        "low": (drawn(1 << 16) + 0x3F80_0000).view(torch.float32),
+        "high": drawn(0x7000_0000).view(torch.float32),
+        "narrow": drawn(0x7000_0000).view(torch.float32).bfloat16(),
+    }
+    for name, tensor in tensors.items():
+        write_checkpoint(root / name, {"w": tensor})
+    return root
+
+
+def part_tasks(root: Path, name: str, found: Plan) -> list[tuple[Task, int]]:
+    """The tasks that make the parts of a plan without surveys, each with its price."""
+    assert not found.surveys
+    tasks: list[tuple[Task, int]] = []
+    store = LocalStore()
+    for shard in found.shards:
+        upload = store.open_upload(join(from_path(str(root / "out")), name, shard.name), shard.size, {})
+        for part in found.parts:
+            if part.shard == shard.name:
+                text = PART.dump_json(part, ensure_ascii=True).decode()
+                payload = {"part": text, "upload": {"uri": upload.uri, "id": upload.id}}
+                task = ("part", payload | {"facts": {}, "store": {}, "device": "cpu"})
+                tasks.append((task, part_peak_bytes(part, 0)))
+    return tasks
+
+
+def survey_tasks(found: Plan) -> list[tuple[Task, int]]:
+    """The first task of every pass of a plan's only survey, each with its price."""
+    (survey,) = found.surveys
+    assert len(survey.pieces) > 1
+    tasks: list[tuple[Task, int]] = []
+    facts: Facts = {}
+    for index, survey_pass in enumerate(bind(survey.pieces[0]).passes):
+        pieces = [SurveyTask(survey.id, index, piece, facts) for piece in survey.pieces]
+        text = SURVEY_TASK.dump_json(pieces[0], ensure_ascii=True).decode()
+        task = ("survey", {"task": text, "store": {}, "device": "cpu"})
+        tasks.append((task, survey_peak_bytes(survey.pieces[0], 0)))
+        summaries = [run_survey(piece, LocalStore()) for piece in pieces]
+        facts = conclude_pass(survey_pass, summaries, ELEMENTS, facts)
+    return tasks
+
+
+@pytest.mark.parametrize("count", [1, 4, 16])
+def test_surveys(models: Path, tmp_path: Path, count: int) -> None:
+    tasks: list[tuple[Task, int]] = []
+    for method, model, parameters in CASES:
+        options = PlanOptions(worker_memory_bytes=1 << 40)
+        found = plan(models, method, [model] * count, parameters, options)
+        tasks += part_tasks(tmp_path, f"{method}-{model}", found.plan)
+    split = PlanOptions(worker_memory_bytes=1 << 40, whole_tensor_bytes=5 * MIB, part_bytes=5 * MIB)
+    tasks += survey_tasks(plan(models, "ties", ["low"] * count, CASES[0][2], split).plan)
+    check(tasks, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param("model.layers.{:05}.norm.weight", id="plain"),
+        pytest.param("{:05}" + "\N{GRINNING FACE}" * 50, id="wide"),
+    ],
+)
+def test_crowds_of_tensors(tmp_path: Path, name: str) -> None:
+    """What a worker holds besides bytes and workspace: tensors that do not touch, so that none are read together."""
+    keys = [name.format(number) for number in range(2500)]
+    base: Tensors = {key: torch.ones(8) for key in keys}
+    apart = base | {f"{key}.not-in-base": torch.ones(1) for key in keys}
+    write_checkpoint(tmp_path / "one", {"w": torch.ones(8)})
+    write_checkpoint(tmp_path / "base", base)
+    models = [write_checkpoint(tmp_path / f"m{number}", apart).name for number in range(4)]
+    options = PlanOptions(worker_memory_bytes=1 << 40)
+    alone = plan(tmp_path, "linear", ["one"], {}, options).plan
+    crowd = plan(tmp_path, "task_arithmetic", models, {}, options, extra_tensors="drop").plan
+    tasks = part_tasks(tmp_path, "alone", alone) + part_tasks(tmp_path, "crowd", crowd)
+    before, grown = growth([task for task, _ in tasks], tmp_path / "tasks")
+    assert 0 < grown - before <= tasks[1][1] - workspace_bytes(5)
+
+
+def check(tasks: list[tuple[Task, int]], scratch: Path) -> None:
+    """One worker does them all, and what it keeps of one counts in the next."""
+    grown = growth([task for task, _ in tasks], scratch / "tasks")
+    found = list(zip(grown, [priced for _, priced in tasks], strict=True))
+    assert all(0 < most <= priced for most, priced in found), found
