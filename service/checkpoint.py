@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import re
@@ -189,8 +188,3 @@ def is_tokenizer_file(name: str) -> bool:
 def shard_uri(checkpoint: str, name: str) -> str:
     """URI of a weight file of a checkpoint."""
     return join(checkpoint, name)
-
-
-def content_digest(data: bytes) -> str:
-    """Hex SHA-256 of a small file."""
-    return hashlib.sha256(data).hexdigest()

@@ -87,11 +87,6 @@ RELEASE: Final = """
 if redis.call('HGET', KEYS[1] .. ':lease', 'token') ~= ARGV[1] then return 0 end
 return redis.call('DEL', KEYS[1] .. ':lease')
 """
-CLEAR: Final = """
-if redis.call('HGET', KEYS[1] .. ':lease', 'token') ~= ARGV[1] then return 'fenced' end
-redis.call('DEL', KEYS[1] .. ':parts', KEYS[1] .. ':surveys', KEYS[1] .. ':progress')
-return 'cleared'
-"""
 
 # A result and the progress that it makes are one fact, or a retry would count it twice; the token and the
 # state are checked in the same step, since results of a former owner, or for uploads that are gone, are void.

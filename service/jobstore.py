@@ -289,11 +289,6 @@ class JobStore:
         keyed = ((name.rpartition(":"), text) for name, text in found.items())
         return {(survey, int(index)): json.loads(text) for (survey, _, index), text in keyed}
 
-    @_guarded
-    def clear_parts(self, lease: Lease) -> None:
-        """Forget all finished parts and surveys; :meth:`apply` does so by itself when a job starts over."""
-        self._check(lease, self._run(scripts.CLEAR, (self._job(lease.job),), lease.token))
-
     # Outputs
 
     @_guarded

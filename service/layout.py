@@ -175,4 +175,4 @@ def _copies(tensor: OutputTensor, source: StoredTensor, most: int) -> Iterator[C
     for start in range(0, ref.nbytes, step):
         end = min(start + step, ref.nbytes)
         piece = type(ref)(ref.uri, ref.etag, ref.start + start, ref.start + end, ref.dtype)
-        yield CopyPiece("copy", tensor.name, piece, start, ref.nbytes)
+        yield CopyPiece("copy", tensor.name, piece, start)

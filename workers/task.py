@@ -107,11 +107,6 @@ class Arithmetic:
         base = () if self.base is None else (self.base,)
         return base + tuple(model.ref for model in self.models)
 
-    @property
-    def is_whole(self) -> bool:
-        """Whether the run is all of the tensor."""
-        return self.first == 0 and self.last == self.numel
-
 
 @dataclass(frozen=True, slots=True)
 class HeaderPiece:
@@ -138,8 +133,6 @@ class CopyPiece:
     """The bytes."""
     offset: int
     """Where in the output tensor they begin, in bytes; a multiple of :data:`BLOCK_BYTES`."""
-    tensor_nbytes: int
-    """Bytes of the whole output tensor."""
 
     @property
     def nbytes(self) -> int:
@@ -173,11 +166,6 @@ class MergePiece:
     def offset(self) -> int:
         """Where in the output tensor it begins, in bytes."""
         return self.arithmetic.first * DTYPE_BYTES[self.dtype]
-
-    @property
-    def tensor_nbytes(self) -> int:
-        """Bytes of the whole output tensor."""
-        return self.arithmetic.numel * DTYPE_BYTES[self.dtype]
 
 
 Piece = Annotated[HeaderPiece | CopyPiece | MergePiece, Field(discriminator="kind")]

@@ -345,7 +345,6 @@ FENCED: dict[str, Callable[[JobStore, Lease], object]] = {
     "renew": lambda store, lease: store.renew(lease),
     "record_part": lambda store, lease: store.record_part(lease, part(2)),
     "record_survey": lambda store, lease: store.record_survey(lease, "s", 0, {}, 1),
-    "clear_parts": lambda store, lease: store.clear_parts(lease),
     "claim_output": lambda store, lease: store.claim_output(lease, "file:///b"),
     "release_output": lambda store, lease: store.release_output(lease, "file:///a"),
 }
@@ -442,16 +441,6 @@ def test_other_events_forget_nothing(job_store: JobStore) -> None:
     job_store.record_survey(other, "s", 0, {}, 1)
     job_store.apply(planning.id, PlanningStarted(), other.token)
     assert job_store.status(planning.id).surveys_done == 1
-
-
-def test_parts_can_be_cleared(job_store: JobStore) -> None:
-    record, lease = claimed(job_store, *TO_RUNNING)
-    job_store.record_part(lease, part(1))
-    job_store.record_survey(lease, "s", 0, {}, 1)
-    job_store.clear_parts(lease)
-    status = job_store.status(record.id)
-    assert (status.parts_done, status.bytes_done, status.bytes_read, status.surveys_done) == (0, 0, 0, 0)
-    assert job_store.record_part(lease, part(1))
 
 
 # Outputs

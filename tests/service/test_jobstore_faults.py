@@ -175,7 +175,6 @@ with JobStore(url, namespace) as store:
         "part": lambda: store.record_part(lease, part(10**9)),
         "survey": lambda: store.record_survey(lease, "s", 0, {}, 1),
         "renew": lambda: store.renew(lease),
-        "clear": lambda: store.clear_parts(lease),
         "claim": lambda: store.claim_output(lease, "file:///another"),
         "unclaim": lambda: store.release_output(lease, "file:///output"),
         "release": lambda: store.release(lease),
@@ -215,7 +214,7 @@ def test_an_owner_paused_past_its_lease_can_record_nothing(
             *_, last = owner.stdout.read().splitlines()
         finally:
             owner.kill()
-    names = ("apply", "fail", "part", "survey", "renew", "clear", "claim", "unclaim")
+    names = ("apply", "fail", "part", "survey", "renew", "claim", "unclaim")
     assert json.loads(last) == dict.fromkeys(names, "lost") | {"release": "None"}
     assert job_store.parts(record.id) == parts
     assert job_store.status(record.id) == status

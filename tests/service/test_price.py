@@ -41,7 +41,7 @@ def arithmetic(name: str, start: int, elements: int, base: str | None = "F32") -
 
 
 HEADER = HeaderPiece("header", " " * 96)
-COPY = CopyPiece("copy", "buffer", ref("base", 1_000_003, 101, "U8"), 0, 101)
+COPY = CopyPiece("copy", "buffer", ref("base", 1_000_003, 101, "U8"), 0)
 SMALL = MergePiece("merge", arithmetic("small", 5_000_011, 1009), "F32", None)
 FIRST = Part("model-00001-of-00002.safetensors", 1, 0, (HEADER, COPY, SMALL), 1)
 BIG = MergePiece("merge", arithmetic("big", 10_000_019, 13 * MIB + 1), "F16", "s")
@@ -109,9 +109,7 @@ def test_what_two_pieces_share_is_read_and_held_once() -> None:
 
 
 def test_neighbours_cost_one_request() -> None:
-    neighbours = tuple(
-        CopyPiece("copy", f"t{i}", ref("base", 1000 + 10 * i, 10, "U8"), 0, 10) for i in range(50)
-    )
+    neighbours = tuple(CopyPiece("copy", f"t{i}", ref("base", 1000 + 10 * i, 10, "U8"), 0) for i in range(50))
     assert price([Part("s", 1, 0, neighbours, 1)], [], 1, 0).requests == 2
 
 

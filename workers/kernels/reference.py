@@ -87,12 +87,6 @@ def select(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     return (x.view(torch.int32) & mask).view(torch.float32)
 
 
-def count_nonfinite(x: torch.Tensor) -> int:
-    """How many elements are NaN or infinite."""
-    bits = magnitude_bits(x)
-    return int(torch.ge(bits, INFINITY_BITS, out=_flags(bits)).sum())
-
-
 def finite_bits(x: torch.Tensor) -> torch.Tensor:
     """:func:`magnitude_bits`, with NaN and infinity as zero: what a trim's statistics see."""
     bits = magnitude_bits(x)

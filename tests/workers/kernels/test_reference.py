@@ -101,10 +101,9 @@ def test_magnitude_bits_are_ordered_as_magnitudes(bits: list[int]) -> None:
 
 
 @given(ANY_BITS)
-def test_nonfinite_elements_are_counted_and_read_as_zero(bits: list[int]) -> None:
+def test_nonfinite_elements_are_read_as_zero(bits: list[int]) -> None:
     x = floats(bits)
     finite = [math.isfinite(value) for value in x.tolist()]
-    assert reference.count_nonfinite(x) == finite.count(False)
     assert raw(reference.finite_or_zero(x)) == [b if ok else 0 for b, ok in zip(bits, finite, strict=True)]
     assert reference.finite_bits(x).tolist() == [
         b & 0x7FFFFFFF if ok else 0 for b, ok in zip(bits, finite, strict=True)
