@@ -90,7 +90,9 @@ def running_service(
         store=store or StoreSettings(),
         **{"poll_seconds": 0.1, "progress_seconds": 0.5, "lease_seconds": 5.0, **settings},
     )
-    config = uvicorn.Config(create_app(chosen), host="127.0.0.1", port=0, log_config=None, ws="none")
+    config = uvicorn.Config(
+        create_app(chosen), host="127.0.0.1", port=0, log_config=None, ws="none", timeout_graceful_shutdown=5
+    )
     server = uvicorn.Server(config)
     api = threading.Thread(target=server.run, name="api")
     api.start()
