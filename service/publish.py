@@ -8,7 +8,8 @@ from importlib.metadata import version
 
 from service.checkpoint import INDEX_FILE, is_tokenizer_file
 from service.commit import Output
-from service.output import (
+from service.planning import Planned
+from service.sidecars import (
     CARD,
     CONFIG,
     MANIFEST,
@@ -20,7 +21,6 @@ from service.output import (
     tensor_digests,
     text_file,
 )
-from service.planning import Planned
 from workers.errors import ObjectNotFoundError
 from workers.store.uris import join
 from workers.task import PartResult

@@ -34,11 +34,11 @@ from service.jobs import (
     Planned as PlanRecorded,
 )
 from service.jobstore import Lease
-from service.output import OutputFile
 from service.plan import PlanOptions, plan_summary
 from service.planning import Planned, plan_recipe
 from service.publish import publish, published
 from service.recipe import parse_recipe
+from service.sidecars import OutputFile
 from service.work import Tools, Work
 from workers.errors import (
     FleetError,

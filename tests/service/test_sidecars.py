@@ -13,7 +13,9 @@ import pytest
 import torch
 import yaml
 
-from service.output import (
+from service.plan import PlanOptions
+from service.recipe import parse_recipe, parse_yaml
+from service.sidecars import (
     CONFIG,
     OutputFile,
     config_json,
@@ -24,8 +26,6 @@ from service.output import (
     tensor_digests,
     text_file,
 )
-from service.plan import PlanOptions
-from service.recipe import parse_recipe, parse_yaml
 from tests.checkpoints import edge_tensors, integer_buffers, write_checkpoint
 from tests.workers.execute import MIB, Done, dyadic, plan, run, write_models
 from workers.safetensors_format import parse
