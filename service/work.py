@@ -175,9 +175,8 @@ class Work:
                     task = self._ready.popleft()
                     flying[self._tools.driver.submit(task.request())] = task
                 done, _ = wait(flying, timeout=settings.poll_seconds, return_when=FIRST_COMPLETED)
-                for future in sorted(
-                    done, key=_failed
-                ):  # what is finished is recorded before a failure ends it
+                # What is finished is recorded before a failure ends it.
+                for future in sorted(done, key=_failed):
                     flying.pop(future).finish(future.result())
                 self._save_progress()
         finally:
