@@ -140,7 +140,7 @@ class JobRunner:
                 self._restart(f"an upload is gone: {error}")
             except StoreUnavailableError as error:  # what was asked for may have happened all the same
                 outages += 1
-                if outages > MAX_OUTAGES or self.record.state == JobState.PLANNING:  # nothing is lost yet
+                if outages > MAX_OUTAGES:
                     raise
                 self._log.warning("the store is out of reach; trying again", error=str(error))
                 self.tools.stopping.wait(self.tools.settings.poll_seconds)
@@ -178,6 +178,10 @@ class JobRunner:
             )
         except PlanError as error:
             problems.extend(error.problems)
+        except StoreUnavailableError as error:
+            if self.record.state != JobState.PLANNING:
+                raise  # the job waits for the store; as long as nothing is made, it had better say so at once
+            problems.append(str(error))
         if self.record.state == JobState.PLANNING:
             problems.extend(self._output_problems())
             if planned is not None:
