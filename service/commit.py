@@ -59,7 +59,7 @@ class Output:
         if (name := self._loadable()) is not None:
             return name
         names = (file_name(info.uri) for info in self.store.list(self.uri + "/model", beside=True))
-        return next((name for name in names if is_shard(name)), None)
+        return next((name for name in names if name.endswith(".safetensors")), None)
 
     def claim(self, document: Mapping[str, Any], is_over: Callable[[str], bool]) -> dict[str, str]:
         """Claim the output; the upload ids that an earlier claim of this very job recorded.

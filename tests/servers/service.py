@@ -6,6 +6,8 @@ processes. Tests that kill things use :class:`mergemill.stack.EmbeddedStack` ins
 
 from __future__ import annotations
 
+import asyncio
+import io
 import threading
 import time
 import uuid
@@ -94,7 +96,13 @@ def running_service(
         create_app(chosen), host="127.0.0.1", port=0, log_config=None, ws="none", timeout_graceful_shutdown=5
     )
     server = uvicorn.Server(config)
-    api = threading.Thread(target=server.run, name="api")
+    loops: list[asyncio.AbstractEventLoop] = []
+
+    async def serve() -> None:
+        loops.append(asyncio.get_running_loop())
+        await server.serve()
+
+    api = threading.Thread(target=lambda: asyncio.run(serve()), name="api", daemon=True)
     api.start()
     with JobStore(chosen.redis_url, chosen.namespace) as jobs:
         scheduler = Scheduler(chosen, jobs, driver)
@@ -113,7 +121,17 @@ def running_service(
             scheduler.stop()
             loop.join()
             server.should_exit = True
-            api.join()
+            api.join(timeout=30)
+            assert not api.is_alive(), f"the API does not end; it waits in {_waits(loops)}"
+
+
+def _waits(loops: list[asyncio.AbstractEventLoop]) -> str:
+    """Where the tasks of an event loop are."""
+    text = io.StringIO()
+    for loop in loops:
+        for task in asyncio.all_tasks(loop):
+            task.print_stack(file=text)
+    return text.getvalue()
 
 
 @pytest.fixture(scope="session")
