@@ -95,7 +95,9 @@ def test_a_record_may_be_created_in_any_state(job_store: JobStore) -> None:
     assert job_store.claim_next("me", 60) is None
 
 
-@pytest.mark.parametrize("bad", ["", "x", "{id}:parts", "{id}:writes", "{id}\n", "*", new_job_id(1)])
+@pytest.mark.parametrize(
+    "bad", ["", "x", "{id}:parts", "{id}:writes", "{id}\n", "*", "merge-00000000z8ph917p6yj78qtwx7"]
+)
 def test_unknown_ids_are_not_found(job_store: JobStore, bad: str) -> None:
     record, lease = claimed(job_store, *TO_RUNNING)
     job_store.record_part(lease, part(1))
