@@ -78,6 +78,7 @@ class EmbeddedStack:
         self._start_timeout_s = start_timeout_s
         self._up = threading.Event()
         self._stopping = threading.Event()
+        self._ended = threading.Event()
         self._failure: BaseException | None = None
         # Linux kills the children when the thread that started them ends: it has to live as long as the stack
         self._thread = threading.Thread(target=self._supervise, name="stack", daemon=True)
@@ -104,13 +105,15 @@ class EmbeddedStack:
 
         :raises BaseException: what kept it from keeping its children up; they have been ended then.
         """
-        self._thread.join()
+        self._ended.wait()
         if self._failure is not None:
             raise self._failure
 
     def stop(self) -> None:
         """End everything in order: the API, the scheduler and its Ray, then Valkey. Again is no error."""
         self._stopping.set()
+        # Not `join` alone: an interrupt in the middle of one makes the next return at once (CPython 3.11 and before)
+        self._ended.wait()
         self._thread.join()
         self._socket.close()
         if self._temporary:
@@ -141,6 +144,7 @@ class EmbeddedStack:
                 self._end()
             finally:
                 self._up.set()
+                self._ended.set()
 
     def _start(self) -> None:
         redis_url = self._redis_url

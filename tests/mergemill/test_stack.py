@@ -178,15 +178,17 @@ def test_nothing_outlives_up_when_it_is_killed_and_its_jobs_are_there_the_next_t
     stack.stop()
 
 
-def test_up_stops_everything_that_it_started(tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_up_stops_everything_before_it_ends(tmp_path: Path, number: signal.Signals) -> None:
     with up(tmp_path) as process:
         url_of(process)
         below = descendants(process.pid)
-        process.terminate()
+        process.send_signal(number)
         assert process.stdout is not None
         assert process.stdout.read().endswith(b"Stopped.\n")
         assert process.wait(60) == 0
-        until(lambda: not alive(below), "processes are left", 5)  # those that the kernel is still ending
+        assert not alive(below)
+        assert not (tmp_path / "scheduler.ready").exists()  # it was let end by itself
 
 
 def test_what_does_not_come_up_says_why_and_leaves_nothing(tmp_path: Path) -> None:
