@@ -192,6 +192,7 @@ class Client:
         :param on_progress: called with the bytes that are here, and those of all files.
         :returns: the directory.
         :raises NotReadyError: the job has not succeeded.
+        :raises AlreadyExistsError: the directory holds the weights of another model.
         :raises StoreError: the store does not give a file, or the bytes are not those of the merge.
         """
         place = Path(directory)

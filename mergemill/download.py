@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -15,6 +15,7 @@ from mergemill.digests import verify
 from mergemill.jobs import File
 from workers.errors import (
     AccessDeniedError,
+    AlreadyExistsError,
     ObjectNotFoundError,
     StoreError,
     StoreUnavailableError,
@@ -46,6 +47,7 @@ def download(
     for file in files:
         _check_name(file.name)
     directory.mkdir(parents=True, exist_ok=True)
+    _check_place(directory, {file.name for file in files})
     meter = _Meter(sum(file.size for file in files), on_progress)
     urls = _Urls(base_url, list_files, files)
 
@@ -214,6 +216,15 @@ class _Fetch:
         if status == httpx.codes.UNAUTHORIZED:
             raise AccessDeniedError(f"{name}: the store wants credentials")
         raise StoreError(f"{name}: the store answered {status}")
+
+
+def _check_place(directory: Path, names: Container[str]) -> None:
+    """Weights of another model in the directory would be mixed with these, or loaded in their place."""
+    strange = sorted(path.name for path in directory.glob("*.safetensors") if path.name not in names)
+    if strange:
+        raise AlreadyExistsError(
+            f"{directory} holds the weights of another model ({', '.join(strange[:3])}): choose another directory"
+        )
 
 
 def _check_name(name: str) -> None:

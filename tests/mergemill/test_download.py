@@ -12,7 +12,7 @@ import pytest
 
 from mergemill import Client, download
 from tests.mergemill.faults import JOB, FileServer, answers, breaks_after
-from workers.errors import ObjectNotFoundError, StoreError, StoreUnavailableError
+from workers.errors import AlreadyExistsError, ObjectNotFoundError, StoreError, StoreUnavailableError
 
 pytestmark = pytest.mark.fast
 
@@ -59,6 +59,15 @@ def test_every_file_comes_whole_and_the_index_last(tmp_path: Path) -> None:
     total = sum(map(len, files.values()))
     assert seen[-1] == (total, total)
     assert [done for done, _ in seen] == sorted(done for done, _ in seen)
+
+
+def test_weights_of_another_model_are_not_mixed_with(tmp_path: Path) -> None:
+    """A loader would take `model.safetensors` for the merged model."""
+    (tmp_path / "model.safetensors").write_bytes(b"somebody's")
+    server = FileServer({INDEX: b"{}", "model-00001-of-00001.safetensors": b"x"})
+    with pytest.raises(AlreadyExistsError, match=r"another model \(model\.safetensors\)"):
+        client(server).download(JOB, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
 
 
 def test_tree_digests_are_checked(tmp_path: Path) -> None:
