@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import io
-import sys
 import threading
 import time
 import uuid
@@ -123,12 +122,13 @@ def running_service(
             loop.join()
             server.should_exit = True
             api.join(timeout=30)
-            if api.is_alive():  # its tests have passed: say where it hangs, and end it
-                sys.stderr.write(f"\nthe API did not end by itself; it waited in\n{_waits(loops)}\n")
+            hangs = _waits(loops) if api.is_alive() else ""
+            if hangs:  # end it, so that the session can, and fail
                 for loop in loops:
                     for task in asyncio.all_tasks(loop):
                         loop.call_soon_threadsafe(task.cancel)
                 api.join(timeout=30)
+            assert not hangs, f"the API did not end by itself; it waited in {hangs}"
 
 
 def _waits(loops: list[asyncio.AbstractEventLoop]) -> str:
@@ -137,7 +137,7 @@ def _waits(loops: list[asyncio.AbstractEventLoop]) -> str:
     for loop in loops:
         for task in asyncio.all_tasks(loop):
             task.print_stack(file=text)
-    return text.getvalue()
+    return text.getvalue() or "nothing that asyncio knows of"
 
 
 @pytest.fixture(scope="session")
