@@ -124,7 +124,7 @@ class Found:
 class Kernels(Protocol):
     """The interface of both implementations. Statistics read NaN and infinities as zero.
 
-    A run may be of any length; per-block results are on the grid of ``SURVEY_ELEMENTS``, the last block maybe short.
+    A formula given to a statistic has just the terms that it is wanted of. A run may be of any length; per-block results are on the grid of ``SURVEY_ELEMENTS``, the last block maybe short.
     """
 
     def merge(self, operands: Operands, formula: Formula, out: torch.Tensor) -> Found:
@@ -135,19 +135,16 @@ class Kernels(Protocol):
         """NaN and infinities of each input, the base first."""
 
     def histogram(
-        self, operands: Operands, formula: Formula, high: Sequence[int | None] | None, counts: Counts
+        self, operands: Operands, formula: Formula, high: Sequence[int] | None, counts: Counts
     ) -> None:
         """Count magnitude bits of each term (untrimmed, unweighted), and add to ``counts``, shape ``[terms, 65536]``.
 
         With ``high`` of ``None`` their high 16 bits are counted; else, of the elements whose high bits are
-        ``high[term]``, the low 16 bits; a term whose entry is ``None`` is left out.
+        ``high[term]``, the low 16 bits.
         """
 
-    def equal_counts(self, operands: Operands, formula: Formula, thresholds: Sequence[int | None]) -> Counts:
-        """How many elements of each term (untrimmed, unweighted) have these magnitude bits: shape ``[blocks, terms]``.
-
-        Zero for a term whose threshold is ``None``.
-        """
+    def equal_counts(self, operands: Operands, formula: Formula, thresholds: Sequence[int]) -> Counts:
+        """How many elements of each term (untrimmed, unweighted) have these magnitude bits: shape ``[blocks, terms]``."""
 
     def elected(self, operands: Operands, formula: Formula) -> int:
         """Elements whose terms' weighted sum is above zero, less those where it is below."""
