@@ -124,7 +124,8 @@ class Found:
 class Kernels(Protocol):
     """The interface of both implementations. Statistics read NaN and infinities as zero.
 
-    A formula given to a statistic has just the terms that it is wanted of. A run may be of any length; per-block results are on the grid of ``SURVEY_ELEMENTS``, the last block maybe short.
+    A formula given to a statistic has just the terms that it is wanted of. A run may be of any length; per-block
+    results are on the grid of ``SURVEY_ELEMENTS``, the last block maybe short.
     """
 
     def merge(self, operands: Operands, formula: Formula, out: torch.Tensor) -> Found:
@@ -144,7 +145,7 @@ class Kernels(Protocol):
         """
 
     def equal_counts(self, operands: Operands, formula: Formula, thresholds: Sequence[int]) -> Counts:
-        """How many elements of each term (untrimmed, unweighted) have these magnitude bits: shape ``[blocks, terms]``."""
+        """How many elements of each term (untrimmed, unweighted) have these magnitude bits: ``[blocks, terms]``."""
 
     def elected(self, operands: Operands, formula: Formula) -> int:
         """Elements whose terms' weighted sum is above zero, less those where it is below."""
