@@ -64,17 +64,30 @@ def philox4x32(counter: tuple[Words, Words, Words, Words], key: int) -> tuple[Wo
     return x0, x1, x2, x3
 
 
+def keep_bound(density: float) -> int:
+    """What a 32-bit word must be below for its element to be kept: ``floor(density * 2**32)``.
+
+    ``density`` is read as the decimal that it prints as. Of 1 the bound is ``2**32``, above every word.
+    """
+    return min(1 << 32, int(Fraction(str(density)) * (1 << 32) // 1))
+
+
 def keep_mask(key: int, first: int, count: int, density: float) -> torch.Tensor:
     """Which of the flat elements ``[first, first + count)`` a DARE mask keeps: bool, shape ``[count]``.
 
-    An element is kept iff its 32-bit word is below ``floor(density * 2**32)``, with ``density`` read as the
-    decimal that it prints as. Density 1 keeps all and density 0 none, without drawing.
+    An element is kept iff its 32-bit word is below :func:`keep_bound`. Density 1 keeps all and density 0 none,
+    without drawing.
     """
-    if density >= 1:
+    return words_below(key, first, count, keep_bound(density))
+
+
+def words_below(key: int, first: int, count: int, bound: int) -> torch.Tensor:
+    """Of which flat elements ``[first, first + count)`` the 32-bit word is below ``bound``: bool, shape ``[count]``."""
+    if bound >= 1 << 32:
         return torch.ones(count, dtype=torch.bool)
-    below = np.uint64(Fraction(str(density)) * 2**32 // 1)
-    if below == 0:
+    if bound <= 0:
         return torch.zeros(count, dtype=torch.bool)
+    below = np.uint64(bound)
     start, stop = first // 4, -(-(first + count) // 4)
     kept = np.empty((stop - start, 4), dtype=np.bool_)
     for at in range(start, stop, _CHUNK):

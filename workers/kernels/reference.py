@@ -1,5 +1,7 @@
 """The arithmetic of every merge method, one step of the paper a function: the meaning of Mergemill's bits.
 
+:mod:`workers.kernels.torch_kernels` puts the steps together.
+
 All tensors are float32 and one-dimensional unless said otherwise. To give the same bits on every machine,
 thread count and instruction set, sums over models are loops of separate float32 ``mul`` and ``add`` in the
 recipe's order. ``sum(dim)``, ``alpha=``, ``addcmul``, ``lerp``, float32 ``sum``, ``dot`` and ``norm`` are
@@ -25,6 +27,7 @@ from typing import Literal
 import numpy as np
 import torch
 
+from workers.kernels.base import Divisor
 from workers.task import SURVEY_ELEMENTS
 
 TORCH_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -34,7 +37,6 @@ INFINITY_BITS = 0x7F800000
 """Magnitude bits of infinity; those of NaN are larger, those of finite numbers smaller."""
 
 KeepCount = Literal["exact", "paper", "mergekit"]
-Divisor = Literal["abs_weights", "count", "weights"]
 
 PARALLEL = 0.9995
 """Above this absolute cosine SLERP is linear interpolation."""

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from workers.kernels import reference
+from workers.kernels import base, reference
 from workers.methods.base import Block, Summary, SurveyPass
 from workers.methods.common import TaskVectorParameters, WeightedModel, ZeroSign, base_of
 from workers.methods.trim import Vectors
@@ -20,7 +20,7 @@ class ElectingParameters(TaskVectorParameters):
 
     zero_sign: ZeroSign = "positive"
     """The sign elected where the weighted sum is exactly zero: ``+``, or the tensor's majority."""
-    divisor: reference.Divisor = "abs_weights"
+    divisor: base.Divisor = "abs_weights"
     """What ``normalize`` divides by, over the agreeing models."""
 
 

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from workers.kernels import reference
+from workers.kernels.base import Divisor
 from workers.task import SURVEY_ELEMENTS
 
 pytestmark = pytest.mark.fast
@@ -201,7 +202,7 @@ def test_elect_reads_both_zeros_alike() -> None:
 
 
 @pytest.mark.parametrize("divisor", [None, "abs_weights", "count", "weights"])
-def test_consensus_keeps_nan_and_lets_infinity_win(divisor: reference.Divisor | None) -> None:
+def test_consensus_keeps_nan_and_lets_infinity_win(divisor: Divisor | None) -> None:
     rows = [[math.nan, math.inf, 0.0, 1.0, -0.0], [1.0, -5.0, math.nan, 1.0, 0.0]]
     merged = reference.consensus([torch.tensor(row) for row in rows], [0.5, 0.5], 1, divisor).tolist()
     assert math.isnan(merged[0])
