@@ -1,0 +1,94 @@
+"""The arena: extents never overlap, are aligned, are waited for, and come back."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections.abc import Sequence
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from workers.arena import ALIGNMENT, Arena, Extent, padded
+
+pytestmark = pytest.mark.fast
+
+
+def spans(extents: Sequence[Extent]) -> list[tuple[int, int]]:
+    return sorted((extent.start, extent.start + padded(len(extent.view))) for extent in extents)
+
+
+@settings(deadline=None, max_examples=50)
+@given(
+    st.lists(st.tuples(st.lists(st.integers(0, 700), min_size=1, max_size=3), st.integers(0, 5)), max_size=30)
+)
+def test_extents_in_use_never_overlap_and_are_aligned(orders: list[tuple[list[int], int]]) -> None:
+    arena = Arena(4096)
+    out: list[Extent] = []
+    for sizes, returned in orders:
+        for _ in range(min(returned, len(out))):
+            arena.give_back(out.pop(0))
+        while arena._fit(sizes) is None:
+            arena.give_back(out.pop(0))
+        taken = arena.take(sizes)
+        assert [len(extent.view) for extent in taken] == sizes
+        out += [extent for extent in taken if len(extent.view)]
+        ordered = spans(out)
+        assert all(one[1] <= two[0] for one, two in itertools.pairwise(ordered))
+        assert all(start % ALIGNMENT == 0 and end <= arena.nbytes for start, end in ordered)
+
+
+def test_what_is_written_into_one_extent_is_not_seen_in_another() -> None:
+    arena = Arena(1000)
+    first, second = arena.take([100, 300])
+    first.view[:] = b"a" * 100
+    second.view[:] = b"b" * 300
+    assert bytes(first.view) == b"a" * 100
+
+
+def test_the_same_bytes_are_handed_out_again() -> None:
+    arena = Arena(128)
+    (first,) = arena.take([128])
+    first.view[:] = b"x" * 128
+    arena.give_back(first)
+    (second,) = arena.take([128])
+    assert second.start == 0
+    assert bytes(second.view) == b"x" * 128
+
+
+def test_sizes_are_taken_together_or_not_at_all() -> None:
+    arena = Arena(256)
+    (held,) = arena.take([128])
+    got: list[Extent] = []
+    waiter = threading.Thread(target=lambda: got.extend(arena.take([64, 128])))
+    waiter.start()
+    waiter.join(0.05)
+    assert waiter.is_alive()
+    (small,) = arena.take([64])  # what the waiter cannot use yet is not kept for it
+    arena.give_back(small)
+    arena.give_back(held)
+    waiter.join(10)
+    assert not waiter.is_alive()
+    assert [len(extent.view) for extent in got] == [64, 128]
+
+
+def test_more_than_there_is_is_refused_at_once() -> None:
+    with pytest.raises(ValueError, match="were asked of an arena"):
+        Arena(256).take([128, 129])
+
+
+def test_empty_extents_take_no_room() -> None:
+    arena = Arena(64)
+    full, empty = arena.take([64, 0])
+    arena.give_back(empty)
+    arena.give_back(empty)
+    assert len(full.view) == 64
+
+
+def test_giving_back_twice_is_an_error() -> None:
+    arena = Arena(64)
+    (extent,) = arena.take([64])
+    arena.give_back(extent)
+    with pytest.raises(ValueError, match="not in list"):
+        arena.give_back(extent)

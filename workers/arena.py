@@ -1,0 +1,82 @@
+"""The memory that tasks work in: one mapping, made once and handed out again and again.
+
+Touching fresh memory costs more than reading a file into it (on a virtual machine up to ten times as much), and
+an allocator gives no promise about what it keeps; so a worker has one mapping, of the size that its tasks are
+priced with, and every byte that it reads or makes lies in it.
+"""
+
+from __future__ import annotations
+
+import mmap
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+ALIGNMENT = 64
+"""Extents begin on a multiple of it: a cache line, and the widest vector."""
+
+
+def padded(nbytes: int) -> int:
+    """``nbytes`` rounded up to :data:`ALIGNMENT`: what an extent of that size occupies."""
+    return -(-nbytes // ALIGNMENT) * ALIGNMENT
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Extent:
+    """A run of an arena's bytes, for one user at a time."""
+
+    view: memoryview
+    """The bytes, with whatever their last user left in them."""
+    start: int
+    """Where in the arena they begin."""
+
+
+class Arena:
+    """A fixed number of bytes, handed out first fit. Thread safe."""
+
+    def __init__(self, nbytes: int) -> None:
+        self.nbytes = padded(max(1, nbytes))
+        """Bytes in all."""
+        self._memory = mmap.mmap(-1, self.nbytes)
+        self._memory.madvise(mmap.MADV_HUGEPAGE)
+        self._view = memoryview(self._memory)
+        self._taken: list[tuple[int, int]] = []
+        self._changed = threading.Condition()
+
+    def take(self, sizes: Sequence[int]) -> list[Extent]:
+        """Extents of these sizes, all at once or not yet: waits until there is room for all of them.
+
+        :raises ValueError: they could never fit.
+        """
+        if sum(map(padded, sizes)) > self.nbytes:
+            raise ValueError(f"{sum(map(padded, sizes))} bytes were asked of an arena of {self.nbytes}")
+        with self._changed:
+            while (starts := self._fit(sizes)) is None:
+                self._changed.wait()
+            placed = list(zip(starts, sizes, strict=True))
+            self._taken += [(start, padded(size)) for start, size in placed if size]
+        return [Extent(self._view[start : start + size], start) for start, size in placed]
+
+    def give_back(self, extent: Extent) -> None:
+        """The bytes may be handed out again; nobody may use them any more. Giving back twice is an error."""
+        if not len(extent.view):
+            return
+        with self._changed:
+            self._taken.remove((extent.start, padded(len(extent.view))))
+            self._changed.notify_all()
+
+    def _fit(self, sizes: Sequence[int]) -> list[int] | None:
+        taken = sorted(self._taken)
+        starts = []
+        for size in sizes:
+            start = 0
+            for at, length in taken:
+                if at - start >= padded(size):
+                    break
+                start = at + length
+            if start + padded(size) > self.nbytes:
+                return None
+            starts.append(start)
+            if size:
+                taken = sorted([*taken, (start, padded(size))])
+        return starts
