@@ -1,11 +1,13 @@
-"""Byte ranges: joining neighbours, so that small tensors cost one request together. Pure."""
+"""Byte ranges: joining neighbours, so that small tensors cost one request together, and placing them in memory. Pure."""
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from workers.task import TensorRef
+from workers.arena import ALIGNMENT
+from workers.task import DTYPE_BYTES, MERGEABLE_DTYPES, TensorRef
 
 READ_BYTES = 8 << 20
 """Longest range that is asked of S3 in one request, unless its settings say otherwise."""
@@ -45,3 +47,52 @@ def coalesce(refs: Iterable[TensorRef]) -> list[Run]:
         else:
             runs.append(Run(ref.uri, ref.etag, ref.start, ref.end))
     return runs
+
+
+class Arrangement:
+    """Where the bytes of some ranges lie in one buffer that begins on a multiple of :data:`ALIGNMENT`.
+
+    Neighbours are joined and read once. The elements of every range of a mergeable dtype are aligned, also those of
+    files whose header has an odd length: these are read apart from their neighbours.
+    """
+
+    def __init__(self, refs: Iterable[TensorRef]) -> None:
+        groups: dict[tuple[int, int], list[TensorRef]] = {}
+        for ref in refs:
+            groups.setdefault(_shift(ref), []).append(ref)
+        self.runs: list[tuple[Run, int]] = []
+        """What is read, and where in the buffer it goes."""
+        self._starts: dict[tuple[int, int], tuple[list[tuple[str, str, int]], list[int]]] = {}
+        end = 0
+        for shift, group in sorted(groups.items()):
+            runs = coalesce(group)
+            positions = []
+            for run in runs:
+                position = end + (run.start - shift[0] - end) % ALIGNMENT
+                positions.append(position)
+                end = position + run.nbytes
+            self.runs += zip(runs, positions, strict=True)
+            self._starts[shift] = [(run.uri, run.etag, run.start) for run in runs], positions
+        self.nbytes = end
+        """Length of the buffer."""
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes of all runs."""
+        return sum(run.nbytes for run, _ in self.runs)
+
+    def position(self, ref: TensorRef) -> int:
+        """Where in the buffer a range begins that was among ``refs``."""
+        if not ref.nbytes:
+            return 0
+        starts, positions = self._starts[_shift(ref)]
+        at = bisect_right(starts, (ref.uri, ref.etag, ref.start)) - 1
+        return positions[at] + ref.start - starts[at][2]
+
+
+def _shift(ref: TensorRef) -> tuple[int, int]:
+    """How many bytes past a multiple of its element's width a range begins, and that width; ``(0, 0)`` if aligned."""
+    if ref.dtype not in MERGEABLE_DTYPES:
+        return 0, 0
+    width = DTYPE_BYTES[ref.dtype]
+    return (ref.start % width, width) if ref.start % width else (0, 0)
