@@ -1,4 +1,4 @@
-"""Byte ranges: joining neighbours, so that small tensors cost one request together, and placing them in memory. Pure."""
+"""Byte ranges: joining neighbours, so that small tensors cost one request, and placing them in memory. Pure."""
 
 from __future__ import annotations
 
