@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from service.checkpoint import StoredTensor
 from service.matching import OutputTensor
-from service.price import MIN_PART_BYTES, description_bytes, merge_bytes, piece_refs
+from service.price import DESCRIPTIONS, MIN_PART_BYTES, description_bytes, merge_bytes
 from workers.binding import bind
 from workers.task import (
     BLOCK_BYTES,
@@ -30,7 +30,7 @@ from workers.task import (
 GRAIN_ELEMENTS = math.lcm(SURVEY_ELEMENTS, BLOCK_BYTES // 2, BLOCK_BYTES // 4)
 """Merged tensors are split on multiples of it: survey blocks and digest blocks of every output dtype at once."""
 
-PART_REFS = 4096
+PART_REFS = 1024
 """Input ranges that a part aims at, at most: what describes it stays small beside what it holds."""
 
 
@@ -44,6 +44,11 @@ class Limits:
     """Output bytes up to which a tensor that needs a survey stays in one part and is read once."""
     held_bytes: int
     """Input and output bytes that a task may hold at once."""
+
+    @property
+    def packed_bytes(self) -> int:
+        """Bytes that a part should hold, so that there is room to read the next and to write the last beside it."""
+        return self.held_bytes * 2 // 5
 
 
 def shards_of(tensors: Sequence[OutputTensor], shard_bytes: int) -> list[list[OutputTensor]]:
@@ -74,18 +79,18 @@ def pieces_of(
     if tensor.numel == 0:
         return [], None
     if isinstance(tensor.source, StoredTensor):
-        return list(_copies(tensor, tensor.source, min(limits.part_bytes, limits.held_bytes // 2))), None
+        return list(_copies(tensor, tensor.source, min(limits.part_bytes, limits.packed_bytes // 2))), None
     whole = tensor.source
     held = merge_bytes(whole, DTYPE_BYTES[tensor.dtype])
     alone = MergePiece("merge", whole, tensor.dtype, None)
 
-    def fits(most: int) -> bool:
-        return tensor.nbytes <= most and held <= limits.held_bytes
+    def fits(output_bytes: int, held_bytes: int) -> bool:
+        return tensor.nbytes <= output_bytes and held <= held_bytes
 
-    if fits(min(limits.part_bytes, limits.whole_bytes)):
+    if fits(min(limits.part_bytes, limits.whole_bytes), limits.packed_bytes):
         return [alone], None  # with a survey or without: asking the method would be half of planning
     passes = len(bind(whole).passes)
-    if fits(limits.whole_bytes if passes else limits.part_bytes):
+    if passes and fits(limits.whole_bytes, limits.held_bytes):
         return [alone], None
     step = _step(whole, tensor.dtype, limits)
     runs = [
@@ -138,7 +143,7 @@ def pack(
     group: list[Piece] = []
     size = holding = inputs = 0
     for piece in pieces:
-        adds, reads = held(piece), len(piece_refs(piece))
+        adds, reads = held(piece), len(piece.refs)
         full = size + piece.nbytes > target or holding + adds > limit or inputs + reads > PART_REFS
         if size >= minimum and full:
             yield group
@@ -157,14 +162,14 @@ def held_by(piece: Piece) -> int:
         held = merge_bytes(piece.arithmetic, DTYPE_BYTES[piece.dtype])
     else:
         held = 2 * piece.nbytes if isinstance(piece, CopyPiece) else piece.nbytes
-    return held + description_bytes(piece)
+    return held + DESCRIPTIONS * description_bytes(piece)
 
 
 def _step(whole: Arithmetic, dtype: str, limits: Limits) -> int:
     """Elements a piece: what fills a part and fits in memory, on the grain, and enough for S3's smallest part."""
     width = DTYPE_BYTES[dtype]
     each = max(1, merge_bytes(whole, width) // whole.numel)
-    wanted = min(limits.part_bytes // width, limits.held_bytes // each)
+    wanted = min(limits.part_bytes // width, limits.packed_bytes // each)
     least = math.ceil(MIN_PART_BYTES / width / GRAIN_ELEMENTS) * GRAIN_ELEMENTS
     return max(least, wanted // GRAIN_ELEMENTS * GRAIN_ELEMENTS)
 

@@ -1,25 +1,25 @@
-"""What a plan costs: bytes moved, requests, parts, and the peak memory of a task. Pure.
+"""What a plan costs: bytes moved, requests, parts, and the peak memory of a worker. Pure.
 
-The memory model is a promise (measured peak <= priced peak is a test), and adds up what a task holds, copy
-by copy: the inputs of all its pieces, its output, the workspace of the arithmetic, and the task's own
-description, on top of the baseline of a worker process that has imported everything and done nothing. The
-figures were measured; ``docs/decisions/2026-11-22-what-a-task-holds.md`` has them.
+The memory model is a promise (measured peak <= priced peak is a test), and adds up what a worker holds, copy
+by copy: the arena with the inputs and outputs of the tasks that are under way, the workspace of the arithmetic,
+and the tasks' own descriptions, on top of the baseline of a worker process that has imported everything and
+done nothing. The figures were measured; ``docs/decisions/2026-11-22-what-a-task-holds.md`` has them.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-from workers.ranges import READ_BYTES, coalesce
+from workers.arena import padded
+from workers.ranges import READ_BYTES, Arrangement
 from workers.task import (
     BLOCK_BYTES,
     SURVEY_ELEMENTS,
     Arithmetic,
-    CopyPiece,
     HeaderPiece,
     MergePiece,
     Part,
@@ -48,6 +48,12 @@ REF_BYTES = 3 << 10
 
 TEXT_COPIES = 6
 """How often a worker holds a text of its task (a name, URI, ETag or header): per character of its JSON."""
+
+DESCRIPTIONS = 8
+"""Descriptions that a worker holds: of a task in each stage and before it, and the texts of the rest of its stream."""
+
+GPU_BASELINE_BYTES = 1 << 30
+"""Device memory of a process that computes on a GPU, before its first byte: CUDA's context and torch's kernels."""
 
 MAX_PARTS = 10_000
 """Most parts of one S3 multipart upload."""
@@ -79,9 +85,35 @@ class Price:
     most_reads: int
     """How often the most often read byte is read."""
     peak_bytes: int
-    """Peak memory of the worst task, the worker's baseline included."""
+    """Peak memory of a worker process, its baseline included: what each task of the job reserves."""
+    arena_bytes: int
+    """The part of it that holds inputs and outputs: room for the task that holds most, and for others beside it."""
     worst: str
-    """The tensor (or tensors) of the worst task."""
+    """The tensor (or tensors) of the task that holds most."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Load:
+    """What one task puts on a worker."""
+
+    label: str
+    read: int
+    """Bytes that it fetches."""
+    reads: int
+    """Requests for them."""
+    inputs: int
+    """Bytes of the arena for them."""
+    output: int
+    """Bytes of the arena for what it makes."""
+    workspace: int
+    """Bytes of the arithmetic."""
+    description: int
+    """Bytes of its description, and of what stays of each block."""
+
+    @property
+    def held(self) -> int:
+        """Bytes of the arena."""
+        return self.inputs + self.output
 
 
 def merge_bytes(arithmetic: Arithmetic, output_width: int) -> int:
@@ -97,66 +129,53 @@ def workspace_bytes(inputs: int) -> int:
 def description_bytes(piece: Piece) -> int:
     """Bytes that a worker holds of a piece besides tensors: its description, and what is told about it."""
     text = piece.text if isinstance(piece, HeaderPiece) else piece.name
-    return PIECE_BYTES + TEXT_COPIES * len(json.dumps(text)) + _refs_bytes(piece_refs(piece))
-
-
-def piece_refs(piece: Piece) -> tuple[TensorRef, ...]:
-    """All byte ranges that a piece is made of."""
-    if isinstance(piece, MergePiece):
-        return piece.arithmetic.refs
-    return (piece.ref,) if isinstance(piece, CopyPiece) else ()
-
-
-def part_refs(part: Part) -> tuple[TensorRef, ...]:
-    """All byte ranges that a part reads."""
-    return tuple(ref for piece in part.pieces for ref in piece_refs(piece))
+    return PIECE_BYTES + TEXT_COPIES * len(json.dumps(text)) + _refs_bytes(piece.refs)
 
 
 def part_peak_bytes(part: Part, baseline_bytes: int = BASELINE_BYTES) -> int:
-    """Peak memory of the task that makes this part."""
-    return baseline_bytes + _reads(part_refs(part))[0] + _made_bytes(part)
+    """Peak memory of a worker that makes this part and nothing else."""
+    return baseline_bytes + _alone(_part_load(part))
 
 
 def survey_peak_bytes(arithmetic: Arithmetic, baseline_bytes: int = BASELINE_BYTES) -> int:
-    """Peak memory of one survey task."""
-    return baseline_bytes + _reads(arithmetic.refs)[0] + _surveyed_bytes(arithmetic)
+    """Peak memory of a worker that does this survey task and nothing else."""
+    return baseline_bytes + _alone(_survey_load(arithmetic))
 
 
 def price(
-    parts: Sequence[Part], surveys: Sequence[Survey], shards: int, baseline_bytes: int = BASELINE_BYTES
+    parts: Sequence[Part],
+    surveys: Sequence[Survey],
+    shards: int,
+    baseline_bytes: int = BASELINE_BYTES,
+    worker_memory_bytes: int | None = None,
 ) -> Price:
-    """Add up a plan."""
-    bytes_read = bytes_written = requests = 0
-    peak, worst = baseline_bytes, "nothing"
-    for part in parts:
-        read, reads = _reads(part_refs(part))
-        bytes_read += read
-        bytes_written += part.nbytes
-        requests += reads + 1
-        if (needed := baseline_bytes + read + _made_bytes(part)) > peak:
-            peak, worst = needed, part_label(part)
-    input_bytes = bytes_read  # every tensor is in exactly one part or split over several, so once
-    survey_tasks = 0
-    for survey in surveys:
-        for piece in survey.pieces:
-            read, reads = _reads(piece.refs)
-            bytes_read += read * survey.passes
-            requests += reads * survey.passes
-            survey_tasks += survey.passes
-            if (needed := baseline_bytes + read + _surveyed_bytes(piece)) > peak:
-                peak, worst = needed, piece.name
+    """Add up a plan.
+
+    :param worker_memory_bytes: what a worker may hold: reading ahead stays below it. ``None`` is no limit.
+    """
+    made = [_part_load(part) for part in parts]
+    surveyed = [(survey.passes, _survey_load(piece)) for survey in surveys for piece in survey.pieces]
+    loads = [*made, *(load for _, load in surveyed)]
+    input_bytes = sum(
+        load.read for load in made
+    )  # every tensor is in one part or split over several, so once
+    fixed = baseline_bytes + max((load.workspace for load in loads), default=0)
+    fixed += DESCRIPTIONS * max((load.description for load in loads), default=0)
+    worst = max(loads, key=_alone, default=None)
+    arena = _arena_bytes(loads, None if worker_memory_bytes is None else worker_memory_bytes - fixed)
     return Price(
-        bytes_read=bytes_read,
-        bytes_written=bytes_written,
+        bytes_read=input_bytes + sum(passes * load.read for passes, load in surveyed),
+        bytes_written=sum(part.nbytes for part in parts),
         input_bytes=input_bytes,
-        requests=requests,
+        requests=sum(load.reads + 1 for load in made) + sum(passes * load.reads for passes, load in surveyed),
         shards=shards,
         parts=len(parts),
-        survey_tasks=survey_tasks,
+        survey_tasks=sum(passes for passes, _ in surveyed),
         surveyed_tensors=len(surveys),
         most_reads=1 + max((survey.passes for survey in surveys), default=0),
-        peak_bytes=peak,
-        worst=worst,
+        peak_bytes=fixed + arena,
+        arena_bytes=arena,
+        worst="nothing" if worst is None else worst.label,
     )
 
 
@@ -168,19 +187,47 @@ def part_label(part: Part) -> str:
     return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
 
 
-def _made_bytes(part: Part) -> int:
-    """Bytes of a part's output, its description, and the workspace to make it."""
+def _part_load(part: Part) -> _Load:
+    arrangement = Arrangement(part.refs)
     merges = [piece.arithmetic for piece in part.pieces if isinstance(piece, MergePiece)]
-    workspace = workspace_bytes(max((len(arithmetic.refs) for arithmetic in merges), default=1))
     steps = part.nbytes // BLOCK_BYTES * STEP_BYTES_PER_INPUT + sum(map(_steps_bytes, merges))
-    return part.nbytes + workspace + steps + sum(map(description_bytes, part.pieces))
+    return _Load(
+        label=part_label(part),
+        read=arrangement.bytes_read,
+        reads=_requests(arrangement),
+        inputs=padded(arrangement.nbytes),
+        output=padded(part.nbytes),
+        workspace=workspace_bytes(max((len(arithmetic.refs) for arithmetic in merges), default=1)),
+        description=steps + sum(map(description_bytes, part.pieces)),
+    )
 
 
-def _surveyed_bytes(arithmetic: Arithmetic) -> int:
-    """Bytes that a survey task holds besides its inputs."""
-    inputs = arithmetic.refs
-    described = PIECE_BYTES + TEXT_COPIES * len(json.dumps(arithmetic.name)) + _refs_bytes(inputs)
-    return workspace_bytes(len(inputs)) + _steps_bytes(arithmetic) + described
+def _survey_load(arithmetic: Arithmetic) -> _Load:
+    arrangement = Arrangement(arithmetic.refs)
+    described = PIECE_BYTES + TEXT_COPIES * len(json.dumps(arithmetic.name)) + _refs_bytes(arithmetic.refs)
+    return _Load(
+        label=arithmetic.name,
+        read=arrangement.bytes_read,
+        reads=_requests(arrangement),
+        inputs=padded(arrangement.nbytes),
+        output=0,
+        workspace=workspace_bytes(len(arithmetic.refs)),
+        description=_steps_bytes(arithmetic) + described,
+    )
+
+
+def _alone(load: _Load) -> int:
+    return load.workspace + DESCRIPTIONS * load.description + load.held
+
+
+def _arena_bytes(loads: Sequence[_Load], most: int | None) -> int:
+    """Room for the task that holds most; and, within ``most``, for as big a one that is read meanwhile, and for an
+    output that is written."""
+    biggest = max((load.held for load in loads), default=0)
+    wanted = min(
+        2 * biggest + max((load.output for load in loads), default=0), sum(load.held for load in loads)
+    )
+    return max(biggest, wanted if most is None else min(wanted, most))
 
 
 def _steps_bytes(arithmetic: Arithmetic) -> int:
@@ -198,6 +245,5 @@ def _json_length(text: str) -> int:
     return len(json.dumps(text))
 
 
-def _reads(refs: Iterable[TensorRef]) -> tuple[int, int]:
-    runs = coalesce(refs)
-    return sum(run.nbytes for run in runs), sum(math.ceil(run.nbytes / READ_BYTES) for run in runs)
+def _requests(arrangement: Arrangement) -> int:
+    return sum(math.ceil(run.nbytes / READ_BYTES) for run, _ in arrangement.runs)

@@ -121,6 +121,11 @@ class HeaderPiece:
         """Length in bytes in the output."""
         return 8 + len(self.text.encode())
 
+    @property
+    def refs(self) -> tuple[TensorRef, ...]:
+        """All byte ranges that it reads: none."""
+        return ()
+
 
 @dataclass(frozen=True, slots=True)
 class CopyPiece:
@@ -138,6 +143,11 @@ class CopyPiece:
     def nbytes(self) -> int:
         """Length in bytes in the output."""
         return self.ref.nbytes
+
+    @property
+    def refs(self) -> tuple[TensorRef, ...]:
+        """All byte ranges that it reads."""
+        return (self.ref,)
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,6 +177,11 @@ class MergePiece:
         """Where in the output tensor it begins, in bytes."""
         return self.arithmetic.first * DTYPE_BYTES[self.dtype]
 
+    @property
+    def refs(self) -> tuple[TensorRef, ...]:
+        """All byte ranges that it reads."""
+        return self.arithmetic.refs
+
 
 Piece = Annotated[HeaderPiece | CopyPiece | MergePiece, Field(discriminator="kind")]
 
@@ -192,6 +207,11 @@ class Part:
     def nbytes(self) -> int:
         """Length in bytes."""
         return sum(piece.nbytes for piece in self.pieces)
+
+    @property
+    def refs(self) -> tuple[TensorRef, ...]:
+        """All byte ranges that it reads."""
+        return tuple(ref for piece in self.pieces for ref in piece.refs)
 
     @property
     def surveys(self) -> tuple[str, ...]:
@@ -263,7 +283,7 @@ class PartResult:
     peak_bytes: int
     """VmHWM of the worker process when the part was done."""
     seconds: dict[str, float]
-    """Wall seconds by stage: read, merge, write."""
+    """Wall seconds by stage: read, merge, digest, write; waiting is not counted."""
 
 
 PART = TypeAdapter(Part)

@@ -16,7 +16,6 @@ from service.price import (
     merge_bytes,
     part_label,
     part_peak_bytes,
-    part_refs,
     price,
     survey_peak_bytes,
     workspace_bytes,
@@ -105,7 +104,7 @@ def test_what_two_pieces_share_is_read_and_held_once() -> None:
     assert part_peak_bytes(twice, 0) == 8 * 1009 + 2 * (
         4 * 1009 + description_bytes(SMALL)
     ) + workspace_bytes(3)
-    assert len(part_refs(twice)) == 6
+    assert len(twice.refs) == 6
 
 
 def test_neighbours_cost_one_request() -> None:
