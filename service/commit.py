@@ -293,14 +293,16 @@ class Output:
 
 
 def output_problems(store: ObjectStore, uri: str, overwrite: bool) -> list[str]:
-    """What is wrong with a place for a checkpoint: it cannot be looked at, or holds one that is not to go."""
+    """What is wrong with a place for a checkpoint: no permission to look or to write, or what it holds is to stay."""
+    problems = []
     try:
         there = Output(store, uri, job="", guard=_nothing).existing()
+        if there is not None and not overwrite:
+            problems.append(f"output {uri} already holds a checkpoint ({there}): set overwrite to replace it")
+        store.check_writable(join(uri, CLAIM))
     except StoreError as error:
-        return [f"output {uri}: {error}"]
-    if there is None or overwrite:
-        return []
-    return [f"output {uri} already holds a checkpoint ({there}): set overwrite to replace it"]
+        problems.append(f"output {uri}: {error}")
+    return problems
 
 
 def _nothing() -> None:

@@ -59,14 +59,18 @@ class Inputs:
     """The base, else the first model: decides names, shapes, config and tokenizer."""
     models: tuple[Checkpoint, ...]
     """One per :attr:`Recipe.task_models`, in that order."""
+    compared_with: str | None = None
+    """The model that stands in for a reference that did not open, by its name in the recipe."""
+    are_digested: bool = True
+    """Whether the tensors that no arithmetic is done on could be read to compare them."""
 
 
 @dataclass(frozen=True)
 class Match:
-    """The outcome: output tensors when there are no problems."""
+    """The outcome: the output, as far as there are no problems."""
 
     tensors: tuple[OutputTensor, ...]
-    """In the reference's order."""
+    """Those that nothing is wrong with, in the reference's order."""
     problems: tuple[str, ...]
     """Everything that makes the merge impossible, one sentence each."""
     notices: tuple[str, ...]
@@ -110,17 +114,22 @@ class _Matcher:
         for (_, entry), checkpoint in zip(entries, inputs.models, strict=True):
             self.labels.setdefault(id(checkpoint), entry.model)
             self.spellings.setdefault(id(checkpoint), set()).add(entry.model)
+        self.against = inputs.compared_with or recipe.reference
+        self.are_digested = inputs.are_digested
         self.found: dict[tuple[str, str, str], list[str]] = {}
+        self.misfits: set[str] = set()
         self.notices: list[str] = []
 
     def run(self) -> Match:
         self._extras()
         outputs = [self._tensor(tensor) for tensor in self.reference.tensors.values()]
         problems = tuple(self._sentences())
-        return Match(tuple(output for output in outputs if output is not None), problems, tuple(self.notices))
+        fitting = tuple(output for output in outputs if output and output.name not in self.misfits)
+        return Match(fitting, problems, tuple(self.notices))
 
-    def _problem(self, what: str, model: str, remedy: str, tensor: str) -> None:
-        self.found.setdefault((what, model, remedy), []).append(tensor)
+    def _problem(self, what: str, model: str, remedy: str, tensor: str, how: str = "") -> None:
+        self.found.setdefault((what, model, remedy), []).append(tensor + how)
+        self.misfits.add(tensor)
 
     def _sentences(self) -> list[str]:
         sentences = []
@@ -140,17 +149,17 @@ class _Matcher:
                 if name in TIED_NAMES and checkpoint.is_tied:
                     self.notices.append(f"{label}: {name} is tied by its config.json and left out")
                 elif self.recipe.extra_tensors == "drop":
-                    self.notices.append(f"{label}: {name} is not in {self.recipe.reference} and left out")
+                    self.notices.append(f"{label}: {name} is not in {self.against} and left out")
                 elif name in TIED_NAMES:
                     self._problem(
-                        f"has an output head of its own, which {self.recipe.reference} ties to the embedding",
+                        f"has an output head of its own, which {self.against} ties to the embedding",
                         label,
                         "set `extra_tensors: drop` to keep the base's tied head",
                         name,
                     )
                 else:
                     self._problem(
-                        f"tensors that {self.recipe.reference} does not have",
+                        f"tensors that {self.against} does not have",
                         label,
                         "set `extra_tensors: drop` to leave them out",
                         name,
@@ -201,10 +210,10 @@ class _Matcher:
                     self.notices.append(f"{label}: {tensor.name} is tied to {name}, which stands for it")
                     return embedding
         if self.recipe.missing_tensors == "base":
-            self.notices.append(f"{label}: lacks {tensor.name}, taken from {self.recipe.reference}")
+            self.notices.append(f"{label}: lacks {tensor.name}, taken from {self.against}")
             return tensor if self.method.base == "required" else None
         self._problem(
-            f"lacks tensors of {self.recipe.reference}",
+            f"lacks tensors of {self.against}",
             label,
             "set `missing_tensors: base` to take them from the base (or to let the model sit out)",
             tensor.name,
@@ -224,15 +233,16 @@ class _Matcher:
                 continue
             if (stored.dtype, stored.shape) != (tensor.dtype, tensor.shape):
                 self._problem(
-                    f"dtype or shape differs from {self.recipe.reference} where no arithmetic is possible",
+                    f"dtype or shape differs from {self.against} where no arithmetic is possible",
                     label,
                     "set `buffers:` to the model whose values win",
-                    f"{tensor.name} ({stored.dtype}{list(stored.shape)}, not {tensor.dtype}{list(tensor.shape)})",
+                    tensor.name,
+                    f" ({stored.dtype}{list(stored.shape)}, not {tensor.dtype}{list(tensor.shape)})",
                 )
-            elif own is None or checkpoint.digests.get(tensor.name) != own:
+            elif self.are_digested and (own is None or checkpoint.digests.get(tensor.name) != own):
                 kind = "integer or boolean buffers" if tensor.dtype[0] in "IUB" else f"{tensor.dtype} tensors"
                 self._problem(
-                    f"{kind} differ from {self.recipe.reference}",
+                    f"{kind} differ from {self.against}",
                     label,
                     "they are never averaged: set `buffers:` to the model whose values win",
                     tensor.name,
@@ -251,7 +261,7 @@ class _Matcher:
         self, tensor: StoredTensor, present: Sequence[tuple[Checkpoint, StoredTensor]]
     ) -> OutputTensor | None:
         if self.recipe.mismatched_tensors == "base":
-            self.notices.append(f"{tensor.name}: shapes differ; {self.recipe.reference}'s is kept unmerged")
+            self.notices.append(f"{tensor.name}: shapes differ; {self.against}'s is kept unmerged")
             dtype = self.recipe.out_dtype_name or tensor.dtype
             return _copy(tensor, tensor) if tensor.dtype == dtype else self._cast(tensor, dtype)
         for checkpoint, stored in present:
@@ -259,10 +269,11 @@ class _Matcher:
                 continue
             vocabulary = tensor.name in (*EMBEDDING_NAMES, *TIED_NAMES)
             self._problem(
-                f"{'vocabulary size' if vocabulary else 'shape'} differs from {self.recipe.reference}",
+                f"{'vocabulary size' if vocabulary else 'shape'} differs from {self.against}",
                 self.labels[id(checkpoint)],
                 "set `mismatched_tensors: base` to keep the base's unmerged",
-                f"{tensor.name} {list(stored.shape)}, not {list(tensor.shape)}",
+                tensor.name,
+                f" {list(stored.shape)}, not {list(tensor.shape)}",
             )
         return None
 

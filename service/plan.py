@@ -13,7 +13,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
 from service.layout import PART_REFS, Limits, held_by, pack, pieces_of, shard_name, shards_of
-from service.matching import Inputs, match
+from service.matching import Inputs, Match, match
 from service.price import BASELINE_BYTES, MAX_PARTS, MIN_PART_BYTES, Price, price, workspace_bytes
 from service.recipe import Recipe
 from workers.errors import PlanError
@@ -101,11 +101,29 @@ def make_plan(
 
     :raises PlanError: lists everything about the inputs that makes the merge impossible.
     """
+    plan, problems = draft_plan(recipe, inputs, options, baseline_bytes)
+    if plan is None or problems:
+        raise PlanError(*problems)
+    return plan
+
+
+def draft_plan(
+    recipe: Recipe, inputs: Inputs, options: PlanOptions, baseline_bytes: int = BASELINE_BYTES
+) -> tuple[Plan | None, tuple[str, ...]]:
+    """The plan of what fits together, when anything does, and all that keeps it from being run."""
     matched = match(recipe, inputs)
-    if matched.problems:
-        raise PlanError(*matched.problems)
+    problems = list(matched.problems)
+    if not inputs.reference.tensors:
+        problems.append(f"{inputs.reference.uri} holds no tensors")
     if not matched.tensors:
-        raise PlanError(f"{inputs.reference.uri} holds no tensors")
+        return None, tuple(problems)
+    plan = _laid_out(recipe, inputs, matched, options, baseline_bytes)
+    return plan, (*problems, *_excesses(plan, options, baseline_bytes))
+
+
+def _laid_out(
+    recipe: Recipe, inputs: Inputs, matched: Match, options: PlanOptions, baseline_bytes: int
+) -> Plan:
     limits = _limits(options, 1 + len(inputs.models), baseline_bytes)
     groups = shards_of(matched.tensors, options.shard_bytes)
     shards: list[Shard] = []
@@ -139,7 +157,7 @@ def make_plan(
     weight_map = dict(sorted(weight_map.items()))
     files = [[shard.name, shard.size] for shard in shards]
     survey_ids = [survey.id for survey in surveys]
-    plan = Plan(
+    return Plan(
         semantics_version=SEMANTICS_VERSION,
         shards=tuple(shards),
         parts=tuple(parts),
@@ -151,8 +169,6 @@ def make_plan(
         price=price(parts, surveys, len(shards), baseline_bytes),
         digest=digest([SEMANTICS_VERSION, files, part_ids, survey_ids, weight_map]),
     )
-    _check(plan, options, baseline_bytes)
-    return plan
 
 
 def plan_summary(plan: Plan) -> dict[str, Any]:
@@ -186,7 +202,8 @@ def _parts(shard: str, pieces: list[Piece], limits: Limits, options: PlanOptions
     return made
 
 
-def _check(plan: Plan, options: PlanOptions, baseline_bytes: int) -> None:
+def _excesses(plan: Plan, options: PlanOptions, baseline_bytes: int) -> list[str]:
+    """Where the plan goes beyond what workers and object stores can take."""
     problems = []
     if plan.price.peak_bytes > options.worker_memory_bytes:
         problems.append(
@@ -200,5 +217,4 @@ def _check(plan: Plan, options: PlanOptions, baseline_bytes: int) -> None:
                 f"{shard.name} would need {shard.parts} parts, object stores allow {MAX_PARTS}: "
                 "lower shard_bytes or raise part_bytes and worker_memory_bytes"
             )
-    if problems:
-        raise PlanError(*problems)
+    return problems

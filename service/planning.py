@@ -1,72 +1,35 @@
-"""Open a recipe's models by their headers and plan the merge: the only I/O that planning does.
+"""Find a recipe's models, open them and plan the merge.
 
 Headers, indexes and config.json are read, and those few tensors that no arithmetic is done on are compared
-byte for byte. Everything that can be wrong is looked for before anything is reported.
+byte for byte; planning does no other I/O. Everything that can be wrong is looked for before anything is reported.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import NoReturn, TypeVar
+from typing import TypeVar
 from urllib.parse import quote
 
-from service.checkpoint import (
-    CONFIG_FILE,
-    INDEX_FILE,
-    MAX_CONFIG_BYTES,
-    MAX_INDEX_BYTES,
-    SINGLE_FILE,
-    Checkpoint,
-    StoredTensor,
-    gather,
-    is_copied,
-    is_weight_file,
-    parse_index,
-    shard_uri,
-    tensors_of,
-)
+from service.checkpoint import Checkpoint
 from service.matching import Inputs, needs_digest
-from service.plan import Plan, PlanOptions, make_plan
-from service.price import BASELINE_BYTES
+from service.opening import digest, open_checkpoint, parallel
+from service.plan import Plan, PlanOptions, draft_plan
+from service.price import BASELINE_BYTES, Price
 from service.recipe import Recipe
-from workers.errors import (
-    AccessDeniedError,
-    HeaderError,
-    ObjectNotFoundError,
-    PlanError,
-    StoreError,
-    StoreUnavailableError,
-)
-from workers.safetensors_format import LENGTH_BYTES, header_length, parse
-from workers.store.base import ObjectInfo, ObjectStore
+from workers.errors import PlanError, StoreError, StoreUnavailableError
+from workers.store.base import ObjectStore
 from workers.store.uris import from_path, join, normalise, to_path
 from workers.store.uris import name as base_name
-from workers.task import TensorRef
-
-OPEN_THREADS = 16
-"""Headers read at once."""
 
 COMPARED_BYTES = 1 << 30
 """Most bytes per model of tensors without arithmetic that planning reads to compare them."""
 
-WELL_KNOWN_FILES = (
-    SINGLE_FILE, INDEX_FILE, CONFIG_FILE, "generation_config.json", "tokenizer.json", "tokenizer_config.json",
-    "tokenizer.model", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt",
-    "spiece.model", "chat_template.jinja", "preprocessor_config.json",
-)  # fmt: skip
-"""What a checkpoint may hold besides shards: looked for one by one where listing is not permitted."""
-
-_DIGEST_STEP = 8 << 20
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?(@[\w./-]+)?")
 
 T = TypeVar("T")
-R = TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -83,6 +46,32 @@ class Planned:
     """Where each model named in the recipe is."""
     tokenizer: Checkpoint
     """Whose tokenizer files go to the output."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of planning: a plan, or everything that keeps it from being made."""
+
+    planned: Planned | None
+    """The plan, when nothing is wrong."""
+    price: Price | None
+    """What it costs; with problems, what those tensors cost that have none, if there are any."""
+    problems: tuple[str, ...]
+    """What is wrong with the recipe, its models and the place of the output."""
+    away: tuple[str, ...]
+    """Why some models could not be looked at just now, which says nothing about them."""
+
+    def result(self) -> Planned:
+        """The plan.
+
+        :raises StoreUnavailableError: the store was out of reach.
+        :raises PlanError: lists every problem.
+        """
+        if self.away:
+            raise StoreUnavailableError("; ".join(sorted({*self.away, *self.problems})))
+        if self.planned is None:
+            raise PlanError(*self.problems)
+        return self.planned
 
 
 def resolve_model(name: str, model_roots: Mapping[str, str]) -> str:
@@ -138,60 +127,6 @@ def _real(uri: str) -> str:
     return from_path(os.path.realpath(to_path(uri))) if uri.startswith("file:") else uri
 
 
-def open_checkpoint(store: ObjectStore, uri: str) -> Checkpoint:
-    """Read a checkpoint's headers, index and config.
-
-    :raises PlanError: it is missing, unreadable or malformed; lists what was wrong.
-    :raises StoreUnavailableError: the store is out of reach.
-    """
-    problems: list[str] = []
-
-    def attempt(work: Callable[[], T]) -> T | None:
-        try:
-            return work()
-        except HeaderError as error:
-            problems.append(str(error))
-        except StoreUnavailableError:
-            raise  # says nothing about the model: a job that is half done must not fail for it
-        except StoreError as error:
-            problems.append(f"{uri}: {error}")
-        return None
-
-    files = attempt(lambda: _files(store, uri)) or {}
-    weight_map = None if problems else attempt(lambda: _weight_map(store, uri, files))
-    if problems:
-        raise PlanError(*problems)
-    config = attempt(lambda: _read_json(store, uri, CONFIG_FILE))
-    shards = [SINGLE_FILE] if weight_map is None else sorted(set(weight_map.values()))
-    infos = _parallel(lambda name: attempt(lambda: store.head(shard_uri(uri, name))), shards)
-    tensors = _parallel(
-        lambda info: None if info is None else attempt(lambda: _read_header(store, info)), infos
-    )
-    read = {name: own for name, own in zip(shards, tensors, strict=True) if own is not None}
-    found = attempt(lambda: gather(uri, weight_map, read)) if len(read) == len(shards) else None
-    if found is None or problems:
-        raise PlanError(*sorted(problems))
-    small = {name: info for name, info in files.items() if is_copied(name)}
-    return Checkpoint(uri, found, config, small, {info.uri: info.etag for info in infos if info is not None})
-
-
-def _files(store: ObjectStore, uri: str) -> dict[str, ObjectInfo]:
-    """The files of a checkpoint, by name; those of well-known names where listing is not permitted."""
-    try:
-        return {base_name(info.uri): info for info in store.list(uri + "/", beside=True)}
-    except AccessDeniedError:
-        pass
-
-    def look(name: str) -> ObjectInfo | None:
-        try:
-            return store.head(join(uri, name))
-        except (ObjectNotFoundError, AccessDeniedError):  # without the permission S3 says 403 for either
-            return None
-
-    found = zip(WELL_KNOWN_FILES, _parallel(look, WELL_KNOWN_FILES), strict=True)
-    return {name: info for name, info in found if info is not None}
-
-
 def plan_recipe(
     recipe: Recipe,
     options: PlanOptions,
@@ -205,6 +140,18 @@ def plan_recipe(
     :raises PlanError: lists every problem of every model.
     :raises StoreUnavailableError: the store is out of reach.
     """
+    return examine(recipe, options, store, model_roots, baseline_bytes, output).result()
+
+
+def examine(
+    recipe: Recipe,
+    options: PlanOptions,
+    store: ObjectStore,
+    model_roots: Mapping[str, str],
+    baseline_bytes: int = BASELINE_BYTES,
+    output: str | None = None,
+) -> Outcome:
+    """As :func:`plan_recipe`, but whatever keeps the merge from being run is part of the answer."""
     problems: list[str] = []
     away: list[str] = []
 
@@ -217,100 +164,63 @@ def plan_recipe(
             away.append(str(error))
         return None
 
-    def refuse() -> NoReturn:
-        if away:
-            raise StoreUnavailableError("; ".join(sorted({*away, *problems})))
-        raise PlanError(*sorted(set(problems)))
-
     names = recipe.names
     resolved = {name: attempt(lambda name=name: resolve_model(name, model_roots)) for name in names}  # type: ignore[misc]
     uris = {name: uri for name, uri in resolved.items() if uri is not None}
     if output is not None:
         problems.extend(overlap(output, uris.values()))
     distinct = list(dict.fromkeys(uris.values()))
-    opened = dict(
-        zip(
-            distinct,
-            _parallel(lambda uri: attempt(lambda: open_checkpoint(store, uri)), distinct),
-            strict=True,
-        )
-    )
-    checkpoints = {name: found for name, uri in uris.items() if (found := opened[uri]) is not None}
-    if len(checkpoints) < len(names):
-        refuse()
-    inputs = Inputs(checkpoints[recipe.reference], tuple(checkpoints[e.model] for _, e in recipe.task_models))
-    inputs = attempt(lambda: _with_digests(store, recipe, inputs)) or inputs
-    plan = None if away else attempt(lambda: make_plan(recipe, inputs, options, baseline_bytes))
-    if plan is None or problems:
-        refuse()
+    tried = parallel(lambda uri: attempt(lambda: open_checkpoint(store, uri)), distinct)
+    by_uri = dict(zip(distinct, tried, strict=True))
+    opened = {name: found for name, uri in uris.items() if (found := by_uri[uri]) is not None}
+    plan = None
+    if opened:
+        present = [entry.model for _, entry in recipe.task_models if entry.model in opened]
+        nearest = next(name for name in names if name in opened)
+        inputs = Inputs(opened[nearest], tuple(opened[name] for name in present))
+        digested = attempt(lambda: _with_digests(store, recipe, inputs))
+        inputs = digested or replace(inputs, are_digested=False)
+        wanted = recipe
+        if len(opened) < len(names):
+            wanted, inputs = _completed(recipe, inputs, present, nearest)
+        plan, misfits = draft_plan(wanted, inputs, options, baseline_bytes)
+        problems.extend(misfits)
+    price = None if plan is None else plan.price
+    if plan is None or problems or away:
+        return Outcome(None, price, tuple(sorted(set(problems))), tuple(sorted(set(away))))
     source = recipe.tokenizer_source
-    tokenizer = checkpoints[recipe.reference if source in {None, "base"} else str(source)]
-    return Planned(recipe, inputs, plan, uris, tokenizer)
+    tokenizer = opened[recipe.reference if source in {None, "base"} else str(source)]
+    return Outcome(Planned(recipe, inputs, plan, uris, tokenizer), price, (), ())
 
 
-def _weight_map(store: ObjectStore, uri: str, files: Mapping[str, ObjectInfo]) -> dict[str, str] | None:
-    """The shard index, or None for a single file; the single file wins where both are, as in transformers."""
-    single, index = join(uri, SINGLE_FILE), join(uri, INDEX_FILE)
-    if _exists(store, single, files, SINGLE_FILE):
-        return None
-    try:
-        return parse_index(_read(store, store.head(index), MAX_INDEX_BYTES), index)
-    except ObjectNotFoundError:
-        other = sorted(name for name in files if is_weight_file(name))
-        if any(name.endswith(".safetensors") for name in other):
-            raise HeaderError(f"{uri} holds {other[0]} but neither {SINGLE_FILE} nor {INDEX_FILE}") from None
-        if other:
-            raise HeaderError(
-                f"{uri} holds {other[0]} and no {SINGLE_FILE}: only safetensors is read (pickles never are); "
-                "convert it first"
-            ) from None
-        raise ObjectNotFoundError(f"no model here: neither {SINGLE_FILE} nor {INDEX_FILE} exists") from None
+def _completed(recipe: Recipe, inputs: Inputs, present: Sequence[str], nearest: str) -> tuple[Recipe, Inputs]:
+    """What to match when only ``nearest``, for the reference, and the models in ``present`` have opened.
+
+    A model that has not is taken to be like the reference: it then fits, and costs what it would. Without the
+    reference itself the others are compared among themselves, for what no reference could reconcile.
+    """
+    known = dict(zip(present, inputs.models, strict=True))
+    reference, compared_with = inputs.reference, None
+    if nearest != recipe.reference:
+        reference, compared_with = _like(reference, recipe.reference), nearest
+        unknown: dict[str, str] = {"missing_tensors": "base", "extra_tensors": "drop"}
+        if recipe.extra_tensors == "drop":  # nobody needs to agree on what the reference may not have
+            unknown |= {"mismatched_tensors": "base", "buffers": recipe.reference}
+        recipe = recipe.model_copy(update=unknown)
+    known[recipe.reference] = reference
+    models = tuple(known.get(e.model) or _like(reference, e.model) for _, e in recipe.task_models)
+    return recipe, replace(inputs, reference=reference, models=models, compared_with=compared_with)
 
 
-def _exists(store: ObjectStore, uri: str, files: Mapping[str, ObjectInfo], name: str) -> bool:
-    if files:
-        return name in files
-    try:
-        store.head(uri)
-    except ObjectNotFoundError:
-        return False
-    return True
-
-
-def _read_header(store: ObjectStore, info: ObjectInfo) -> dict[str, StoredTensor]:
-    try:
-        length = header_length(_read_range(store, info, 0, min(LENGTH_BYTES, info.size)), info.size)
-        header = parse(_read_range(store, info, LENGTH_BYTES, LENGTH_BYTES + length), info.size)
-    except HeaderError as error:
-        raise HeaderError(f"{info.uri}: {error}") from error
-    return tensors_of(info.uri, info.etag, header)
-
-
-def _read_json(store: ObjectStore, uri: str, name: str) -> dict[str, object] | None:
-    try:
-        info = store.head(join(uri, name))
-    except ObjectNotFoundError:
-        return None
-    try:
-        document = json.loads(_read(store, info, MAX_CONFIG_BYTES))
-    except (ValueError, RecursionError) as error:
-        raise HeaderError(f"{info.uri} is not valid JSON: {error}") from error
-    if not isinstance(document, dict):
-        raise HeaderError(f"{info.uri} is not a JSON object")
-    return document
-
-
-def _read(store: ObjectStore, info: ObjectInfo, limit: int) -> bytes:
-    if info.size > limit:
-        raise HeaderError(f"{info.uri} has {info.size} bytes, more than the {limit} that are read")
-    return _read_range(store, info, 0, info.size)
-
-
-def _read_range(store: ObjectStore, info: ObjectInfo, start: int, end: int) -> bytes:
-    buffer = bytearray(end - start)
-    if buffer:
-        store.read_into(info.uri, start, memoryview(buffer), info.etag)
-    return bytes(buffer)
+def _like(checkpoint: Checkpoint, name: str) -> Checkpoint:
+    """A stand-in of the same tensors, whose bytes count as its own where they may differ."""
+    tensors = {
+        key: replace(tensor, ref=replace(tensor.ref, uri=f"{name}/{base_name(tensor.ref.uri)}"))
+        if tensor.is_float
+        else tensor
+        for key, tensor in checkpoint.tensors.items()
+    }
+    return replace(checkpoint, tensors=tensors)
 
 
 def _with_digests(store: ObjectStore, recipe: Recipe, inputs: Inputs) -> Inputs:
@@ -330,7 +240,7 @@ def _with_digests(store: ObjectStore, recipe: Recipe, inputs: Inputs) -> Inputs:
                     "arithmetic (a quantised checkpoint?): dequantise it first, or set `buffers:` to the model "
                     "whose values win"
                 )
-            found = _parallel(lambda tensor: _digest(store, tensor.ref), tensors)
+            found = parallel(lambda tensor: digest(store, tensor.ref), tensors)
             digests = {tensor.name: value for tensor, value in zip(tensors, found, strict=True)}
             known[id(checkpoint)] = replace(checkpoint, digests=digests)
         return known[id(checkpoint)]
@@ -341,19 +251,3 @@ def _with_digests(store: ObjectStore, recipe: Recipe, inputs: Inputs) -> Inputs:
         raise
     except StoreError as error:
         raise PlanError(str(error)) from error
-
-
-def _digest(store: ObjectStore, ref: TensorRef) -> str:
-    sha = hashlib.sha256()
-    for start in range(ref.start, ref.end, _DIGEST_STEP):
-        buffer = bytearray(min(_DIGEST_STEP, ref.end - start))
-        store.read_into(ref.uri, start, memoryview(buffer), ref.etag)
-        sha.update(buffer)
-    return sha.hexdigest()
-
-
-def _parallel(work: Callable[[T], R], items: Sequence[T]) -> list[R]:
-    if len(items) <= 1:
-        return [work(item) for item in items]
-    with ThreadPoolExecutor(min(OPEN_THREADS, len(items))) as pool:
-        return list(pool.map(work, items))

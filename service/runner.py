@@ -35,7 +35,8 @@ from service.jobs import (
 )
 from service.jobstore import Lease
 from service.plan import PlanOptions, plan_summary
-from service.planning import Planned, plan_recipe
+from service.planning import Planned, examine
+from service.price import Price
 from service.publish import publish, published
 from service.recipe import parse_recipe
 from service.sidecars import OutputFile
@@ -163,39 +164,36 @@ class JobRunner:
 
     def _plan(self) -> Planned:
         """Plan; in the planning state with everything that can be wrong about the output, too."""
-        recipe = parse_recipe(self.record.recipe)
         settings = self.tools.settings
-        problems: list[str] = []
-        planned = None
-        try:
-            planned = plan_recipe(
-                recipe,
-                self._options,
-                self.tools.store,
-                settings.model_roots,
-                settings.worker_baseline_bytes,
-                self.record.output,
-            )
-        except PlanError as error:
-            problems.extend(error.problems)
-        except StoreUnavailableError as error:
-            if self.record.state != JobState.PLANNING:
-                raise  # the job waits for the store; as long as nothing is made, it had better say so at once
-            problems.append(str(error))
-        if self.record.state == JobState.PLANNING:
-            problems.extend(self._output_problems())
-            if planned is not None:
-                problems.extend(self._capacity_problems(planned))
-        if planned is None or problems:
+        outcome = examine(
+            parse_recipe(self.record.recipe),
+            self._options,
+            self.tools.store,
+            settings.model_roots,
+            settings.worker_baseline_bytes,
+            self.record.output,
+        )
+        if self.record.state != JobState.PLANNING:
+            return outcome.result()  # the job waits for a store that is out of reach
+        # As long as nothing is made, it had better say so at once.
+        problems = [*outcome.problems, *outcome.away, *self._output_problems()]
+        if outcome.price is not None:
+            problems.extend(self._capacity_problems(outcome.price, CLUSTER_WAIT_S if not problems else 0))
+        if problems:
             raise PlanError(*problems)
-        return planned
+        return outcome.result()
 
     def _output_problems(self) -> list[str]:
         return output_problems(self.tools.store, self.record.output, self._options.overwrite)
 
-    def _capacity_problems(self, planned: Planned) -> list[str]:
-        capacity = self._capacity()
-        price = planned.plan.price
+    def _capacity_problems(self, price: Price, wait_s: float) -> list[str]:
+        """Whether no node can take the biggest task; nothing, when the job fails anyhow and no cluster is up."""
+        try:
+            capacity = self._capacity(wait_s)
+        except FleetError:
+            if wait_s:
+                raise
+            return []
         if price.peak_bytes <= capacity.max_node_memory_bytes:
             return []
         return [
@@ -203,9 +201,9 @@ class JobRunner:
             f"cluster offers {capacity.max_node_memory_bytes}: lower worker_memory_bytes or add a larger node"
         ]
 
-    def _capacity(self) -> Capacity:
+    def _capacity(self, wait_s: float) -> Capacity:
         """What the cluster offers; a cancel or a stop does not wait for a cluster that is not up."""
-        deadline = time.monotonic() + CLUSTER_WAIT_S
+        deadline = time.monotonic() + wait_s
         while True:
             self.check()
             try:

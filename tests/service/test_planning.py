@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 import torch
 
+from service.opening import open_checkpoint
 from service.plan import PlanOptions
-from service.planning import Planned, open_checkpoint, overlap, plan_recipe
+from service.planning import Planned, examine, overlap, plan_recipe
 from service.recipe import parse_recipe
 from tests.checkpoints import INDEX, SINGLE, llama_config, llama_tensors, write_checkpoint
 from workers.errors import AccessDeniedError, ObjectNotFoundError, PlanError, StoreUnavailableError

@@ -86,6 +86,13 @@ class ObjectStore(Protocol):
         """Remove an object; it is no error when there is none."""
         ...
 
+    def check_writable(self, uri: str) -> None:
+        """Find out whether an object could be put here, and leave nothing behind.
+
+        :raises AccessDeniedError: these credentials may not.
+        """
+        ...
+
     def list(self, prefix: str, *, beside: bool = False) -> Iterator[ObjectInfo]:
         """All objects whose URI begins with ``prefix`` (a plain string), in the order of their names.
 

@@ -94,6 +94,16 @@ def make_directories(path: Path) -> None:
         sync_directory(each.parent)
 
 
+def check_directory_writable(path: Path) -> None:
+    """Raise what making files in ``path``, and what is missing above it, would meet."""
+    while not os.path.lexists(path):
+        path = path.parent
+    if not path.is_dir():
+        raise StoreError(f"{path} is a file, and there can be no directory in its place")
+    if not os.access(path, os.W_OK | os.X_OK, effective_ids=True):
+        raise PermissionError(errno.EACCES, "not writable", str(path))
+
+
 def sync_directory(path: Path) -> None:
     """Make renames and new names in ``path`` durable."""
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)

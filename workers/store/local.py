@@ -96,6 +96,11 @@ class LocalStore:
             _forget_metadata(path, status)
             files.prune(path.parent)
 
+    def check_writable(self, uri: str) -> None:
+        """See :meth:`ObjectStore.check_writable`."""
+        with files.mapped_errors("write", uri):
+            files.check_directory_writable(_path(uri).parent)
+
     def list(self, prefix: str, *, beside: bool = False) -> Iterator[ObjectInfo]:
         """See :meth:`ObjectStore.list`."""
         slash, _, tail = prefix.rpartition("/")

@@ -182,6 +182,10 @@ class S3Store:
             if code_of(error.__cause__ or error) == "NoSuchBucket":
                 raise
 
+    def check_writable(self, uri: str) -> None:
+        """See :meth:`ObjectStore.check_writable`. An upload that is opened and aborted is no object at any time."""
+        self.abort(self.open_upload(uri, 0, {}))
+
     def list(self, prefix: str, *, beside: bool = False) -> Iterator[ObjectInfo]:
         """See :meth:`ObjectStore.list`."""
         if scheme(prefix) != "s3":

@@ -54,6 +54,10 @@ class Stores:
         """See :meth:`ObjectStore.delete`."""
         self._of(uri).delete(uri)
 
+    def check_writable(self, uri: str) -> None:
+        """See :meth:`ObjectStore.check_writable`."""
+        self._of(uri).check_writable(uri)
+
     def list(self, prefix: str, *, beside: bool = False) -> Iterator[ObjectInfo]:
         """See :meth:`ObjectStore.list`."""
         return self._of(prefix).list(prefix, beside=beside)

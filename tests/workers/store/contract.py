@@ -414,6 +414,16 @@ class StoreContract:
             store.copy_part(upload, 1, 0, join(root, "nothing"), 0, 9, new)
         assert store.list_parts(upload) == []
 
+    def test_whether_a_place_can_be_written_to_is_found_out_without_a_trace(
+        self, store: ObjectStore, root: str
+    ) -> None:
+        store.put(join(root, "object"), b"x")
+        for name in ("object", "new", "deep/down/new"):
+            uri = join(root, *name.split("/"))
+            store.check_writable(uri)
+            assert store.list_uploads(uri) == []
+        assert [info.uri for info in store.list(root + "/")] == [join(root, "object")]
+
     # --- processes -----------------------------------------------------------------------------
 
     def test_a_pickled_store_works(self, store: ObjectStore, root: str) -> None:

@@ -53,6 +53,26 @@ class TestLocalStore(StoreContract):
     min_part_bytes = 100_003
 
 
+def test_a_place_is_not_writable_below_a_file_or_without_permission(
+    store: LocalStore, root: str, directory: Path
+) -> None:
+    store.check_writable(join(root, "new", "object"))
+    assert _names(directory) == []
+    (directory / "file").touch()
+    with pytest.raises(StoreError, match="file is a file, and there can be no directory"):
+        store.check_writable(join(root, "file", "deep", "object"))
+    directory.chmod(0o500)
+    was = os.geteuid()
+    os.seteuid(was or 65534)  # nothing is forbidden to root
+    try:
+        for name in ("object", "new/object"):
+            with pytest.raises(AccessDeniedError, match="Permission denied; check the permissions of"):
+                store.check_writable(join(root, *name.split("/")))
+    finally:
+        os.seteuid(was)
+        directory.chmod(0o700)
+
+
 def test_nothing_hidden_is_left_behind(store: LocalStore, root: str, directory: Path) -> None:
     store.put(join(root, "a"), b"x")
     store.put_if_absent(join(root, "b"), b"x")

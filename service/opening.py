@@ -1,0 +1,188 @@
+"""Open a checkpoint by its headers, index and config.json, and digest those few tensors that have to be equal."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+from service.checkpoint import (
+    CONFIG_FILE,
+    INDEX_FILE,
+    MAX_CONFIG_BYTES,
+    MAX_INDEX_BYTES,
+    SINGLE_FILE,
+    Checkpoint,
+    StoredTensor,
+    gather,
+    is_copied,
+    is_weight_file,
+    parse_index,
+    shard_uri,
+    tensors_of,
+)
+from workers.errors import (
+    AccessDeniedError,
+    HeaderError,
+    ObjectNotFoundError,
+    PlanError,
+    StoreError,
+    StoreUnavailableError,
+)
+from workers.safetensors_format import LENGTH_BYTES, header_length, parse
+from workers.store.base import ObjectInfo, ObjectStore
+from workers.store.uris import join
+from workers.store.uris import name as base_name
+from workers.task import TensorRef
+
+OPEN_THREADS = 16
+"""Headers read at once."""
+
+WELL_KNOWN_FILES = (
+    SINGLE_FILE, INDEX_FILE, CONFIG_FILE, "generation_config.json", "tokenizer.json", "tokenizer_config.json",
+    "tokenizer.model", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt",
+    "spiece.model", "chat_template.jinja", "preprocessor_config.json",
+)  # fmt: skip
+"""What a checkpoint may hold besides shards: looked for one by one where listing is not permitted."""
+
+_DIGEST_STEP = 8 << 20
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+def open_checkpoint(store: ObjectStore, uri: str) -> Checkpoint:
+    """Read a checkpoint's headers, index and config.
+
+    :raises PlanError: it is missing, unreadable or malformed; lists what was wrong.
+    :raises StoreUnavailableError: the store is out of reach.
+    """
+    problems: list[str] = []
+
+    def attempt(work: Callable[[], T]) -> T | None:
+        try:
+            return work()
+        except HeaderError as error:
+            problems.append(str(error))
+        except StoreUnavailableError:
+            raise  # says nothing about the model: a job that is half done must not fail for it
+        except StoreError as error:
+            problems.append(f"{uri}: {error}")
+        return None
+
+    files = attempt(lambda: _files(store, uri)) or {}
+    weight_map = None if problems else attempt(lambda: _weight_map(store, uri, files))
+    if problems:
+        raise PlanError(*problems)
+    config = attempt(lambda: _read_json(store, uri, CONFIG_FILE))
+    shards = [SINGLE_FILE] if weight_map is None else sorted(set(weight_map.values()))
+    infos = parallel(lambda name: attempt(lambda: store.head(shard_uri(uri, name))), shards)
+    tensors = parallel(
+        lambda info: None if info is None else attempt(lambda: _read_header(store, info)), infos
+    )
+    read = {name: own for name, own in zip(shards, tensors, strict=True) if own is not None}
+    found = attempt(lambda: gather(uri, weight_map, read)) if len(read) == len(shards) else None
+    if found is None or problems:
+        raise PlanError(*sorted(problems))
+    small = {name: info for name, info in files.items() if is_copied(name)}
+    return Checkpoint(uri, found, config, small, {info.uri: info.etag for info in infos if info is not None})
+
+
+def _files(store: ObjectStore, uri: str) -> dict[str, ObjectInfo]:
+    """The files of a checkpoint, by name; those of well-known names where listing is not permitted."""
+    try:
+        return {base_name(info.uri): info for info in store.list(uri + "/", beside=True)}
+    except AccessDeniedError:
+        pass
+
+    def look(name: str) -> ObjectInfo | None:
+        try:
+            return store.head(join(uri, name))
+        except (ObjectNotFoundError, AccessDeniedError):  # without the permission S3 says 403 for either
+            return None
+
+    found = zip(WELL_KNOWN_FILES, parallel(look, WELL_KNOWN_FILES), strict=True)
+    return {name: info for name, info in found if info is not None}
+
+
+def _weight_map(store: ObjectStore, uri: str, files: Mapping[str, ObjectInfo]) -> dict[str, str] | None:
+    """The shard index, or None for a single file; the single file wins where both are, as in transformers."""
+    single, index = join(uri, SINGLE_FILE), join(uri, INDEX_FILE)
+    if _exists(store, single, files, SINGLE_FILE):
+        return None
+    try:
+        return parse_index(_read(store, store.head(index), MAX_INDEX_BYTES), index)
+    except ObjectNotFoundError:
+        other = sorted(name for name in files if is_weight_file(name))
+        if any(name.endswith(".safetensors") for name in other):
+            raise HeaderError(f"{uri} holds {other[0]} but neither {SINGLE_FILE} nor {INDEX_FILE}") from None
+        if other:
+            raise HeaderError(
+                f"{uri} holds {other[0]} and no {SINGLE_FILE}: only safetensors is read (pickles never are); "
+                "convert it first"
+            ) from None
+        raise ObjectNotFoundError(f"no model here: neither {SINGLE_FILE} nor {INDEX_FILE} exists") from None
+
+
+def _exists(store: ObjectStore, uri: str, files: Mapping[str, ObjectInfo], name: str) -> bool:
+    if files:
+        return name in files
+    try:
+        store.head(uri)
+    except ObjectNotFoundError:
+        return False
+    return True
+
+
+def _read_header(store: ObjectStore, info: ObjectInfo) -> dict[str, StoredTensor]:
+    try:
+        length = header_length(_read_range(store, info, 0, min(LENGTH_BYTES, info.size)), info.size)
+        header = parse(_read_range(store, info, LENGTH_BYTES, LENGTH_BYTES + length), info.size)
+    except HeaderError as error:
+        raise HeaderError(f"{info.uri}: {error}") from error
+    return tensors_of(info.uri, info.etag, header)
+
+
+def _read_json(store: ObjectStore, uri: str, name: str) -> dict[str, object] | None:
+    try:
+        info = store.head(join(uri, name))
+    except ObjectNotFoundError:
+        return None
+    try:
+        document = json.loads(_read(store, info, MAX_CONFIG_BYTES))
+    except (ValueError, RecursionError) as error:
+        raise HeaderError(f"{info.uri} is not valid JSON: {error}") from error
+    if not isinstance(document, dict):
+        raise HeaderError(f"{info.uri} is not a JSON object")
+    return document
+
+
+def _read(store: ObjectStore, info: ObjectInfo, limit: int) -> bytes:
+    if info.size > limit:
+        raise HeaderError(f"{info.uri} has {info.size} bytes, more than the {limit} that are read")
+    return _read_range(store, info, 0, info.size)
+
+
+def _read_range(store: ObjectStore, info: ObjectInfo, start: int, end: int) -> bytes:
+    buffer = bytearray(end - start)
+    if buffer:
+        store.read_into(info.uri, start, memoryview(buffer), info.etag)
+    return bytes(buffer)
+
+
+def digest(store: ObjectStore, ref: TensorRef) -> str:
+    sha = hashlib.sha256()
+    for start in range(ref.start, ref.end, _DIGEST_STEP):
+        buffer = bytearray(min(_DIGEST_STEP, ref.end - start))
+        store.read_into(ref.uri, start, memoryview(buffer), ref.etag)
+        sha.update(buffer)
+    return sha.hexdigest()
+
+
+def parallel(work: Callable[[T], R], items: Sequence[T]) -> list[R]:
+    if len(items) <= 1:
+        return [work(item) for item in items]
+    with ThreadPoolExecutor(min(OPEN_THREADS, len(items))) as pool:
+        return list(pool.map(work, items))
