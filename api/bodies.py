@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import codecs
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Annotated, Final, TypeVar
+from dataclasses import dataclass, replace
+from typing import Annotated, Any, Final, TypeVar
 
 from fastapi import Depends, Query, Request
 from pydantic import ValidationError
 from starlette.requests import ClientDisconnect
 
 from api.deps import plan_options
-from api.schemas import MergeRequest, PlanRequest, RecipeQuery
+from api.schemas import MergeRequest, OptionsBody, PlanRequest, RecipeQuery
 from service.plan import PlanOptions
-from service.recipe import Recipe, parse_recipe, parse_yaml, validation_problems
+from service.recipe import Recipe, load_yaml, parse_recipe, validation_problems
+from service.salvage import salvage
 from service.settings import Settings
 from workers.errors import (
     MalformedRequestError,
@@ -55,12 +56,14 @@ class Body:
 class Wanted:
     """A merge that somebody wants run or planned, as far as it can be checked without looking anywhere."""
 
-    recipe: Recipe
-    """The recipe."""
+    recipe: Recipe | None
+    """The recipe; with problems, what is left of it, if there is anything to look at."""
     output: str | None
-    """Normalised URI of the output, when it is given."""
+    """Normalised URI of the output, when it is given and there can be such a place."""
     options: PlanOptions
-    """The request's options over the deployment's defaults."""
+    """The request's options over the deployment's defaults; these alone when something is wrong with the former."""
+    problems: tuple[str, ...]
+    """What is wrong with the request itself."""
 
 
 async def receive(request: Request, query: Annotated[RecipeQuery, Query()]) -> Body:
@@ -97,8 +100,21 @@ def read(body: Body, settings: Settings, model: type[MergeRequest | PlanRequest]
     """Parse a body and check all that it says by itself; ``model`` is what its JSON has to be.
 
     :raises MalformedRequestError: it is not JSON or YAML in UTF-8, or the query speaks beside a JSON body.
-    :raises RecipeError: lists every problem.
+    :raises RecipeError: it is no request, so there is nothing to look at; lists every problem.
     """
+    if not body.is_yaml:
+        request = _request(body, model)
+        return check(lambda: request.recipe, request.output, request.options, settings)
+    text = _text(body.data)
+    wanted = check(lambda: load_yaml(text), body.query.output, body.query.options, settings)
+    if body.query.output is None and model is MergeRequest:
+        missing = "output: give the place of the checkpoint as the query parameter `output`"
+        return replace(wanted, problems=(*wanted.problems, missing))
+    return wanted
+
+
+def check(recipe: Callable[[], Any], output: str | None, options: OptionsBody, settings: Settings) -> Wanted:
+    """What is wanted, from the recipe's data as ``recipe`` loads it, and everything that is wrong with it."""
     problems: list[str] = []
 
     def attempt(work: Callable[[], T]) -> T | None:
@@ -110,21 +126,11 @@ def read(body: Body, settings: Settings, model: type[MergeRequest | PlanRequest]
             problems.append(f"output: {error}")
         return None
 
-    if body.is_yaml:
-        text = _text(body.data)
-        recipe = attempt(lambda: parse_yaml(text))
-        output, given = body.query.output, body.query.options
-        if output is None and model is MergeRequest:
-            problems.append("output: give the place of the checkpoint as the query parameter `output`")
-    else:
-        request = _request(body, model)
-        recipe = attempt(lambda: parse_recipe(request.recipe))
-        output, given = request.output, request.options
+    data = attempt(recipe)
+    parsed = None if problems else attempt(lambda: parse_recipe(data))
     place = None if output is None else attempt(lambda: normalise(output))
-    options = attempt(lambda: plan_options(settings, given))
-    if recipe is None or options is None or problems:
-        raise RecipeError(*problems)
-    return Wanted(recipe, place, options)
+    chosen = attempt(lambda: plan_options(settings, options)) or settings.default_options
+    return Wanted(parsed or salvage(data), place, chosen, tuple(problems))
 
 
 def _text(data: bytes) -> str:

@@ -5,16 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from api.deps import plan_options
+from api.bodies import check
+from api.looking import plan_wanted
 from api.routes.methods import list_methods
 from api.schemas import OptionsBody
 from service.plan import plan_summary
-from service.planning import overlap, plan_recipe
-from service.recipe import parse_recipe
 from service.settings import Settings
-from workers.errors import PlanError, StoreError
 from workers.store import open_stores
-from workers.store.uris import normalise
 
 
 def plan_here(
@@ -24,18 +21,8 @@ def plan_here(
 
     :raises RecipeError: the merge would fail; lists every problem.
     """
-    wanted = plan_options(settings, OptionsBody(**options))
-    store = open_stores(settings.store)
-    planned = plan_recipe(
-        parse_recipe(dict(recipe)), wanted, store, settings.model_roots, settings.worker_baseline_bytes
-    )
-    if output is not None:
-        try:
-            problems = overlap(normalise(output), planned.uris.values())
-        except StoreError as error:
-            problems = [f"output: {error}"]
-        if problems:
-            raise PlanError(*problems)
+    wanted = check(lambda: dict(recipe), output, OptionsBody(**options), settings)
+    planned = plan_wanted(wanted, settings, open_stores(settings.store))
     return plan_summary(planned.plan)
 
 

@@ -227,7 +227,15 @@ def parse_recipe(value: Any) -> Recipe:
 def parse_yaml(text: str) -> Recipe:
     """Read a recipe from mergekit's YAML (or JSON, which is YAML).
 
-    :raises RecipeError: the text is not YAML, or see :func:`parse_recipe`.
+    :raises RecipeError: see :func:`load_yaml` and :func:`parse_recipe`.
+    """
+    return parse_recipe(load_yaml(text))
+
+
+def load_yaml(text: str) -> Any:
+    """The data that a recipe's YAML stands for.
+
+    :raises RecipeError: the text is too long, or is not one YAML document.
     """
     if len(text) > MAX_RECIPE_CHARACTERS:
         raise RecipeError(f"the recipe is longer than {MAX_RECIPE_CHARACTERS} characters")
@@ -238,7 +246,7 @@ def parse_yaml(text: str) -> Recipe:
         raise RecipeError(
             f"the text holds {len(documents)} YAML documents; multi-stage merges are not supported yet"
         )
-    return parse_recipe(documents[0])
+    return documents[0]
 
 
 def validation_problems(error: ValidationError) -> list[str]:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from typing import Annotated, Any
 
+from anyio.to_thread import run_sync
 from fastapi import APIRouter, Query, Request, Response
 from fastapi.responses import FileResponse, RedirectResponse
 
-from api.bodies import BodyDep, read
-from api.deps import JobsDep, SettingsDep, StoreDep
+from api.bodies import Body, BodyDep, Wanted, read
+from api.deps import JobsDep, PlanLimiterDep, SettingsDep, StoreDep
+from api.looking import plan_wanted
 from api.openapi import problems, recipe_body
 from api.routing import readable
 from api.schemas import File, FileList, Job, JobList, MergeRequest, job_of
@@ -41,15 +44,25 @@ _FILE: dict[int | str, dict[str, Any]] = {
     openapi_extra=recipe_body(MergeRequest),
     responses=problems(400, 413, 415, 422, 503),
 )
-def submit(body: BodyDep, response: Response, settings: SettingsDep, jobs: JobsDep) -> Job:
-    """Accept a merge. The recipe is checked now; models are opened, checked and priced when planning."""
-    wanted = read(body, settings, MergeRequest)
-    assert wanted.output is not None  # noqa: S101 - a MergeRequest has one
-    if wrong := [problem for name in wanted.recipe.names for problem in _model_problems(name, settings)]:
-        raise RecipeError(*wrong)
+async def submit(
+    body: BodyDep,
+    response: Response,
+    settings: SettingsDep,
+    jobs: JobsDep,
+    store: StoreDep,
+    limiter: PlanLimiterDep,
+) -> Job:
+    """Accept a merge. The recipe is checked now; models are opened, checked and priced when planning.
+
+    A recipe that is refused has its models and its output looked at now, so that all there is to mend is said.
+    """
+    wanted = await run_sync(_checked, body, settings)
+    if wanted.problems:
+        await run_sync(plan_wanted, wanted, settings, store, limiter=limiter)
+    assert wanted.recipe is not None and wanted.output is not None  # noqa: S101 - it is a whole request
     options = wanted.options.model_dump(mode="json")
     record = new_job(wanted.recipe.to_json(), wanted.output, options, time.time())
-    jobs.create(record)
+    await run_sync(jobs.create, record)
     response.headers["Location"] = f"{BASE}/{record.id}"
     return job_of(JobStatus(record), BASE)  # not read again: if that failed, nobody would know of the job
 
@@ -124,9 +137,13 @@ def _listing(record: JobRecord) -> list[dict[str, Any]]:
     return found
 
 
-def _model_problems(name: str, settings: Settings) -> list[str]:
-    try:
-        resolve_model(name, settings.model_roots)
-    except RecipeError as error:
-        return [f"models: {problem}" for problem in error.problems]
-    return []
+def _checked(body: Body, settings: Settings) -> Wanted:
+    """What is wanted; a model that can be nowhere is as wrong as a parameter that there is none of."""
+    wanted = read(body, settings, MergeRequest)
+    problems = list(wanted.problems)
+    for name in wanted.recipe.names if wanted.recipe is not None else ():
+        try:
+            resolve_model(name, settings.model_roots)
+        except RecipeError as error:
+            problems += error.problems
+    return replace(wanted, problems=tuple(problems))

@@ -7,13 +7,11 @@ from fastapi import APIRouter
 
 from api.bodies import Body, BodyDep, read
 from api.deps import PlanLimiterDep, SettingsDep, StoreDep
+from api.looking import plan_wanted
 from api.openapi import problems, recipe_body
 from api.schemas import PlanInfo, PlanRequest
-from service.commit import output_problems
 from service.plan import plan_summary
-from service.planning import plan_recipe
 from service.settings import Settings
-from workers.errors import PlanError
 from workers.store.base import ObjectStore
 
 router = APIRouter(prefix="/v1/plans", tags=["plans"])
@@ -31,22 +29,5 @@ async def plan(body: BodyDep, settings: SettingsDep, store: StoreDep, limiter: P
 
 
 def _plan(body: Body, settings: Settings, store: ObjectStore) -> PlanInfo:
-    wanted = read(body, settings, PlanRequest)
-    wrong: list[str] = []
-    try:
-        planned = plan_recipe(
-            wanted.recipe,
-            wanted.options,
-            store,
-            settings.model_roots,
-            settings.worker_baseline_bytes,
-            wanted.output,
-        )
-    except PlanError as error:
-        planned = None
-        wrong.extend(error.problems)
-    if wanted.output is not None:
-        wrong.extend(output_problems(store, wanted.output, wanted.options.overwrite))
-    if planned is None or wrong:
-        raise PlanError(*wrong)
+    planned = plan_wanted(read(body, settings, PlanRequest), settings, store)
     return PlanInfo.model_validate(plan_summary(planned.plan))

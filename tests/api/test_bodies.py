@@ -121,10 +121,11 @@ def test_all_options_may_be_in_the_query(lonely_api: httpx.Client, route: str) -
     assert "worker_memory_bytes" in found["errors"][0]
     query["worker_memory_bytes"] = str(1 << 60)
     found = problem(lonely_api.post(route, params=query, content=LINEAR_YAML, headers=YAML), 422)
-    assert [text.partition(":")[0] for text in found["errors"]] == [
+    assert [text.partition(":")[0] for text in found["errors"][:2]] == [
         "options.shard_bytes",
         "options.part_bytes",
     ]
+    assert [text.partition(": ")[2][:13] for text in found["errors"][2:]] == ["no model here"] * 2
 
 
 def test_everything_in_a_request_is_said_at_once(lonely_api: httpx.Client, route: str) -> None:

@@ -13,10 +13,10 @@ import pytest
 import torch
 
 from api.app import PLAN_THREADS, create_app
+from api.looking import plan_wanted
 from api.routes import plans
 from service.jobs import CommitStarted, Event, JobRecord, Succeeded
 from service.jobstore import JobStore
-from service.planning import plan_recipe
 from service.settings import Settings
 from tests.api.conftest import serving
 from tests.checkpoints import fine_tune, write_checkpoint
@@ -183,14 +183,14 @@ class TestPlans:
         self, api: httpx.Client, body: dict[str, Any], monkeypatch: pytest.MonkeyPatch
     ) -> None:
         inside, go_on = threading.Semaphore(0), threading.Event()
-        planning = plan_recipe
+        planning = plan_wanted
 
         def slow(*arguments: Any) -> Any:
             inside.release()
             assert go_on.wait(60)
             return planning(*arguments)
 
-        monkeypatch.setattr(plans, "plan_recipe", slow)
+        monkeypatch.setattr(plans, "plan_wanted", slow)
         with ThreadPoolExecutor(60) as pool:
             try:
                 asked = [pool.submit(api.post, "/v1/plans", json=body) for _ in range(60)]
