@@ -116,9 +116,12 @@ class Held:
             fcntl.flock(file, fcntl.LOCK_SH)
 
     def notes(self) -> dict[Path, int]:
-        """The records of uploaded parts, by inode: one that is made again is another file."""
+        """The records of uploaded parts, and when each was written: a part that is uploaded again has it anew.
+
+        Not their inodes: the record of before is removed first, and the new one may be given its number.
+        """
         found = [note for path in self.paths for note in path.parent.glob("parts/*.json")]
-        return {note: note.stat().st_ino for note in found}
+        return {note: note.stat().st_mtime_ns for note in found}
 
     def release(self) -> None:
         """Let everything happen."""

@@ -14,6 +14,7 @@ import yaml
 from safetensors import safe_open
 
 from service.driver import Driver
+from service.fleet_process import FleetSettings
 from tests.checkpoints import (
     edge_tensors,
     fine_tune,
@@ -24,6 +25,7 @@ from tests.checkpoints import (
     write_checkpoint,
 )
 from tests.servers.service import RunningService, running_service
+from tests.servers.witness import Witness
 from workers.store import StoreSettings, join, open_stores
 from workers.store.base import ObjectStore
 
@@ -151,53 +153,73 @@ def test_files_can_be_downloaded_in_ranges(service: RunningService, models: Path
     assert missing.headers["content-type"] == "application/problem+json"
 
 
-@pytest.mark.rgw
 def test_any_way_to_cut_the_work_gives_the_same_bytes(
-    service: RunningService,
-    driver: Driver,
-    valkey_url: str,
-    models: Path,
-    tmp_path: Path,
-    rgw_settings: StoreSettings,
-    rgw_bucket: str,
+    service: RunningService, models: Path, tmp_path: Path
 ) -> None:
-    """Part sizes of 5 and 64 MiB, one and two workers, whole and split tensors, a directory and S3."""
-    wanted = recipe(models, "dare_ties", density=0.3)
+    """Parts and tensors, whole and split: with a survey of its own, or within the part."""
     cuts: dict[str, dict[str, int]] = {
         "default": {},
         "small": {"part_bytes": 5 * MIB},
         "split": {"part_bytes": 5 * MIB, "whole_tensor_bytes": 5 * MIB},
     }
-    digests = {}
+    bytes_of = {}
     for method in ("dare_ties", "ties"):
         wanted = recipe(models, method, density=0.3)
         for name, options in cuts.items():
-            done = service.merge(wanted, str(tmp_path / f"{method}-{name}"), **options)
+            out = tmp_path / f"{method}-{name}"
+            done = service.merge(wanted, str(out), **options)
             listing = service.http.get(done["links"]["files"]).json()["files"]
-            digests[method, name] = shard_digests(listing)
-            if (method, name) == ("ties", "split"):
-                assert done["price"]["surveyed_tensors"] > 0
-    with running_service(valkey_url, driver, max_parts_in_flight=1) as single:
-        done = single.merge(wanted, str(tmp_path / "single"), part_bytes=5 * MIB)
-        digests["ties", "single"] = shard_digests(single.http.get(done["links"]["files"]).json()["files"])
+            bytes_of[method, name] = (shard_digests(listing), sha256_of(out))
+            assert (done["price"]["surveyed_tensors"] > 0) == ((method, name) == ("ties", "split"))
+        assert bytes_of[method, "small"] == bytes_of[method, "split"] == bytes_of[method, "default"]
+    assert bytes_of["ties", "default"] != bytes_of["dare_ties", "default"]
+
+
+@pytest.mark.rgw
+def test_part_sizes_workers_and_stores_give_the_same_bytes(
+    driver: Driver, valkey_url: str, tmp_path: Path, rgw_settings: StoreSettings, rgw_bucket: str
+) -> None:
+    """Parts of 5 and of 64 MiB, made by one and by two worker processes, from a directory and from S3.
+
+    The shard is of 68 MiB, so that neither bound is idle. Of the eight ways, four that hold every pair.
+    """
+    base = llama_tensors(0, layers=1, hidden=512, heads=8, vocab=14_000, dtype=torch.bfloat16)
+    models = tmp_path / "models"
+    write_checkpoint(models / "base", base, {"torch_dtype": "bfloat16"})
+    write_checkpoint(models / "sharded", fine_tune(base, 1, 0.01), shard_bytes=16 * MIB)
+    wide = {name: tensor.float() for name, tensor in fine_tune(base, 2, 0.01).items()}
+    write_checkpoint(models / "wide", wide)
     store = open_stores(rgw_settings)
     upload_directory(store, models, rgw_bucket)
-    with running_service(valkey_url, driver, store=rgw_settings) as remote:
-        for name, options in cuts.items():
-            wanted = recipe(rgw_bucket, "ties", density=0.3)
-            done = remote.merge(wanted, f"{rgw_bucket}/out-{name}", **options)
-            listing = remote.http.get(done["links"]["files"]).json()["files"]
-            digests["ties", f"s3-{name}"] = shard_digests(listing)
-            hidden = [info.uri for info in store.list(f"{rgw_bucket}/out-{name}/.mergemill")]
-            assert hidden == []
-            config = next(file for file in listing if file["name"] == "config.json")
-            assert remote.http.get(config["url"]).json()["torch_dtype"] == "bfloat16"
-    for method in ("dare_ties", "ties"):
-        found = {name: digest for (m, name), digest in digests.items() if m == method}
-        assert len(set(map(str, found.values()))) == 1, found
-    assert digests["ties", "default"] != digests["dare_ties", "default"]
-    one, other = (sha256_of(tmp_path / f"ties-{name}") for name in ("default", "split"))
-    assert one == other
+    small = {"part_bytes": 5 * MIB, "whole_tensor_bytes": 5 * MIB}
+    large = {"part_bytes": 64 * MIB}
+    here, there = f"file://{tmp_path}/out", f"{rgw_bucket}/out"
+    digests = []
+    with Driver(FleetSettings(address="local", num_cpus=1)) as single:
+        for cluster, workers, runs in (
+            (driver, 2, [(models, here, small), (rgw_bucket, there, large)]),
+            (single, 1, [(models, here, large), (rgw_bucket, there, small)]),
+        ):
+            witness = Witness(cluster, workers, tmp_path / f"witness-{workers}")
+            with running_service(valkey_url, witness, store=rgw_settings) as service:  # type: ignore[arg-type]
+                for root, out, options in runs:
+                    witness.begin()
+                    wanted = recipe(root, "ties", density=0.3) | {"dtype": "float32"}
+                    done = service.merge(wanted, f"{out}-{workers}", **options)
+                    parts, made = done["progress"]["parts_total"], witness.seen()
+                    assert len(made) == parts
+                    assert (parts > 10) if options is small else (parts == 2)
+                    assert (done["price"]["surveyed_tensors"] > 0) == (options is small)
+                    assert cluster.capacity().cpus == witness.at_once() == workers
+                    assert (len({pid for _, _, pid in made}) > 1) == (workers > 1)
+                    listing = service.http.get(done["links"]["files"]).json()["files"]
+                    digests.append(shard_digests(listing))
+                    assert not list(store.list(f"{out}-{workers}/.mergemill"))
+                    config = next(file for file in listing if file["name"] == "config.json")
+                    assert service.http.get(config["url"]).json()["torch_dtype"] == "float32"
+    assert digests[0].keys() == {"model-00001-of-00001.safetensors"}
+    assert digests == digests[:1] * 4
+    assert sha256_of(tmp_path / "out-1") == sha256_of(tmp_path / "out-2") != {}
 
 
 def upload_directory(store: ObjectStore, root: Path, prefix: str) -> None:

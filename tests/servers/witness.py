@@ -1,0 +1,83 @@
+"""Which processes of a cluster make the parts of a job, and when: a driver that has each part noted by its maker."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+import uuid
+from concurrent.futures import Future
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from service.driver import Capacity, Driver, TaskRequest
+from workers import entry
+
+PATIENCE_S = 60.0
+"""How long a process waits for the others."""
+
+
+class Witness:
+    """A :class:`service.driver.Driver` on this machine whose parts are made by so many processes at once.
+
+    No process begins with its first part before the others are there with theirs: without that, one that is
+    quick leaves nothing to one that is still starting.
+    """
+
+    def __init__(self, driver: Driver, processes: int, directory: Path) -> None:
+        self._driver = driver
+        self._processes = processes
+        self._root = directory
+        self.begin()
+
+    def begin(self) -> None:
+        """Forget what was seen: the next job begins."""
+        self._directory = self._root / uuid.uuid4().hex
+        self._directory.mkdir(parents=True)
+
+    def seen(self) -> list[tuple[float, float, int]]:
+        """Every part that was made: when it was begun and ended, and by which process."""
+        notes = [json.loads(note.read_text()) for note in self._directory.glob("*.made")]
+        return [(note["began"], note["ended"], note["pid"]) for note in notes]
+
+    def at_once(self) -> int:
+        """The most processes that were at work at the same time."""
+        seen = self.seen()
+        return max(
+            (len({pid for began, ended, pid in seen if began <= moment < ended}) for moment, _, _ in seen),
+            default=0,
+        )
+
+    def submit(self, request: TaskRequest) -> Future[Any]:
+        """As the driver's, with parts noted."""
+        if request.entry == entry.PART_ENTRY:
+            witness = {"directory": str(self._directory), "processes": self._processes}
+            request = replace(
+                request, entry=f"{__name__}:part", payload={**request.payload, "witness": witness}
+            )
+        return self._driver.submit(request)
+
+    def cancel(self, future: Future[Any]) -> bool:
+        """As the driver's."""
+        return self._driver.cancel(future)
+
+    def capacity(self, timeout_s: float | None = None) -> Capacity:
+        """As the driver's."""
+        return self._driver.capacity(timeout_s)
+
+
+def part(payload: dict[str, Any]) -> Any:
+    """What the workers call in place of :func:`workers.entry.part`: the same, and a note."""
+    directory, pid = Path(payload["witness"]["directory"]), os.getpid()
+    (directory / f"{pid}.here").touch()
+    deadline = time.monotonic() + PATIENCE_S
+    while len(list(directory.glob("*.here"))) < payload["witness"]["processes"]:
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"there are not {payload['witness']['processes']} processes that make parts")
+        time.sleep(0.005)
+    began = time.monotonic()  # of the machine, so that processes can be compared
+    answer = entry.part(payload)
+    note = {"pid": pid, "began": began, "ended": time.monotonic()}
+    (directory / f"{uuid.uuid4().hex}.made").write_text(json.dumps(note))
+    return answer
