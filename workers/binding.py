@@ -7,10 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-import torch
-
+from workers.kernels.base import Formula
 from workers.methods import get_method
-from workers.methods.base import Block, Method, Parameters, SurveyPass
+from workers.methods.base import Method, Parameters, SurveyPass
 from workers.task import Arithmetic, Facts, canonical_json
 
 
@@ -27,9 +26,9 @@ class BoundMethod:
     passes: tuple[SurveyPass, ...]
     """The survey that these parameters need."""
 
-    def merge(self, block: Block, facts: Facts) -> torch.Tensor:
-        """Merged float32 elements of one block, shape ``[n]``."""
-        return self.method.merge(block, self.parameters, self.models, facts)
+    def formula(self, facts: Facts) -> Formula:
+        """What merges the tensor that ``facts`` were found of."""
+        return self.method.formula(self.parameters, self.models, facts)
 
 
 def bind(arithmetic: Arithmetic) -> BoundMethod:

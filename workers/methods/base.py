@@ -1,21 +1,21 @@
 """What a merge method is.
 
-A method is a frozen description and pure functions of float32 tensors. It sees no names, paths, devices or
-jobs. All tensors of a :class:`Block` are float32, one-dimensional and of equal length; rounding to the
-output dtype, reading, splitting and the handling of non-finite input are done by the caller.
+A method is a frozen description and pure functions of parameters: which :class:`Formula` merges a tensor, and
+which passes must have seen the whole of it before. It sees no elements, names, paths, devices or jobs; what a
+formula computes is the kernels' affair (:mod:`workers.kernels.base`).
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-import torch
 from pydantic import BaseModel, ConfigDict
 
-from workers.task import Facts, JSONValue
+from workers.kernels.base import Formula, Kernels, Operands, Term
+from workers.task import SURVEY_ELEMENTS, Facts, JSONValue
 
 Summary = JSONValue
 """What one survey pass found on some blocks: small JSON, combined exactly, however grouped and ordered."""
@@ -27,42 +27,16 @@ class Parameters(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True, allow_inf_nan=False)
 
 
-@dataclass(frozen=True, slots=True)
-class Block:
-    """A run of at most ``SURVEY_ELEMENTS`` elements of one tensor, from every input, in float32."""
-
-    first: int
-    """Flat index, within the tensor, of the first element; a multiple of ``SURVEY_ELEMENTS``."""
-    base: torch.Tensor | None
-    """The base model's elements, shape ``[n]``; ``None`` for methods without a base."""
-    models: tuple[torch.Tensor, ...]
-    """The models' elements, each of shape ``[n]``, in the recipe's order."""
-    mask_keys: tuple[int, ...]
-    """A 64-bit Philox key per model, from seed, model index and tensor name."""
-
-
-_FOLD = 16
-"""Summaries gathered before they are combined: bounds what a pass holds, whatever the tensor's size."""
+Terms = Callable[[Facts], tuple[Term, ...]]
+"""``facts -> a term for each model``, in the recipe's order: what one step of a method hands to the next."""
 
 
 class SurveyPass(ABC):
-    """One pass over all blocks of a tensor. Immutable; holds its parameters."""
+    """One pass over all elements of a tensor. Immutable; holds its parameters."""
 
     @abstractmethod
-    def summarise(self, block: Block, facts: Facts) -> Summary:
-        """The statistic of one block; ``facts`` are those of the passes before."""
-
-    def accumulate(self, blocks: Iterable[Block], facts: Facts) -> Summary:
-        """The statistic of one or more blocks: their summaries, combined.
-
-        A pass whose summaries are big overrides this, to count in place what it need not write out a block.
-        """
-        summaries: list[Summary] = []
-        for block in blocks:
-            summaries.append(self.summarise(block, facts))
-            if len(summaries) == _FOLD:
-                summaries = [self.combine(summaries)]
-        return self.combine(summaries)
+    def accumulate(self, kernels: Kernels, operands: Operands, facts: Facts) -> Summary:
+        """The statistic of one run of elements; ``facts`` are those of the passes before."""
 
     @abstractmethod
     def combine(self, summaries: Sequence[Summary]) -> Summary:
@@ -73,16 +47,31 @@ class SurveyPass(ABC):
         """What this pass adds to the facts, given the whole tensor's summary (``numel`` > 0)."""
 
 
+class BlockwisePass(SurveyPass):
+    """A pass whose summary maps the number of each survey block to what was found there."""
+
+    @abstractmethod
+    def per_block(self, kernels: Kernels, operands: Operands, facts: Facts) -> Sequence[JSONValue]:
+        """What was found in each block of a run."""
+
+    def accumulate(self, kernels: Kernels, operands: Operands, facts: Facts) -> Summary:
+        found = enumerate(self.per_block(kernels, operands, facts), operands.first // SURVEY_ELEMENTS)
+        return {str(number): value for number, value in found}
+
+    def combine(self, summaries: Sequence[Summary]) -> Summary:
+        return {number: value for summary in summaries for number, value in summary.items()}
+
+
 SurveyFunction = Callable[[Any, Sequence[Any]], tuple[SurveyPass, ...]]
 """``(parameters, model parameters) -> passes``; no passes when these parameters need none."""
 
-MergeFunction = Callable[[Block, Any, Sequence[Any], Facts], torch.Tensor]
-"""``(block, parameters, model parameters, facts) -> merged float32 elements``, shape ``[n]``."""
+FormulaFunction = Callable[[Any, Sequence[Any], Facts], Formula]
+"""``(parameters, model parameters, facts) -> formula``, given what all passes found."""
 
 
 @dataclass(frozen=True)
 class Method:
-    """A merge method: its name, parameters, survey and pure merge function."""
+    """A merge method: its name, parameters, survey and formula."""
 
     name: str
     """Its name in a recipe's ``merge_method``."""
@@ -94,10 +83,10 @@ class Method:
     """Global parameters."""
     model_parameters: type[Parameters]
     """Parameters of each model; a recipe may also give them globally, as the models' default."""
-    merge: MergeFunction
+    formula: FormulaFunction
     """The mathematics."""
     survey: SurveyFunction = lambda parameters, models: ()
-    """The passes that must have seen the whole tensor before any element is merged."""
+    """The passes that must have seen the whole tensor before there is a formula."""
     base: Literal["required", "first_model", "none"] = "none"
     """Whether a base model is required, is one of the two models (SLERP), or has no part in it."""
     min_models: int = 1

@@ -1,16 +1,17 @@
-"""Parameter types that several methods share, and the task vectors that most of them start from."""
+"""Parameter types that several methods share, and the terms and weighted sums that most of them are made of."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Annotated, Any, Literal
 
-import torch
 from pydantic import AfterValidator, BeforeValidator, Field
 from pydantic_core import PydanticUseDefault
 
-from workers.methods.base import Block, Parameters
+from workers.kernels.base import Formula, Term
+from workers.kernels.reference import weight_sum
+from workers.methods.base import Parameters
 from workers.task import JSONValue
 
 FLOAT32_MAX = 3.4028234663852886e38
@@ -87,14 +88,26 @@ class TaskVectorParameters(Parameters):
     """Accepted for mergekit's recipes and ignored: it has no numeric effect."""
 
 
-def base_of(block: Block) -> torch.Tensor:
-    """The base model's elements, shape ``[n]``; the planner gives one to every method that requires it."""
-    if block.base is None:
-        raise ValueError("this method needs the base model's elements")
-    return block.base
+def terms_of(models: Sequence[WeightedModel]) -> tuple[Term, ...]:
+    """A term for each model: the whole of it, times its weight."""
+    return tuple(Term(index, model.weight) for index, model in enumerate(models))
 
 
-def task_vectors(block: Block) -> list[torch.Tensor]:
-    """Each model less the base: float32, shape ``[n]``."""
-    base = base_of(block)
-    return [model - base for model in block.models]
+def densities_of(models: Sequence[SparseModel]) -> tuple[float, ...]:
+    """The models' densities."""
+    return tuple(model.density for model in models)
+
+
+def normalizer(terms: Sequence[Term], normalize: bool) -> float | None:
+    """What a weighted sum is divided by: the sum of the weights (1 where that vanishes), or nothing."""
+    return weight_sum([term.weight for term in terms]) if normalize else None
+
+
+def weighted_sum(terms: tuple[Term, ...], parameters: TaskVectorParameters) -> Formula:
+    """The base plus lambda times the weighted sum of task vectors."""
+    return Formula(
+        terms,
+        task_vectors=True,
+        divide=normalizer(terms, parameters.normalize),
+        lambda_=parameters.lambda_,
+    )

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
-
-from workers.methods.base import Block, Method, SurveyPass
-from workers.methods.common import Rescale, SparseModel, TaskVectorParameters
+from workers.kernels.base import Formula
+from workers.methods.base import Method, SurveyPass
+from workers.methods.common import (
+    Rescale,
+    SparseModel,
+    TaskVectorParameters,
+    densities_of,
+    terms_of,
+    weighted_sum,
+)
 from workers.methods.drop import Drop
-from workers.methods.elect import add_sum, densities_of
 from workers.task import Facts
 
 
@@ -21,7 +26,7 @@ class DareLinearParameters(TaskVectorParameters):
 
 
 def _drop(parameters: DareLinearParameters, models: Sequence[SparseModel]) -> Drop:
-    return Drop(densities_of(models), parameters.rescale)
+    return Drop(terms_of(models), densities_of(models), parameters.rescale)
 
 
 def survey(parameters: DareLinearParameters, models: Sequence[SparseModel]) -> tuple[SurveyPass, ...]:
@@ -29,11 +34,9 @@ def survey(parameters: DareLinearParameters, models: Sequence[SparseModel]) -> t
     return _drop(parameters, models).passes()
 
 
-def merge(
-    block: Block, parameters: DareLinearParameters, models: Sequence[SparseModel], facts: Facts
-) -> torch.Tensor:
+def formula(parameters: DareLinearParameters, models: Sequence[SparseModel], facts: Facts) -> Formula:
     """Base + lambda times the weighted sum of the sparse task vectors."""
-    return add_sum(block, _drop(parameters, models).vectors(block, facts), parameters, models)
+    return weighted_sum(_drop(parameters, models).terms(facts), parameters)
 
 
 DARE_LINEAR = Method(
@@ -42,7 +45,7 @@ DARE_LINEAR = Method(
     paper="arXiv:2311.03099",
     parameters=DareLinearParameters,
     model_parameters=SparseModel,
-    merge=merge,
+    formula=formula,
     survey=survey,
     base="required",
     profiles={"paper": {"rescale": "inverse"}, "mergekit": {"rescale": "l1"}},

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Self
 
-import torch
 from pydantic import model_validator
 
+from workers.kernels.base import Formula
 from workers.kernels.reference import KeepCount
-from workers.methods.base import Block, Method, SurveyPass
+from workers.methods.base import Method, SurveyPass
 from workers.methods.common import (
     TRIM_SCOPE_MODEL,
     EqualMagnitudes,
@@ -17,15 +17,11 @@ from workers.methods.common import (
     Rescale,
     SparseModel,
     TrimScope,
+    densities_of,
+    terms_of,
 )
 from workers.methods.drop import Drop
-from workers.methods.elect import (
-    ElectingParameters,
-    add_consensus,
-    densities_of,
-    election_passes,
-    weights_of,
-)
+from workers.methods.elect import ElectingParameters, consensus, election_passes
 from workers.methods.trim import Trim
 from workers.task import Facts
 
@@ -54,27 +50,21 @@ class DareTiesParameters(ElectingParameters):
 
 
 def _steps(parameters: DareTiesParameters, models: Sequence[SparseModel]) -> tuple[Drop, Trim]:
-    density = parameters.trim_density if parameters.retrim else 1.0
-    return (
-        Drop(densities_of(models), parameters.rescale),
-        Trim((density,) * len(models), parameters.keep_count, parameters.equal_magnitudes),
-    )
+    drop = Drop(terms_of(models), densities_of(models), parameters.rescale)
+    densities = (parameters.trim_density if parameters.retrim else 1.0,) * len(models)
+    return drop, Trim(drop.terms, densities, parameters.keep_count, parameters.equal_magnitudes)
 
 
 def survey(parameters: DareTiesParameters, models: Sequence[SparseModel]) -> tuple[SurveyPass, ...]:
     """The passes for norms, thresholds and the majority sign, each only where it is asked for."""
     drop, trim = _steps(parameters, models)
-    elections = election_passes(parameters, weights_of(models), trim.after(drop.vectors))
-    return drop.passes() + trim.passes(drop.vectors) + elections
+    return drop.passes() + trim.passes() + election_passes(parameters, trim.terms)
 
 
-def merge(
-    block: Block, parameters: DareTiesParameters, models: Sequence[SparseModel], facts: Facts
-) -> torch.Tensor:
+def formula(parameters: DareTiesParameters, models: Sequence[SparseModel], facts: Facts) -> Formula:
     """Base + lambda times the disjoint merge of the sparse task vectors."""
-    drop, trim = _steps(parameters, models)
-    vectors = trim.apply(drop.vectors(block, facts), facts, block.first)
-    return add_consensus(block, vectors, parameters, models, facts)
+    _, trim = _steps(parameters, models)
+    return consensus(trim.terms(facts), parameters, facts)
 
 
 DARE_TIES = Method(
@@ -83,7 +73,7 @@ DARE_TIES = Method(
     paper="arXiv:2311.03099",
     parameters=DareTiesParameters,
     model_parameters=SparseModel,
-    merge=merge,
+    formula=formula,
     survey=survey,
     base="required",
     profiles={

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-import torch
-
-from workers.kernels import reference
-from workers.methods.base import Block, Summary, SurveyPass
-from workers.methods.common import Rescale, task_vectors
-from workers.random import keep_mask
-from workers.task import SURVEY_ELEMENTS, Facts
+from workers.kernels.base import Formula, Kernels, Operands, Term
+from workers.methods.base import BlockwisePass, Summary, SurveyPass
+from workers.methods.common import Rescale
+from workers.random import keep_bound
+from workers.task import Facts, JSONValue
 
 SMALL_NORM = 1e-7
 """Below this L1 norm after the drop, matching norms leaves the vector as it is."""
@@ -22,6 +20,8 @@ SMALL_NORM = 1e-7
 class Drop:
     """How the models' task vectors are dropped and rescaled."""
 
+    source: tuple[Term, ...]
+    """What is dropped: a term for each model."""
     densities: tuple[float, ...]
     """The fraction of each that is kept."""
     rescale: Rescale
@@ -36,13 +36,19 @@ class Drop:
         """The pass that measures norms; none unless they are to be matched."""
         return (Norms(self),) if self.rescale == "l1" and any(self.drawn) else ()
 
-    def vectors(self, block: Block, facts: Facts) -> list[torch.Tensor]:
-        """The sparse task vectors of a block."""
-        factors = facts["drop_factor"] if self.rescale == "l1" and any(self.drawn) else self._factors()
-        return [
-            self._drop(block, model, vector, factors[model])
-            for model, vector in enumerate(task_vectors(block))
-        ]
+    def terms(self, facts: Facts) -> tuple[Term, ...]:
+        """The dropped and rescaled terms."""
+        factors = facts["drop_factor"] if self.passes() else self._factors()
+        return tuple(
+            replace(term, factor=factor) for term, factor in zip(self.masked(), factors, strict=True)
+        )
+
+    def masked(self) -> tuple[Term, ...]:
+        """The dropped terms, not yet rescaled."""
+        return tuple(
+            replace(term, keep_below=keep_bound(density))
+            for term, density in zip(self.source, self.densities, strict=True)
+        )
 
     def _factors(self) -> list[float]:
         return [
@@ -50,41 +56,22 @@ class Drop:
             for density, drawn in zip(self.densities, self.drawn, strict=True)
         ]
 
-    def _drop(self, block: Block, model: int, vector: torch.Tensor, factor: float) -> torch.Tensor:
-        if self.densities[model] >= 1:
-            return vector
-        return reference.drop(vector, self.mask(block, model), factor)
-
-    def mask(self, block: Block, model: int) -> torch.Tensor:
-        """Which elements of a block one model keeps: bool, shape ``[n]``."""
-        vector = block.models[model]
-        mask = keep_mask(block.mask_keys[model], block.first, vector.numel(), self.densities[model])
-        return mask.to(vector.device)
-
 
 @dataclass(frozen=True, slots=True)
-class Norms(SurveyPass):
+class Norms(BlockwisePass):
     """The L1 norm of each task vector before and after its drop. Adds ``drop_factor``: per model.
 
-    A summary maps the block's number to ``[before, after]`` of each model, null for one without a mask.
+    A block has ``[before, after]`` of each model, null for one without a mask.
     """
 
     drop: Drop
-    """The densities."""
+    """What is measured."""
 
-    def summarise(self, block: Block, facts: Facts) -> Summary:
-        sums: list[list[float] | None] = []
-        for model, vector in enumerate(task_vectors(block)):
-            if not self.drop.drawn[model]:
-                sums.append(None)
-                continue
-            finite = reference.finite_or_zero(vector)
-            kept = reference.drop(finite, self.drop.mask(block, model), 1.0)
-            sums.append([reference.block_sum(x.abs().double()) for x in (finite, kept)])
-        return {str(block.first // SURVEY_ELEMENTS): sums}
-
-    def combine(self, summaries: Sequence[Summary]) -> Summary:
-        return {number: sums for summary in summaries for number, sums in summary.items()}
+    def per_block(self, kernels: Kernels, operands: Operands, facts: Facts) -> Sequence[JSONValue]:
+        drawn = self.drop.drawn
+        terms = tuple(term for term in self.drop.masked() if drawn[term.model])
+        blocks = kernels.norms(operands, Formula(terms, task_vectors=True)).tolist()
+        return [[norms.pop(0) if wanted else None for wanted in drawn] for norms in blocks]
 
     def conclude(self, summary: Summary, numel: int, facts: Facts) -> Facts:
         factors = []

@@ -4,14 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
-import torch
-
-from workers.kernels import base, reference
-from workers.methods.base import Block, Summary, SurveyPass
-from workers.methods.common import TaskVectorParameters, WeightedModel, ZeroSign, base_of
-from workers.methods.trim import Vectors
+from workers.kernels.base import Divisor, Election, Formula, Kernels, Operands, Term
+from workers.methods.base import Summary, SurveyPass, Terms
+from workers.methods.common import TaskVectorParameters, ZeroSign
 from workers.task import Facts
 
 
@@ -20,7 +16,7 @@ class ElectingParameters(TaskVectorParameters):
 
     zero_sign: ZeroSign = "positive"
     """The sign elected where the weighted sum is exactly zero: ``+``, or the tensor's majority."""
-    divisor: base.Divisor = "abs_weights"
+    divisor: Divisor = "abs_weights"
     """What ``normalize`` divides by, over the agreeing models."""
 
 
@@ -31,15 +27,11 @@ class ElectedSigns(SurveyPass):
     A summary is the number of elements that elect ``+`` less those that elect ``-``.
     """
 
-    vectors: Vectors
-    """The vectors that elect: sparsified, not yet weighted."""
-    weights: tuple[float, ...]
-    """Their weights."""
+    terms: Terms
+    """The terms that elect."""
 
-    def summarise(self, block: Block, facts: Facts) -> Summary:
-        finite = [reference.finite_or_zero(vector) for vector in self.vectors(block, facts)]
-        total = reference.accumulate(reference.weigh(finite, self.weights))
-        return int(torch.count_nonzero(total > 0)) - int(torch.count_nonzero(total < 0))
+    def accumulate(self, kernels: Kernels, operands: Operands, facts: Facts) -> Summary:
+        return kernels.elected(operands, Formula(self.terms(facts), task_vectors=True))
 
     def combine(self, summaries: Sequence[Summary]) -> Summary:
         return sum(summaries)
@@ -48,49 +40,15 @@ class ElectedSigns(SurveyPass):
         return {"zero_sign": 1 if summary > 0 else -1}
 
 
-def election_passes(
-    parameters: ElectingParameters, weights: tuple[float, ...], vectors: Vectors
-) -> tuple[SurveyPass, ...]:
+def election_passes(parameters: ElectingParameters, terms: Terms) -> tuple[SurveyPass, ...]:
     """The pass that finds the sign of zero sums; none when it is always ``+``."""
-    return (ElectedSigns(vectors, weights),) if parameters.zero_sign == "majority" else ()
+    return (ElectedSigns(terms),) if parameters.zero_sign == "majority" else ()
 
 
-def add_consensus(
-    block: Block,
-    vectors: Sequence[torch.Tensor],
-    parameters: ElectingParameters,
-    models: Sequence[WeightedModel],
-    facts: Facts,
-) -> torch.Tensor:
-    """The base plus lambda times the consensus of sparse task ``vectors``."""
-    merged = reference.consensus(
-        vectors,
-        weights_of(models),
-        facts["zero_sign"] if parameters.zero_sign == "majority" else 1,
-        parameters.divisor if parameters.normalize else None,
+def consensus(terms: tuple[Term, ...], parameters: ElectingParameters, facts: Facts) -> Formula:
+    """The base plus lambda times the consensus of sparse task vectors."""
+    election = Election(
+        zero_sign=facts["zero_sign"] if parameters.zero_sign == "majority" else 1,
+        divisor=parameters.divisor if parameters.normalize else None,
     )
-    return base_of(block) + reference.scale(merged, parameters.lambda_)
-
-
-def add_sum(
-    block: Block,
-    vectors: Sequence[torch.Tensor],
-    parameters: TaskVectorParameters,
-    models: Sequence[WeightedModel],
-) -> torch.Tensor:
-    """The base plus lambda times the weighted sum of task ``vectors``."""
-    weights = weights_of(models)
-    merged = reference.accumulate(reference.weigh(vectors, weights))
-    if parameters.normalize:
-        merged = reference.divide(merged, reference.weight_sum(weights))
-    return base_of(block) + reference.scale(merged, parameters.lambda_)
-
-
-def weights_of(models: Sequence[Any]) -> tuple[float, ...]:
-    """The models' weights."""
-    return tuple(model.weight for model in models)
-
-
-def densities_of(models: Sequence[Any]) -> tuple[float, ...]:
-    """The models' densities."""
-    return tuple(model.density for model in models)
+    return Formula(terms, task_vectors=True, election=election, lambda_=parameters.lambda_)

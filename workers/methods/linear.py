@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
-
-from workers.kernels import reference
-from workers.methods.base import Block, Method, Parameters
-from workers.methods.common import NO_PROFILE_DIFFERENCES, WeightedModel
-from workers.methods.elect import weights_of
+from workers.kernels.base import Formula
+from workers.methods.base import Method, Parameters
+from workers.methods.common import NO_PROFILE_DIFFERENCES, WeightedModel, normalizer, terms_of
 from workers.task import Facts
 
 
@@ -20,13 +17,10 @@ class LinearParameters(Parameters):
     """Whether to divide by the sum of the weights; one that vanishes divides by 1."""
 
 
-def merge(
-    block: Block, parameters: LinearParameters, models: Sequence[WeightedModel], facts: Facts
-) -> torch.Tensor:
+def formula(parameters: LinearParameters, models: Sequence[WeightedModel], facts: Facts) -> Formula:
     """The weighted sum of the models, over the sum of the weights when normalised."""
-    weights = weights_of(models)
-    total = reference.accumulate(reference.weigh(block.models, weights))
-    return reference.divide(total, reference.weight_sum(weights)) if parameters.normalize else total
+    terms = terms_of(models)
+    return Formula(terms, divide=normalizer(terms, parameters.normalize))
 
 
 LINEAR = Method(
@@ -35,6 +29,6 @@ LINEAR = Method(
     paper="arXiv:2203.05482",
     parameters=LinearParameters,
     model_parameters=WeightedModel,
-    merge=merge,
+    formula=formula,
     profiles=NO_PROFILE_DIFFERENCES,
 )

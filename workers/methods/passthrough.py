@@ -4,18 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
-
-from workers.methods.base import Block, Method
+from workers.kernels.base import Formula, Term
+from workers.methods.base import Method
 from workers.methods.common import NO_PROFILE_DIFFERENCES, NoParameters
 from workers.task import Facts
 
 
-def merge(
-    block: Block, parameters: NoParameters, models: Sequence[NoParameters], facts: Facts
-) -> torch.Tensor:
+def formula(parameters: NoParameters, models: Sequence[NoParameters], facts: Facts) -> Formula:
     """The model itself."""
-    return block.models[0]
+    return Formula((Term(0),))
 
 
 PASSTHROUGH = Method(
@@ -24,7 +21,7 @@ PASSTHROUGH = Method(
     paper="arXiv:2403.13257",
     parameters=NoParameters,
     model_parameters=NoParameters,
-    merge=merge,
+    formula=formula,
     max_models=1,
     profiles=NO_PROFILE_DIFFERENCES,
     copies=True,

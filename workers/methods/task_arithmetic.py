@@ -4,24 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
-
-from workers.methods.base import Block, Method
+from workers.kernels.base import Formula
+from workers.methods.base import Method
 from workers.methods.common import (
     NO_PROFILE_DIFFERENCES,
     TaskVectorParameters,
     WeightedModel,
-    task_vectors,
+    terms_of,
+    weighted_sum,
 )
-from workers.methods.elect import add_sum
 from workers.task import Facts
 
 
-def merge(
-    block: Block, parameters: TaskVectorParameters, models: Sequence[WeightedModel], facts: Facts
-) -> torch.Tensor:
+def formula(parameters: TaskVectorParameters, models: Sequence[WeightedModel], facts: Facts) -> Formula:
     """Base + lambda times the weighted sum, over the sum of the weights when normalised."""
-    return add_sum(block, task_vectors(block), parameters, models)
+    return weighted_sum(terms_of(models), parameters)
 
 
 TASK_ARITHMETIC = Method(
@@ -30,7 +27,7 @@ TASK_ARITHMETIC = Method(
     paper="arXiv:2212.04089",
     parameters=TaskVectorParameters,
     model_parameters=WeightedModel,
-    merge=merge,
+    formula=formula,
     base="required",
     profiles=NO_PROFILE_DIFFERENCES,
 )

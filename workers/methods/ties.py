@@ -4,25 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from pydantic import field_validator
 
+from workers.kernels.base import Formula
 from workers.kernels.reference import KeepCount
-from workers.methods.base import Block, Method, SurveyPass
+from workers.methods.base import Method, SurveyPass
 from workers.methods.common import (
     TRIM_SCOPE_MODEL,
     EqualMagnitudes,
     SparseModel,
     TrimScope,
-    task_vectors,
-)
-from workers.methods.elect import (
-    ElectingParameters,
-    add_consensus,
     densities_of,
-    election_passes,
-    weights_of,
+    terms_of,
 )
+from workers.methods.elect import ElectingParameters, consensus, election_passes
 from workers.methods.trim import Trim
 from workers.task import Facts
 
@@ -47,26 +42,20 @@ class TiesParameters(ElectingParameters):
         return value
 
 
-def _vectors(block: Block, facts: Facts) -> list[torch.Tensor]:
-    return task_vectors(block)
-
-
 def _trim(parameters: TiesParameters, models: Sequence[SparseModel]) -> Trim:
-    return Trim(densities_of(models), parameters.keep_count, parameters.equal_magnitudes)
+    terms = terms_of(models)
+    return Trim(lambda facts: terms, densities_of(models), parameters.keep_count, parameters.equal_magnitudes)
 
 
 def survey(parameters: TiesParameters, models: Sequence[SparseModel]) -> tuple[SurveyPass, ...]:
     """The passes for the thresholds, and for the majority sign where that is asked for."""
     trim = _trim(parameters, models)
-    return trim.passes(_vectors) + election_passes(parameters, weights_of(models), trim.after(_vectors))
+    return trim.passes() + election_passes(parameters, trim.terms)
 
 
-def merge(
-    block: Block, parameters: TiesParameters, models: Sequence[SparseModel], facts: Facts
-) -> torch.Tensor:
+def formula(parameters: TiesParameters, models: Sequence[SparseModel], facts: Facts) -> Formula:
     """Base + lambda times the disjoint merge of the trimmed task vectors."""
-    trimmed = _trim(parameters, models).apply(task_vectors(block), facts, block.first)
-    return add_consensus(block, trimmed, parameters, models, facts)
+    return consensus(_trim(parameters, models).terms(facts), parameters, facts)
 
 
 TIES = Method(
@@ -75,7 +64,7 @@ TIES = Method(
     paper="arXiv:2306.01708",
     parameters=TiesParameters,
     model_parameters=SparseModel,
-    merge=merge,
+    formula=formula,
     survey=survey,
     base="required",
     profiles={

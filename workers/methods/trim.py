@@ -10,23 +10,17 @@ from __future__ import annotations
 import base64
 import zlib
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from itertools import accumulate
 
 import numpy as np
-import numpy.typing as npt
-import torch
 
-from workers.kernels import reference
-from workers.methods.base import Block, Summary, SurveyPass
+from workers.kernels.base import DROP_NUMBERS, Counts, Formula, Kernels, Operands, Term
+from workers.kernels.reference import KeepCount, keep_count
+from workers.methods.base import BlockwisePass, Summary, SurveyPass, Terms
 from workers.methods.common import EqualMagnitudes
-from workers.task import SURVEY_ELEMENTS, Facts
-
-Vectors = Callable[[Block, Facts], Sequence[torch.Tensor]]
-"""``(block, facts) -> one float32 vector a model``: what is trimmed."""
-
-Counts = npt.NDArray[np.int64]
+from workers.task import Facts, JSONValue
 
 _BINS = 1 << 16
 
@@ -35,9 +29,11 @@ _BINS = 1 << 16
 class Trim:
     """How the models' task vectors are trimmed."""
 
+    source: Terms
+    """What is trimmed."""
     densities: tuple[float, ...]
     """The fraction of each that is kept."""
-    keep_count: reference.KeepCount
+    keep_count: KeepCount
     """How that fraction becomes a number of elements."""
     equal_magnitudes: EqualMagnitudes
     """Whether all elements equal to the k-th stay, or the first of them up to k."""
@@ -46,74 +42,57 @@ class Trim:
     def thresholded(self) -> tuple[bool, ...]:
         """Which models have a threshold: those that neither keep all nor nothing."""
         return tuple(
-            density < 1 and reference.keep_count(density, 1, self.keep_count) > 0
-            for density in self.densities
+            density < 1 and keep_count(density, 1, self.keep_count) > 0 for density in self.densities
         )
 
-    def passes(self, vectors: Vectors) -> tuple[SurveyPass, ...]:
-        """The passes that find the thresholds of ``vectors``; none when no model has one."""
+    def passes(self) -> tuple[SurveyPass, ...]:
+        """The passes that find the thresholds; none when no model has one."""
         if not any(self.thresholded):
             return ()
-        passes = (HighHistogram(self, vectors), LowHistogram(self, vectors))
-        return (*passes, Equals(self, vectors)) if self.equal_magnitudes == "exact_k" else passes
+        passes = (HighHistogram(self), LowHistogram(self))
+        return (*passes, Equals(self)) if self.equal_magnitudes == "exact_k" else passes
 
-    def after(self, vectors: Vectors) -> Vectors:
-        """``vectors``, then trimmed."""
-        return lambda block, facts: self.apply(vectors(block, facts), facts, block.first)
+    def terms(self, facts: Facts) -> tuple[Term, ...]:
+        """The trimmed terms."""
+        return tuple(self._trimmed(term, facts) for term in self.source(facts))
 
-    def apply(self, vectors: Sequence[torch.Tensor], facts: Facts, first: int) -> list[torch.Tensor]:
-        """The trimmed ``vectors`` of the block whose first element is ``first``."""
-        return [self._apply(model, vector, facts, first) for model, vector in enumerate(vectors)]
+    def _trimmed(self, term: Term, facts: Facts) -> Term:
+        if self.densities[term.model] >= 1:
+            return term
+        if not self.thresholded[term.model]:
+            return replace(term, threshold=DROP_NUMBERS)
+        cut = None
+        if self.equal_magnitudes == "exact_k":
+            block, take = facts["trim_cut"][term.model]
+            cut = block, take
+        return replace(term, threshold=facts["trim_threshold"][term.model], cut=cut)
 
-    def _apply(self, model: int, vector: torch.Tensor, facts: Facts, first: int) -> torch.Tensor:
-        if self.densities[model] >= 1:
-            return vector
-        if not self.thresholded[model]:
-            return reference.zero_but_nan(vector)
-        threshold = facts["trim_threshold"][model]
-        if self.equal_magnitudes == "keep":
-            return reference.trim(vector, threshold)
-        last_block, take = facts["trim_cut"][model]
-        block = first // SURVEY_ELEMENTS
-        if block == last_block:
-            return reference.trim_equals(vector, threshold, take)
-        return reference.trim(vector, threshold if block < last_block else threshold + 1)
+    def surveyed(self, facts: Facts) -> Formula:
+        """The untrimmed terms of the models that have a threshold."""
+        terms = (term for term in self.source(facts) if self.thresholded[term.model])
+        return Formula(tuple(terms), task_vectors=True)
 
 
 @dataclass(frozen=True)
-class _TrimPass(SurveyPass):
-    trim: Trim
-    """How the vectors are trimmed."""
-    vectors: Vectors
-    """What is trimmed."""
-
-    def _bits(self, block: Block, facts: Facts) -> Iterator[torch.Tensor | None]:
-        """Each thresholded vector's magnitude bits, non-finite ones as zero; one model at a time is held."""
-        for vector, wanted in zip(self.vectors(block, facts), self.trim.thresholded, strict=True):
-            yield reference.finite_bits(vector) if wanted else None
-
-
-class _Histogram(_TrimPass):
+class _Histogram(SurveyPass):
     """Counts per bin of 16 bits; a summary has one packed histogram a model, null for one without a threshold.
 
-    While blocks are counted, a model costs one array of 65,536 counts, whatever they hold.
+    While a run is counted, a model costs one array of 65,536 counts, whatever the run's length.
     """
 
+    trim: Trim
+    """What is trimmed, and how."""
+
     @abstractmethod
-    def _values(self, bits: torch.Tensor, model: int, facts: Facts) -> torch.Tensor:
-        """The 16 bits that are counted, as int32; what lies outside 0 to 65535 is not. May overwrite ``bits``."""
+    def _high(self, formula: Formula, facts: Facts) -> list[int] | None:
+        """The high 16 bits of the elements whose low bits are counted; ``None`` to count the high ones."""
 
-    def summarise(self, block: Block, facts: Facts) -> Summary:
-        return self.accumulate([block], facts)
-
-    def accumulate(self, blocks: Iterable[Block], facts: Facts) -> Summary:
-        totals: list[torch.Tensor | None] = [None] * len(self.trim.densities)
-        for block in blocks:
-            for model, bits in enumerate(self._bits(block, facts)):
-                if bits is not None:
-                    counts, total = _count(self._values(bits, model, facts)), totals[model]
-                    totals[model] = counts if total is None else total.add_(counts)
-        return [None if total is None else _pack(total.cpu().numpy()) for total in totals]
+    def accumulate(self, kernels: Kernels, operands: Operands, facts: Facts) -> Summary:
+        formula = self.trim.surveyed(facts)
+        counts = np.zeros((len(formula.terms), _BINS), dtype=np.int64)
+        kernels.histogram(operands, formula, self._high(formula, facts), counts)
+        packed = {term.model: _pack(counted) for term, counted in zip(formula.terms, counts, strict=True)}
+        return [packed.get(model) for model in range(len(self.trim.densities))]
 
     def combine(self, summaries: Sequence[Summary]) -> Summary:
         if len(summaries) == 1:
@@ -124,13 +103,11 @@ class _Histogram(_TrimPass):
 class HighHistogram(_Histogram):
     """Pass 1: the high 16 bits. Adds ``trim_high``: per model the bin, and the k-th's rank within it."""
 
-    def _values(self, bits: torch.Tensor, model: int, facts: Facts) -> torch.Tensor:
-        return bits.bitwise_right_shift_(16)
+    def _high(self, formula: Formula, facts: Facts) -> None:
+        return None
 
     def conclude(self, summary: Summary, numel: int, facts: Facts) -> Facts:
-        ranks = (
-            reference.keep_count(density, numel, self.trim.keep_count) for density in self.trim.densities
-        )
+        ranks = (keep_count(density, numel, self.trim.keep_count) for density in self.trim.densities)
         return {
             "trim_high": [
                 None if histogram is None else _select(histogram, rank)
@@ -145,8 +122,8 @@ class LowHistogram(_Histogram):
     Adds ``trim_threshold``: the k-th magnitude's bits; ``trim_equals``: how many equal to it make up k.
     """
 
-    def _values(self, bits: torch.Tensor, model: int, facts: Facts) -> torch.Tensor:
-        return bits.sub_(facts["trim_high"][model][0] << 16)
+    def _high(self, formula: Formula, facts: Facts) -> list[int]:
+        return [facts["trim_high"][term.model][0] for term in formula.terms]
 
     def conclude(self, summary: Summary, numel: int, facts: Facts) -> Facts:
         thresholds: list[int | None] = []
@@ -158,22 +135,24 @@ class LowHistogram(_Histogram):
         return {"trim_threshold": thresholds, "trim_equals": equals}
 
 
-class Equals(_TrimPass):
-    """Pass 3, for exactly k: the elements equal to the threshold, per block.
+@dataclass(frozen=True)
+class Equals(BlockwisePass):
+    """Pass 3, for exactly k: the elements equal to the threshold.
 
     Adds ``trim_cut``: per model the block where the k-th lies, and how many equal ones that block keeps. A
-    summary maps the block's number to the count of each model.
+    block has the count of each model, 0 for one without a threshold.
     """
 
-    def summarise(self, block: Block, facts: Facts) -> Summary:
-        counts = [
-            0 if bits is None else int(torch.eq(bits, threshold, out=bits).sum())
-            for bits, threshold in zip(self._bits(block, facts), facts["trim_threshold"], strict=True)
-        ]
-        return {str(block.first // SURVEY_ELEMENTS): counts}
+    trim: Trim
+    """What is trimmed, and how."""
 
-    def combine(self, summaries: Sequence[Summary]) -> Summary:
-        return {number: counts for summary in summaries for number, counts in summary.items()}
+    def per_block(self, kernels: Kernels, operands: Operands, facts: Facts) -> Sequence[JSONValue]:
+        formula = self.trim.surveyed(facts)
+        models = [term.model for term in formula.terms]
+        found = kernels.equal_counts(operands, formula, [facts["trim_threshold"][model] for model in models])
+        counts = np.zeros((len(found), len(self.trim.densities)), dtype=np.int64)
+        counts[:, models] = found
+        return counts.tolist()
 
     def conclude(self, summary: Summary, numel: int, facts: Facts) -> Facts:
         numbers = sorted(map(int, summary))
@@ -187,12 +166,6 @@ class Equals(_TrimPass):
             at = next(index for index, total in enumerate(totals) if total >= wanted)
             cuts.append([numbers[at], wanted - totals[at] + counts[at]])
         return {"trim_cut": cuts}
-
-
-def _count(values: torch.Tensor) -> torch.Tensor:
-    """How often each value from 0 to 65535 is among int32 ``values``, which are overwritten: int64 counts."""
-    # Two bins more, for what lies below and above: cheaper than picking the rest out first.
-    return torch.bincount(values.clamp_(-1, _BINS).add_(1), minlength=_BINS + 2)[1:-1]
 
 
 def _pack(counts: Counts) -> str:

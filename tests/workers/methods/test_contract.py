@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from tests.workers.methods.cases import CASES, LONG, WIDE, Case, tensors
+from workers.kernels.base import Operands
 from workers.methods import METHODS
-from workers.methods.evaluate import blocks_of, conclude_pass, merge_tensor, survey
+from workers.methods.evaluate import TORCH, conclude_pass, merge_tensor, survey
 from workers.task import SURVEY_ELEMENTS, Facts, canonical_json
 
 pytestmark = pytest.mark.fast
@@ -33,8 +34,15 @@ def merge(of: Case, base: torch.Tensor | None, models: list[torch.Tensor]) -> to
 
 
 def facts_of(of: Case, base: torch.Tensor | None, models: list[torch.Tensor]) -> Facts:
-    passes = of.method.survey(of.parameters, of.models)
-    return survey(passes, lambda: blocks_of(base, models, of.keys), models[0].numel())
+    return survey(of.method.survey(of.parameters, of.models), run(of, base, models))
+
+
+def run(
+    of: Case, base: torch.Tensor | None, models: list[torch.Tensor], first: int = 0, last: int | None = None
+) -> Operands:
+    elements = slice(first, last)
+    chosen = tuple(model[elements] for model in models)
+    return Operands(first, None if base is None else base[elements], chosen, of.keys)
 
 
 def bits(x: torch.Tensor) -> torch.Tensor:
@@ -60,7 +68,7 @@ def test_pieces_in_any_order_and_grouping_find_the_same_facts(name: str) -> None
     for survey_pass in of.method.survey(of.parameters, of.models):
         summaries = [
             json.loads(
-                canonical_json(survey_pass.accumulate(blocks_of(base, models, of.keys, first, last), facts))
+                canonical_json(survey_pass.accumulate(TORCH, run(of, base, models, first, last), facts))
             )
             for first, last in pieces
         ]
@@ -82,8 +90,10 @@ def test_blocks_merge_to_the_same_bits_alone_and_in_any_order(name: str) -> None
     facts = json.loads(canonical_json(facts_of(of, base, models)))
     for first in (2 * SURVEY_ELEMENTS, 0, SURVEY_ELEMENTS):
         last = min(first + SURVEY_ELEMENTS, LONG)
-        (block,) = blocks_of(base, models, of.keys, first, last)
-        merged = of.method.merge(block, of.parameters, of.models, facts)
+        merged = torch.empty(last - first)
+        TORCH.merge(
+            run(of, base, models, first, last), of.method.formula(of.parameters, of.models, facts), merged
+        )
         assert same_bits(merged, whole[first:last])
 
 
