@@ -166,7 +166,7 @@ def _laid_out(
         weight_map=weight_map,
         total_size=sum(tensor.nbytes for tensor in matched.tensors),
         notices=notices,
-        price=price(parts, surveys, len(shards), baseline_bytes),
+        price=price(parts, surveys, len(shards), baseline_bytes, options.worker_memory_bytes),
         digest=digest([SEMANTICS_VERSION, files, part_ids, survey_ids, weight_map]),
     )
 
@@ -195,7 +195,7 @@ def _limits(options: PlanOptions, inputs: int, baseline_bytes: int) -> Limits:
 def _parts(shard: str, pieces: list[Piece], limits: Limits, options: PlanOptions) -> list[Part]:
     made: list[Part] = []
     offset = 0
-    for group in pack(pieces, limits.part_bytes, limits.held_bytes, held_by):
+    for group in pack(pieces, limits.part_bytes, limits.packed_bytes, held_by):
         part = Part(shard, len(made) + 1, offset, tuple(group), SEMANTICS_VERSION, options.allow_nonfinite)
         made.append(part)
         offset += part.nbytes

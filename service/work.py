@@ -18,14 +18,14 @@ from service.driver import Driver, TaskRequest
 from service.jobs import JobRecord
 from service.jobstore import JobStore, Lease
 from service.planning import Planned
-from service.price import part_label, part_peak_bytes, survey_peak_bytes
+from service.price import part_label
 from service.settings import Settings
 from workers.binding import bind
-from workers.entry import PART_ENTRY, SURVEY_ENTRY
+from workers.entry import TASKS_ENTRY
 from workers.errors import StoreError
 from workers.methods.base import Summary
 from workers.methods.evaluate import conclude_pass
-from workers.ranges import coalesce
+from workers.ranges import Arrangement
 from workers.store.base import ObjectStore
 from workers.store.settings import StoreSettings
 from workers.task import (
@@ -99,7 +99,6 @@ class Work:
         self._plan = planned.plan
         self._check = check
         self._store_json = _plain(tools.settings.store)
-        self._baseline = tools.settings.worker_baseline_bytes
         self._results: dict[str, PartResult] = {}
         self._facts: dict[str, Facts] = {}
         self._ready: deque[_Task] = deque()
@@ -193,19 +192,24 @@ class Work:
             "upload": {"uri": upload.uri, "id": upload.id},
             "facts": {survey: self._facts[survey] for survey in part.surveys},
         }
-        memory = part_peak_bytes(part, self._baseline)
-        return self._request(PART_ENTRY, payload, memory, part_label(part))
+        return self._request(payload, part_label(part))
 
-    def _request(
-        self, entry: str, payload: dict[str, JSONValue], memory_bytes: int, label: str
-    ) -> TaskRequest:
+    def _request(self, payload: dict[str, JSONValue], label: str) -> TaskRequest:
+        """A task of this job: they all want the same of a worker, and so any of them can share one."""
         gpus = self._tools.settings.gpus_per_task
+        price = self._plan.price
+        shared = {
+            "store": self._store_json,
+            "device": "cuda" if gpus else "cpu",
+            "arena_bytes": price.arena_bytes,
+        }
         return TaskRequest(
-            entry=entry,
-            payload={**payload, "store": self._store_json, "device": "cuda" if gpus else "cpu"},
-            memory_bytes=memory_bytes,
+            entry=TASKS_ENTRY,
+            payload=payload | shared,
+            memory_bytes=price.peak_bytes,
             num_gpus=gpus,
             label=label,
+            stream=self._record.id,
         )
 
     def _part_done(self, answer: JSONValue) -> None:
@@ -223,10 +227,9 @@ class Work:
     def _survey_request(self, state: _Pass, piece: Arithmetic) -> TaskRequest:
         survey, allow_nonfinite = state.survey, self._plan.parts[0].allow_nonfinite
         task = SurveyTask(survey.id, state.index, piece, state.facts, allow_nonfinite)
-        payload = {"task": SURVEY_TASK.dump_json(task, ensure_ascii=True).decode()}
+        payload = {"survey": SURVEY_TASK.dump_json(task, ensure_ascii=True).decode()}
         label = f"survey of {piece.name}, pass {state.index + 1} of {survey.passes}"
-        memory = survey_peak_bytes(piece, self._baseline)
-        return self._request(SURVEY_ENTRY, payload, memory, label)
+        return self._request(payload, label)
 
     def _summary_done(self, state: _Pass, summary: Summary) -> None:
         survey, piece = state.survey, state.survey.pieces[0]
@@ -236,7 +239,7 @@ class Work:
         if state.missing:
             return
         facts = conclude_pass(survey_pass, [state.found], piece.numel, state.facts)
-        read = sum(run.nbytes for each in survey.pieces for run in coalesce(each.refs))
+        read = sum(Arrangement(each.refs).bytes_read for each in survey.pieces)
         self._tools.jobs.record_survey(self._lease, survey.id, state.index, facts, read)
         if state.index + 1 < survey.passes:
             self._survey(survey, state.index + 1, facts)

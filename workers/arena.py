@@ -37,7 +37,7 @@ class Arena:
     def __init__(self, nbytes: int) -> None:
         self.nbytes = padded(max(1, nbytes))
         """Bytes in all."""
-        self._memory = mmap.mmap(-1, self.nbytes)
+        self._memory = mmap.mmap(-1, self.nbytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         self._memory.madvise(mmap.MADV_HUGEPAGE)
         self._view = memoryview(self._memory)
         self._taken: list[tuple[int, int]] = []
@@ -64,6 +64,12 @@ class Arena:
         with self._changed:
             self._taken.remove((extent.start, padded(len(extent.view))))
             self._changed.notify_all()
+
+    def rest(self) -> None:
+        """Give the memory back to the system until it is used again; does nothing while an extent is out."""
+        with self._changed:
+            if not self._taken:
+                self._memory.madvise(mmap.MADV_DONTNEED)
 
     def _fit(self, sizes: Sequence[int]) -> list[int] | None:
         taken = sorted(self._taken)

@@ -1,4 +1,4 @@
-"""The functions that a fleet calls by name: JSON in, JSON out. ``module:function`` is their whole interface.
+"""What a fleet calls by name: ``module:function`` is the whole interface, JSON in and JSON out.
 
 Tasks and results travel as JSON text within it: read without a tree of dictionaries in between, which for a
 part of thousands of small tensors would be most of a worker's memory.
@@ -6,35 +6,80 @@ part of thousands of small tensors would be most of a worker's memory.
 
 from __future__ import annotations
 
-from functools import lru_cache
+import threading
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import lru_cache, partial
 
-from workers.run import run_part, run_survey
+from workers.arena import Arena, padded
+from workers.errors import FleetError, MergemillError
+from workers.kernels import kernels_of
+from workers.run import PartRun, SurveyRun, Task, Tools, reset_peak_bytes, run_tasks
 from workers.store import StoreSettings, open_stores
 from workers.store.base import ObjectStore, Upload
-from workers.task import PART, PART_RESULT, SURVEY_TASK, JSONValue, canonical_json
+from workers.task import PART, SURVEY_TASK, JSONValue, canonical_json
 
-PART_ENTRY = "workers.entry:part"
-SURVEY_ENTRY = "workers.entry:survey"
+TASKS_ENTRY = "workers.entry:tasks"
+
+REST_SECONDS = 30.0
+"""How long a worker without work keeps the memory of its arena."""
 
 
-def part(payload: JSONValue) -> JSONValue:
-    """Make a part: ``{"part", "upload": {"uri", "id"}, "facts", "store", "device"}`` to a ``PartResult``."""
+def tasks(payloads: Sequence[JSONValue]) -> Iterator[tuple[int, JSONValue | MergemillError]]:
+    """Do tasks, of which each is read while the one before is merged; yields their numbers and values as they are done.
+
+    A payload is ``{"part", "upload": {"uri", "id"}, "facts"}``, whose value is the JSON text of a ``PartResult``, or
+    ``{"survey"}``, whose value is the pass's summary; and ``{"store", "device", "arena_bytes"}``, the same for all.
+    """
+    shared = payloads[0]
+    with _ARENA.of(shared["arena_bytes"]) as arena:
+        tools = Tools(_store(canonical_json(shared["store"])), arena, kernels_of(shared["device"]))
+        for number, outcome in run_tasks([partial(_task, payload, tools) for payload in payloads]):
+            yield number, _value(outcome)
+
+
+def _task(payload: JSONValue, tools: Tools) -> Task:
+    if "survey" in payload:
+        return SurveyRun(SURVEY_TASK.validate_json(payload["survey"]), tools)
     upload = Upload(payload["upload"]["uri"], payload["upload"]["id"])
-    wanted, store = PART.validate_json(payload["part"]), _store(payload["store"])
-    result = run_part(wanted, upload, payload["facts"], store, payload["device"])
-    return PART_RESULT.dump_json(result).decode()
+    return PartRun(PART.validate_json(payload["part"]), upload, payload["facts"], tools)
 
 
-def survey(payload: JSONValue) -> JSONValue:
-    """Summarise a piece of a survey: ``{"task", "store", "device"}`` to the pass's summary."""
-    task = SURVEY_TASK.validate_json(payload["task"])
-    return run_survey(task, _store(payload["store"]), payload["device"])
-
-
-def _store(settings: JSONValue) -> ObjectStore:
-    return _opened(canonical_json(settings))
+def _value(outcome: Task | Exception) -> JSONValue | MergemillError:
+    if isinstance(outcome, MergemillError):
+        return outcome
+    if isinstance(outcome, Exception):
+        return FleetError("a task failed: " + "".join(traceback.format_exception(outcome)[-3:]).strip())
+    return outcome.value
 
 
 @lru_cache(maxsize=8)
-def _opened(settings: str) -> ObjectStore:
+def _store(settings: str) -> ObjectStore:
     return open_stores(StoreSettings.model_validate_json(settings))
+
+
+class _Kept:
+    """The process' arena: made once for all jobs that want the same size, emptied when there is nothing to do."""
+
+    def __init__(self) -> None:
+        self._arena: Arena | None = None
+        self._timer: threading.Timer | None = None
+
+    @contextmanager
+    def of(self, nbytes: int) -> Iterator[Arena]:
+        if self._timer is not None:
+            self._timer.cancel()
+        if self._arena is None or self._arena.nbytes != padded(nbytes):
+            self._arena = None  # before there is another
+            reset_peak_bytes()
+            self._arena = Arena(nbytes)
+        try:
+            yield self._arena
+        finally:
+            self._timer = threading.Timer(REST_SECONDS, self._arena.rest)
+            self._timer.daemon = True
+            self._timer.start()
+
+
+_ARENA = _Kept()

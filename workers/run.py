@@ -1,280 +1,331 @@
-"""Do one task: read byte ranges, merge, write the bytes. The only place where I/O meets mathematics.
+"""Do tasks: read byte ranges, merge, write the bytes. The only place where I/O meets mathematics.
 
-Both functions are pure in effect: run twice, anywhere, in any order, they give the same bytes.
+A task is pure in effect: run twice, anywhere, in any order, it makes the same bytes. It goes through three stages,
+read, merge and write, so that a worker can have one task in each of them (:func:`run_tasks`).
 """
 
 from __future__ import annotations
 
 import hashlib
 import time
-from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from workers.arena import Arena, Extent, padded
 from workers.binding import bind
-from workers.errors import NonFiniteError
-from workers.kernels.reference import TORCH_DTYPES, round_to, to_float32
-from workers.methods.base import Block, Summary
+from workers.inputs import Inputs
+from workers.kernels import kernels_of
+from workers.kernels.base import Kernels, Operands
+from workers.kernels.reference import TORCH_DTYPES
+from workers.methods.base import Summary
 from workers.methods.evaluate import survey
-from workers.random import mask_key
-from workers.ranges import coalesce
+from workers.nonfinite import NonFinite
+from workers.pipeline import Pipeline
 from workers.safetensors_format import prefix
-from workers.store.base import ObjectStore, Upload
-from workers.store.uris import parent
+from workers.store.base import ObjectStore, Upload, UploadedPart
+from workers.store.uris import scheme
 from workers.task import (
     BLOCK_BYTES,
-    DTYPE_BYTES,
     MERGEABLE_DTYPES,
-    SURVEY_ELEMENTS,
-    Arithmetic,
+    PART_RESULT,
     CopyPiece,
     Facts,
     HeaderPiece,
+    JSONValue,
     MergePiece,
     Part,
     PartResult,
     SurveyTask,
     TensorDigest,
-    TensorRef,
     part_id,
 )
 
-READ_THREADS = 4
-"""Ranges read at once; more gain nothing on one worker's share of the network."""
+MIN_COPY_BYTES = 5 << 20
+"""Shortest range that S3 copies by itself: of a source below 5 MiB it copies no range."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tools:
+    """What a worker's tasks share."""
+
+    store: ObjectStore
+    """Object storage."""
+    arena: Arena
+    """Memory for inputs and outputs."""
+    kernels: Kernels
+    """The arithmetic."""
+
+
+class Task(ABC):
+    """One task on its way. The stages are called in order, each once, and ``release`` at the end in any case."""
+
+    def __init__(self, tools: Tools, inputs: Inputs, output_bytes: int) -> None:
+        self._tools = tools
+        self._inputs = inputs
+        self._output_bytes = output_bytes
+        self._extents: list[Extent] = []
+        self._problems = NonFinite()
+        self._seconds: dict[str, float] = {}
+
+    def read(self) -> None:
+        """Wait for room in the arena, then fetch the inputs.
+
+        :raises StoreError: reading failed.
+        """
+        self._extents = self._tools.arena.take([self._output_bytes, self._inputs.nbytes])
+        with self._clock("read"):
+            self._inputs.fetch(self._tools.store, self._extents[-1].view)
+
+    @abstractmethod
+    def merge(self) -> None:
+        """Compute, and give back what is not needed any more.
+
+        :raises NonFiniteError: an input holds NaN or Inf and the task does not allow it, or an output overflowed.
+        """
+
+    @abstractmethod
+    def write(self) -> None:
+        """Upload what was made.
+
+        :raises StoreError: writing failed.
+        """
+
+    @property
+    @abstractmethod
+    def value(self) -> JSONValue:
+        """What is told about the task once it is through."""
+
+    def release(self) -> None:
+        """Give back what is still held."""
+        while self._extents:
+            self._tools.arena.give_back(self._extents.pop())
+
+    def _refuse_nonfinite(self, allowed: bool) -> None:
+        if self._problems and not allowed:
+            raise self._problems.error()
+
+    @contextmanager
+    def _clock(self, stage: str) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        self._seconds[stage] = round(time.perf_counter() - started, 6)
+
+
+class SurveyRun(Task):
+    """One pass over one run of a tensor's elements."""
+
+    def __init__(self, task: SurveyTask, tools: Tools) -> None:
+        super().__init__(tools, Inputs(task.arithmetic.refs), 0)
+        self._task = task
+        self._summary: Summary = None
+
+    @property
+    def value(self) -> Summary:
+        """What the pass found."""
+        return self._summary
+
+    def merge(self) -> None:
+        """See :meth:`Task.merge`."""
+        task, kernels = self._task, self._tools.kernels
+        operands = kernels.place(self._inputs.operands(task.arithmetic))
+        if task.index == 0:
+            self._problems.add_inputs(task.arithmetic.name, task.arithmetic.refs, kernels.nonfinite(operands))
+            self._refuse_nonfinite(task.allow_nonfinite)
+        self._summary = bind(task.arithmetic).passes[task.index].accumulate(kernels, operands, task.facts)
+        self.release()
+
+    def write(self) -> None:
+        """See :meth:`Task.write`: a survey writes nothing."""
+
+
+class PartRun(Task):
+    """One part of a shard."""
+
+    def __init__(self, part: Part, upload: Upload, facts: Mapping[str, Facts], tools: Tools) -> None:
+        """
+        :param facts: what the surveys in ``part.surveys`` found, by survey id.
+        """
+        # Only what is merged needs room of its own: a copy is written from where it was read.
+        super().__init__(tools, Inputs(part.refs), 0 if part.source else part.nbytes)
+        self._part = part
+        self._upload = upload
+        self._facts = facts
+        self._digests: list[TensorDigest] = []
+        self._uploaded: UploadedPart | None = None
+
+    def merge(self) -> None:
+        """See :meth:`Task.merge`."""
+        with self._clock("merge"):
+            position = 0
+            for piece in self._part.pieces:
+                target = self._output[position : position + piece.nbytes]
+                position += piece.nbytes
+                if isinstance(piece, HeaderPiece):
+                    target[:] = prefix(piece.text)
+                elif isinstance(piece, CopyPiece):
+                    self._copy(piece, target)
+                else:
+                    self._merge(piece, target)
+        self._refuse_nonfinite(self._part.allow_nonfinite)
+        if not self._part.source:
+            self._tools.arena.give_back(self._extents.pop())
+
+    def write(self) -> None:
+        """See :meth:`Task.write`."""
+        part, store = self._part, self._tools.store
+        with self._clock("digest"):
+            self._digest()
+        with self._clock("write"):
+            source = part.source
+            same_store = source is not None and scheme(source.uri) == scheme(self._upload.uri)
+            if source and same_store and part.nbytes >= MIN_COPY_BYTES:
+                self._uploaded = store.copy_part(
+                    self._upload, part.number, part.offset, source.uri, source.start, source.end, source.etag
+                )
+            else:
+                self._uploaded = store.put_part(self._upload, part.number, part.offset, self._output)
+
+    @property
+    def value(self) -> str:
+        """JSON text of its result."""
+        return PART_RESULT.dump_json(self.result).decode()
+
+    @property
+    def result(self) -> PartResult:
+        """What is recorded, once the part is written."""
+        if self._uploaded is None:
+            raise ValueError("the part is not written")
+        part = self._part
+        return PartResult(
+            part=part_id(part),
+            shard=part.shard,
+            number=part.number,
+            size=part.nbytes,
+            etag=self._uploaded.etag,
+            digests=tuple(self._digests),
+            bytes_read=self._inputs.bytes_read,
+            nonfinite=self._problems.counts,
+            peak_bytes=peak_bytes(),
+            seconds=self._seconds,
+        )
+
+    @property
+    def _output(self) -> memoryview:
+        source = self._part.source
+        return self._inputs.view(source) if source else self._extents[0].view
+
+    def _copy(self, piece: CopyPiece, target: memoryview) -> None:
+        if not self._part.source:
+            target[:] = self._inputs.view(piece.ref)
+        if piece.ref.dtype in MERGEABLE_DTYPES:
+            kernels = self._tools.kernels
+            operands = Operands(0, None, (self._inputs.tensor(piece.ref),), ())
+            self._problems.add(piece.name, piece.ref, sum(kernels.nonfinite(kernels.place(operands))))
+
+    def _merge(self, piece: MergePiece, target: memoryview) -> None:
+        kernels, method = self._tools.kernels, bind(piece.arithmetic)
+        operands = kernels.place(self._inputs.operands(piece.arithmetic))
+        facts = self._facts[piece.survey] if piece.survey else survey(method.passes, operands, kernels)
+        out = torch.frombuffer(target, dtype=TORCH_DTYPES[piece.dtype])
+        found = kernels.merge(operands, method.formula(facts), out)
+        self._problems.add_inputs(piece.name, piece.arithmetic.refs, found.nonfinite)
+        self._problems.add_overflow(piece, found.overflowed)
+
+    def _digest(self) -> None:
+        position = 0
+        for piece in self._part.pieces:
+            view = self._output[position : position + piece.nbytes]
+            position += piece.nbytes
+            if not isinstance(piece, HeaderPiece):
+                blocks = (view[start : start + BLOCK_BYTES] for start in range(0, len(view), BLOCK_BYTES))
+                hashes = tuple(hashlib.sha256(block).hexdigest() for block in blocks)
+                self._digests.append(TensorDigest(piece.name, piece.offset // BLOCK_BYTES, hashes))
+
+
+def run_tasks(makers: Sequence[Callable[[], Task]]) -> Generator[tuple[int, Task | Exception]]:
+    """Take tasks through their stages at once; yields each one's number and itself, or its error, as it is done.
+
+    A task is made when its turn to read comes. No task's result depends on the others. The arena must have room for
+    the biggest of them; the more it has, the further reading runs ahead.
+    """
+    tasks: list[Task | None] = [None] * len(makers)
+
+    def read(number: int) -> None:
+        task = tasks[number] = makers[number]()
+        task.read()
+
+    def then(stage: Callable[[Task], None]) -> Callable[[int], None]:
+        def step(number: int) -> None:
+            if (task := tasks[number]) is not None:
+                stage(task)
+
+        return step
+
+    stages = {
+        "read": read,
+        "merge": then(lambda task: task.merge()),
+        "write": then(lambda task: task.write()),
+    }
+    for number, error in Pipeline(stages, then(lambda task: task.release())).run(range(len(makers))):
+        task, tasks[number] = tasks[number], None
+        if error is not None:
+            yield number, error
+        elif task is not None:
+            yield number, task
 
 
 def run_part(
     part: Part, upload: Upload, facts: Mapping[str, Facts], store: ObjectStore, device: str = "cpu"
 ) -> PartResult:
-    """Make one part of a shard and upload it.
+    """Make one part of a shard and upload it, in an arena of its own.
 
     :param facts: what the surveys in ``part.surveys`` found, by survey id.
-    :param device: the torch device that the arithmetic runs on; buffers stay in main memory.
+    :param device: the torch device that the arithmetic runs on.
     :raises NonFiniteError: an input holds NaN or Inf and the part does not allow it, or an output overflowed.
     :raises StoreError: reading or uploading failed.
     """
-    clock = _Clock()
-    with clock.stage("read"):
-        inputs = _InputBytes(store, _refs(part), device)
-    output = bytearray(part.nbytes)
-    view = memoryview(output)
-    problems = _NonFinite()
-    digests: list[TensorDigest] = []
-    with clock.stage("merge"):
-        position = 0
-        for piece in part.pieces:
-            target = view[position : position + piece.nbytes]
-            position += piece.nbytes
-            if isinstance(piece, HeaderPiece):
-                target[:] = prefix(piece.text)
-                continue
-            if isinstance(piece, CopyPiece):
-                _copy(piece, inputs, target, problems)
-            else:
-                _merge(piece, inputs, target, facts[piece.survey] if piece.survey else {}, problems)
-            digests.append(TensorDigest(piece.name, piece.offset // BLOCK_BYTES, _block_digests(target)))
-    if problems and not part.allow_nonfinite:
-        raise problems.error()
-    with clock.stage("write"):
-        uploaded = store.put_part(upload, part.number, part.offset, output)
-    return PartResult(
-        part=part_id(part),
-        shard=part.shard,
-        number=part.number,
-        size=len(output),
-        etag=uploaded.etag,
-        digests=tuple(digests),
-        bytes_read=inputs.nbytes,
-        nonfinite=problems.counts,
-        peak_bytes=peak_bytes(),
-        seconds=clock.seconds,
-    )
+    arena = Arena(padded(Inputs(part.refs).nbytes) + padded(part.nbytes))
+    run = PartRun(part, upload, facts, Tools(store, arena, kernels_of(device)))
+    _alone(run)
+    return run.result
 
 
 def run_survey(task: SurveyTask, store: ObjectStore, device: str = "cpu") -> Summary:
-    """Summarise one pass over one run of a tensor's elements.
+    """Summarise one pass over one run of a tensor's elements, in an arena of its own.
 
     :raises NonFiniteError: an input holds NaN or Inf and the task does not allow it.
     :raises StoreError: reading failed.
     """
-    inputs = _InputBytes(store, task.arithmetic.refs, device)
-    method = bind(task.arithmetic)
-    problems = _NonFinite()
-    counted = problems if task.index == 0 else None
-    summary = method.passes[task.index].accumulate(_blocks(task.arithmetic, inputs, counted), task.facts)
-    if problems and not task.allow_nonfinite:
-        raise problems.error()
-    return summary
+    run = SurveyRun(task, Tools(store, Arena(Inputs(task.arithmetic.refs).nbytes), kernels_of(device)))
+    _alone(run)
+    return run.value
 
 
 def peak_bytes() -> int:
-    """VmHWM of this process: the most memory that was ever resident, in bytes."""
+    """VmHWM of this process: the most memory that was resident, in bytes."""
     for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
         if line.startswith("VmHWM:"):
             return int(line.split()[1]) * 1024
     return 0
 
 
-def _merge(
-    piece: MergePiece, inputs: _InputBytes, target: memoryview, facts: Facts, problems: _NonFinite
-) -> None:
-    method = bind(piece.arithmetic)
-    if method.passes and piece.survey is None:
-        facts = survey(method.passes, lambda: _blocks(piece.arithmetic, inputs, None), piece.arithmetic.numel)
-    out = torch.frombuffer(target, dtype=TORCH_DTYPES[piece.dtype])
-    for block in _blocks(piece.arithmetic, inputs, problems):
-        merged = round_to(method.merge(block, facts), TORCH_DTYPES[piece.dtype])
-        start = block.first - piece.arithmetic.first
-        out[start : start + merged.numel()] = merged
-        _check_overflow(piece, block, merged, problems)
+def reset_peak_bytes() -> None:
+    """Let :func:`peak_bytes` begin anew from what is resident now, where the system allows that."""
+    with suppress(
+        OSError
+    ):  # some sandboxes do not: then an earlier job's peak is told, which is more, never less
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 
 
-def _copy(piece: CopyPiece, inputs: _InputBytes, target: memoryview, problems: _NonFinite) -> None:
-    target[:] = inputs.view(piece.ref)
-    if piece.ref.dtype in MERGEABLE_DTYPES:
-        count = piece.ref.nbytes // DTYPE_BYTES[piece.ref.dtype]
-        for first in range(0, count, SURVEY_ELEMENTS):
-            last = min(first + SURVEY_ELEMENTS, count)
-            problems.look(piece.name, piece.ref, to_float32(inputs.tensor(piece.ref, first, last)))
-
-
-def _blocks(arithmetic: Arithmetic, inputs: _InputBytes, problems: _NonFinite | None) -> Iterator[Block]:
-    """The run's elements in float32, block by block; non-finite ones are counted where ``problems`` is given."""
-    keys = tuple(mask_key(arithmetic.seed, model.index, arithmetic.name) for model in arithmetic.models)
-    for first in range(arithmetic.first, arithmetic.last, SURVEY_ELEMENTS):
-        start = first - arithmetic.first
-        stop = min(first + SURVEY_ELEMENTS, arithmetic.last) - arithmetic.first
-        tensors = []
-        for number, ref in enumerate(arithmetic.refs):
-            elements = to_float32(inputs.tensor(ref, start, stop))
-            if (
-                problems is not None and ref not in arithmetic.refs[:number]
-            ):  # a model listed twice counts once
-                problems.look(arithmetic.name, ref, elements)
-            tensors.append(elements)
-        base = None if arithmetic.base is None else tensors.pop(0)
-        yield Block(first, base, tuple(tensors), keys)
-
-
-def _check_overflow(piece: MergePiece, block: Block, merged: torch.Tensor, problems: _NonFinite) -> None:
-    """Finite inputs must give finite outputs; what does not is the output dtype's range, and is reported."""
-    if bool(torch.isfinite(merged).all()):
-        return
-    finite = torch.ones(merged.numel(), dtype=torch.bool, device=merged.device)
-    for elements in (*block.models, *(() if block.base is None else (block.base,))):
-        finite &= torch.isfinite(elements)
-    problems.overflow(piece, int((finite & ~torch.isfinite(merged)).sum()))
-
-
-def _block_digests(view: memoryview) -> tuple[str, ...]:
-    return tuple(
-        hashlib.sha256(view[start : start + BLOCK_BYTES]).hexdigest()
-        for start in range(0, len(view), BLOCK_BYTES)
-    )
-
-
-def _refs(part: Part) -> list[TensorRef]:
-    refs: list[TensorRef] = []
-    for piece in part.pieces:
-        if isinstance(piece, MergePiece):
-            refs.extend(piece.arithmetic.refs)
-        elif isinstance(piece, CopyPiece):
-            refs.append(piece.ref)
-    return refs
-
-
-class _InputBytes:
-    """The bytes that a task reads: neighbours joined, each range fetched once, into one buffer each."""
-
-    def __init__(self, store: ObjectStore, refs: Iterable[TensorRef], device: str) -> None:
-        self._device = device
-        self._runs = coalesce(refs)
-        self._starts = [(run.uri, run.etag, run.start) for run in self._runs]
-        self._buffers = [bytearray(run.nbytes) for run in self._runs]
-
-        def fetch(index: int) -> None:
-            run = self._runs[index]
-            store.read_into(run.uri, run.start, memoryview(self._buffers[index]), run.etag)
-
-        if len(self._runs) == 1:
-            fetch(0)
-        elif self._runs:
-            with ThreadPoolExecutor(min(READ_THREADS, len(self._runs))) as pool:
-                list(pool.map(fetch, range(len(self._runs))))
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes fetched."""
-        return sum(run.nbytes for run in self._runs)
-
-    def view(self, ref: TensorRef) -> memoryview:
-        """The bytes of one range."""
-        at = bisect_right(self._starts, (ref.uri, ref.etag, ref.start)) - 1
-        run = self._runs[at]
-        if at >= 0 and (run.uri, run.etag) == (ref.uri, ref.etag) and ref.end <= run.end:
-            return memoryview(self._buffers[at])[ref.start - run.start : ref.end - run.start]
-        raise LookupError(f"{ref} was not read")
-
-    def tensor(self, ref: TensorRef, first: int, last: int) -> torch.Tensor:
-        """Elements ``[first, last)`` of one range, in its own dtype; on the CPU without a copy, where aligned."""
-        width = DTYPE_BYTES[ref.dtype]
-        view = self.view(ref)[first * width : last * width]
-        found = torch.frombuffer(view, dtype=TORCH_DTYPES[ref.dtype])
-        if (
-            found.data_ptr() % width
-        ):  # a header of odd length: legal, rare, and slow or undefined to compute on
-            found = torch.frombuffer(bytearray(view), dtype=TORCH_DTYPES[ref.dtype])
-        return found.to(self._device)
-
-
-class _NonFinite:
-    """Counts of what should not be there, by tensor and model."""
-
-    def __init__(self) -> None:
-        self.counts: dict[str, int] = {}
-        self._said: dict[str, str] = {}
-
-    def __bool__(self) -> bool:
-        return bool(self._said)
-
-    def look(self, tensor: str, ref: TensorRef, elements: torch.Tensor) -> None:
-        """Count the non-finite ones among some float32 elements."""
-        finite = torch.isfinite(elements)
-        if bool(finite.all()):
-            return
-        key = f"{tensor}: {parent(ref.uri)}"
-        self.counts[key] = self.counts.get(key, 0) + int((~finite).sum())
-        self._said[key] = f"tensor {tensor!r} of {parent(ref.uri)} holds {self.counts[key]} NaN or Inf"
-
-    def overflow(self, piece: MergePiece, count: int) -> None:
-        """Count outputs that became non-finite though all inputs were finite."""
-        if count == 0:
-            return
-        key = f"{piece.name}: output"
-        self.counts[key] = self.counts.get(key, 0) + count
-        self._said[key] = (
-            f"{self.counts[key]} merged value(s) of tensor {piece.name!r} overflow {piece.dtype}"
-        )
-
-    def error(self) -> NonFiniteError:
-        """One error that names everything found in this task."""
-        return NonFiniteError("; ".join(self._said.values()) + " (set allow_nonfinite to merge all the same)")
-
-
-class _Clock:
-    """Wall seconds by stage."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        started = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[name] = round(time.perf_counter() - started, 6)
+def _alone(task: Task) -> None:
+    try:
+        task.read()
+        task.merge()
+        task.write()
+    finally:
+        task.release()

@@ -214,6 +214,21 @@ class Part:
         return tuple(ref for piece in self.pieces for ref in piece.refs)
 
     @property
+    def source(self) -> TensorRef | None:
+        """The one byte range that the part is a copy of, when it is nothing else: a store can copy that by itself."""
+        first, last = self.pieces[0], self.pieces[-1]
+        if not isinstance(first, CopyPiece) or not isinstance(last, CopyPiece):
+            return None
+        end = first.ref.start
+        for piece in self.pieces:
+            if not isinstance(piece, CopyPiece):
+                return None
+            if (piece.ref.uri, piece.ref.etag, piece.ref.start) != (first.ref.uri, first.ref.etag, end):
+                return None
+            end = piece.ref.end
+        return TensorRef(first.ref.uri, first.ref.etag, first.ref.start, end, "U8")
+
+    @property
     def surveys(self) -> tuple[str, ...]:
         """Ids of the surveys whose facts it needs."""
         wanted = (piece.survey for piece in self.pieces if isinstance(piece, MergePiece))

@@ -106,9 +106,13 @@ class LocalDriver:
         module, _, function = request.entry.partition(":")
         future: Future[Any] = Future()
         try:
-            future.set_result(getattr(import_module(module), function)(request.payload))
+            ((_, value),) = getattr(import_module(module), function)([request.payload])
         except MergemillError as error:
-            future.set_exception(from_json(to_json(error)))
+            value = error
+        if isinstance(value, MergemillError):
+            future.set_exception(from_json(to_json(value)))
+        else:
+            future.set_result(value)
         return future
 
     def cancel(self, future: Future[Any]) -> bool:

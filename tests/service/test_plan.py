@@ -24,7 +24,6 @@ from service.price import (
     PIECE_BYTES,
     REF_BYTES,
     part_peak_bytes,
-    part_refs,
     survey_peak_bytes,
     workspace_bytes,
 )
@@ -224,9 +223,9 @@ def test_small_neighbours_share_a_part_and_a_part_aims_at_its_size() -> None:
 
 def test_small_tensors_share_a_part_up_to_its_inputs_and_tiny_ones_up_to_its_minimum() -> None:
     recipe = recipe_of("linear", 4)
-    small = make_plan(recipe, alike(recipe, {f"t{n}": ("F32", (4096,)) for n in range(5000)}), BIG)
-    counts = [len(part_refs(part)) for part in small.parts]
-    assert counts == [PART_REFS] * 4 + [4 * 5000 - 4 * PART_REFS]
+    small = make_plan(recipe, alike(recipe, {f"t{n}": ("F32", (16384,)) for n in range(5000)}), BIG)
+    counts = [len(part.refs) for part in small.parts]
+    assert counts == [PART_REFS] * 19 + [4 * 5000 - 19 * PART_REFS]
     tiny = make_plan(recipe, alike(recipe, {f"t{n}": ("F32", (256,)) for n in range(12000)}), BIG)
     assert len(tiny.parts) == 3  # of 1 KiB, the header in the first
     assert all(MIN_PART_BYTES <= part.nbytes <= MIN_PART_BYTES + 1024 for part in tiny.parts[:-1])

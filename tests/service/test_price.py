@@ -8,6 +8,7 @@ import pytest
 
 from service.price import (
     BASELINE_BYTES,
+    DESCRIPTIONS,
     PIECE_BYTES,
     REF_BYTES,
     STEP_BYTES_PER_INPUT,
@@ -20,6 +21,8 @@ from service.price import (
     survey_peak_bytes,
     workspace_bytes,
 )
+from workers.arena import ALIGNMENT, padded
+from workers.ranges import Arrangement
 from workers.task import Arithmetic, CopyPiece, HeaderPiece, MergePiece, ModelInput, Part, Survey, TensorRef
 
 pytestmark = pytest.mark.fast
@@ -47,6 +50,8 @@ BIG = MergePiece("merge", arithmetic("big", 10_000_019, 13 * MIB + 1), "F16", "s
 SECOND = Part("model-00002-of-00002.safetensors", 1, 0, (BIG,), 1)
 SURVEY = Survey("s", 3, (arithmetic("big", 10_000_019, 11 * MIB), arithmetic("big", 90_000_049, 2 * MIB + 1)))
 
+HELD_BIG = padded(Arrangement(BIG.refs).nbytes)
+
 
 def test_every_term_is_there_once() -> None:
     found = price([FIRST, SECOND], [SURVEY], 2, BASELINE)
@@ -60,19 +65,47 @@ def test_every_term_is_there_once() -> None:
     assert found.requests == reads + 2 + 3 * ((6 + 3 + 3) + (2 + 1 + 1))
     assert (found.shards, found.parts, found.survey_tasks, found.surveyed_tensors) == (2, 2, 6, 1)
     assert found.most_reads == 4
-    blocks = 26 + 52 * 3  # of digests, and of a survey's sums a model
-    made = 2 * (13 * MIB + 1) + workspace_bytes(3) + blocks * STEP_BYTES_PER_INPUT + description_bytes(BIG)
-    assert found.peak_bytes == BASELINE + second + made
     assert found.worst == "big"
 
 
-def test_the_peak_of_a_part_is_baseline_inputs_output_workspace_and_description() -> None:
-    inputs, output = 101 + 8 * 1009, 104 + 101 + 4 * 1009
-    described = sum(map(description_bytes, (HEADER, COPY, SMALL)))
-    assert part_peak_bytes(FIRST, BASELINE) == BASELINE + inputs + output + workspace_bytes(3) + described
-    assert part_peak_bytes(FIRST) - part_peak_bytes(FIRST, 0) == BASELINE_BYTES
+def test_the_peak_is_baseline_workspace_descriptions_and_arena() -> None:
+    blocks = 26 + 52 * 3  # of digests, and of a survey's sums a model
+    described = description_bytes(BIG) + blocks * STEP_BYTES_PER_INPUT
+    held = HELD_BIG + padded(2 * (13 * MIB + 1))
+    alone = BASELINE + workspace_bytes(3) + DESCRIPTIONS * described + held
+    assert part_peak_bytes(SECOND, BASELINE) == alone
+    assert price([SECOND], [], 1, BASELINE).peak_bytes == alone  # there is nothing to read ahead
+    assert part_peak_bytes(SECOND) - part_peak_bytes(SECOND, 0) == BASELINE_BYTES
     assert workspace_bytes(3) - workspace_bytes(2) == workspace_bytes(2) - workspace_bytes(1) > 0
     assert merge_bytes(SMALL.arithmetic, 4) == 8 * 1009 + 4 * 1009
+
+
+def test_the_arena_holds_the_biggest_task_another_one_and_an_output_as_far_as_there_is_room() -> None:
+    output = padded(2 * (13 * MIB + 1))
+    parts = [SECOND] * 3
+    found = price(parts, [], 1, BASELINE)
+    assert found.arena_bytes == 2 * (HELD_BIG + output) + output
+    fixed = found.peak_bytes - found.arena_bytes
+    for less in (1, output, HELD_BIG + output):
+        assert price(parts, [], 1, BASELINE, found.peak_bytes - less).peak_bytes == found.peak_bytes - less
+    # A worker that cannot even hold one is priced with what it would need.
+    assert price(parts, [], 1, BASELINE, 1).peak_bytes == fixed + HELD_BIG + output
+    assert price(parts, [], 1, BASELINE, 1 << 40).peak_bytes == found.peak_bytes
+    assert price([SECOND] * 2, [], 1, BASELINE).arena_bytes == 2 * (HELD_BIG + output)
+
+
+def test_a_part_that_is_a_copy_holds_its_bytes_once() -> None:
+    pieces = tuple(
+        CopyPiece("copy", name, ref("base", start, 7919, "U8"), 0)
+        for name, start in [("a", 64), ("b", 64 + 7919)]
+    )
+    copied = Part("s", 1, 0, pieces, 1)
+    assert copied.source == TensorRef("file:///base/model.safetensors", "e", 64, 64 + 2 * 7919, "U8")
+    assert price([copied], [], 1).arena_bytes == padded(2 * 7919)
+    for other in (pieces[::-1], (*pieces, HEADER), (HEADER, *pieces)):
+        apart = Part("s", 1, 0, other, 1)
+        assert apart.source is None
+        assert price([apart], [], 1).arena_bytes == padded(2 * 7919) + padded(apart.nbytes)
 
 
 def test_a_description_counts_pieces_refs_and_texts_as_json_has_them() -> None:
@@ -88,12 +121,14 @@ def test_a_description_counts_pieces_refs_and_texts_as_json_has_them() -> None:
 
 def test_the_peak_of_a_survey_task_has_no_output() -> None:
     described = description_bytes(BIG) + 44 * 3 * STEP_BYTES_PER_INPUT
-    expected = BASELINE + 8 * 11 * MIB + workspace_bytes(3) + described
+    held = Arrangement(SURVEY.pieces[0].refs).nbytes
+    assert 8 * 11 * MIB <= held < 8 * 11 * MIB + 3 * ALIGNMENT
+    expected = BASELINE + padded(held) + workspace_bytes(3) + DESCRIPTIONS * described
     assert survey_peak_bytes(SURVEY.pieces[0], BASELINE) == expected
 
 
 def test_a_survey_can_be_the_worst_task() -> None:
-    found = price([FIRST], [SURVEY], 1, BASELINE)
+    found = price([FIRST], [SURVEY], 1, BASELINE, 1)
     assert found.peak_bytes == survey_peak_bytes(SURVEY.pieces[0], BASELINE)
     assert found.worst == "big"
 
@@ -101,9 +136,8 @@ def test_a_survey_can_be_the_worst_task() -> None:
 def test_what_two_pieces_share_is_read_and_held_once() -> None:
     twice = Part("s", 1, 0, (SMALL, SMALL), 1)
     assert price([twice], [], 1, 0).bytes_read == 8 * 1009
-    assert part_peak_bytes(twice, 0) == 8 * 1009 + 2 * (
-        4 * 1009 + description_bytes(SMALL)
-    ) + workspace_bytes(3)
+    held = Arrangement(SMALL.refs).nbytes
+    assert price([twice], [], 1, 0).arena_bytes == padded(held) + padded(8 * 1009)
     assert len(twice.refs) == 6
 
 
@@ -115,6 +149,7 @@ def test_neighbours_cost_one_request() -> None:
 def test_an_empty_plan_costs_the_worker() -> None:
     found = price([], [], 0, BASELINE)
     assert (found.bytes_read, found.bytes_written, found.requests, found.peak_bytes) == (0, 0, 0, BASELINE)
+    assert found.arena_bytes == 0
     assert (found.most_reads, found.worst) == (1, "nothing")
 
 

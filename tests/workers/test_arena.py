@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import os
 import threading
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -92,3 +94,22 @@ def test_giving_back_twice_is_an_error() -> None:
     arena.give_back(extent)
     with pytest.raises(ValueError, match="not in list"):
         arena.give_back(extent)
+
+
+def test_resting_gives_memory_back_unless_it_is_in_use() -> None:
+    size = 16 << 20
+    arena = Arena(size)
+    (extent,) = arena.take([size])
+    extent.view[:] = b"x" * size
+    arena.rest()
+    assert extent.view[-1:] == b"x"
+    before = resident_bytes()
+    arena.give_back(extent)
+    arena.rest()
+    assert before - resident_bytes() > size * 3 // 4
+    (extent,) = arena.take([size])
+    assert bytes(extent.view[:64]) == bytes(64)
+
+
+def resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1]) * os.sysconf("SC_PAGESIZE")

@@ -203,7 +203,7 @@ def test_a_llama_with_edge_cases_and_buffers_goes_through_and_results_say_what_w
     for part, result in zip(done.planned.plan.parts, done.results, strict=True):
         assert (result.shard, result.number, result.size) == (part.shard, part.number, part.nbytes)
         assert result.nonfinite == {}
-        assert set(result.seconds) == {"read", "merge", "write"}
+        assert set(result.seconds) == {"read", "merge", "digest", "write"}
         assert 0 < result.peak_bytes <= peak_bytes()
     assert sum(result.bytes_read for result in done.results) == done.planned.plan.price.bytes_read
     assert sum(result.size for result in done.results) == done.planned.plan.price.bytes_written

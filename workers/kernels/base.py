@@ -128,6 +128,9 @@ class Kernels(Protocol):
     results are on the grid of ``SURVEY_ELEMENTS``, the last block maybe short.
     """
 
+    def place(self, operands: Operands) -> Operands:
+        """The operands where this computes: on its device."""
+
     def merge(self, operands: Operands, formula: Formula, out: torch.Tensor) -> Found:
         """Write the merged elements to ``out``: shape ``[n]``, float32, bfloat16 or float16, rounded once to nearest
         even, NaN as 0x7FC00000, 0x7FC0 or 0x7E00."""

@@ -23,6 +23,14 @@ _BINS = 1 << 16
 class TorchKernels:
     """The reference implementation of :class:`workers.kernels.base.Kernels`."""
 
+    def __init__(self, device: str = "cpu") -> None:
+        self._device = torch.device(device)
+
+    def place(self, operands: Operands) -> Operands:
+        """The operands on the device; those that are there already are not copied."""
+        base = None if operands.base is None else operands.base.to(self._device)
+        return replace(operands, base=base, models=tuple(model.to(self._device) for model in operands.models))
+
     def merge(self, operands: Operands, formula: Formula, out: torch.Tensor) -> Found:
         """Write the merged elements to ``out``, and say what was found."""
         nonfinite = [0] * len(operands.inputs)
