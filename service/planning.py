@@ -182,7 +182,7 @@ def examine(
         inputs = digested or replace(inputs, are_digested=False)
         wanted = recipe
         if len(opened) < len(names):
-            wanted, inputs = _completed(recipe, inputs, present, nearest)
+            wanted, inputs = _completed(recipe, inputs, uris, present, nearest)
         plan, misfits = draft_plan(wanted, inputs, options, baseline_bytes)
         problems.extend(misfits)
     price = None if plan is None else plan.price
@@ -193,7 +193,9 @@ def examine(
     return Outcome(Planned(recipe, inputs, plan, uris, tokenizer), price, (), ())
 
 
-def _completed(recipe: Recipe, inputs: Inputs, present: Sequence[str], nearest: str) -> tuple[Recipe, Inputs]:
+def _completed(
+    recipe: Recipe, inputs: Inputs, uris: Mapping[str, str], present: Sequence[str], nearest: str
+) -> tuple[Recipe, Inputs]:
     """What to match when only ``nearest``, for the reference, and the models in ``present`` have opened.
 
     A model that has not is taken to be like the reference: it then fits, and costs what it would. Without the
@@ -202,20 +204,21 @@ def _completed(recipe: Recipe, inputs: Inputs, present: Sequence[str], nearest: 
     known = dict(zip(present, inputs.models, strict=True))
     reference, compared_with = inputs.reference, None
     if nearest != recipe.reference:
-        reference, compared_with = _like(reference, recipe.reference), nearest
+        reference, compared_with = _like(reference, recipe.reference, uris), nearest
         unknown: dict[str, str] = {"missing_tensors": "base", "extra_tensors": "drop"}
         if recipe.extra_tensors == "drop":  # nobody needs to agree on what the reference may not have
             unknown |= {"mismatched_tensors": "base", "buffers": recipe.reference}
         recipe = recipe.model_copy(update=unknown)
     known[recipe.reference] = reference
-    models = tuple(known.get(e.model) or _like(reference, e.model) for _, e in recipe.task_models)
+    models = tuple(known.get(e.model) or _like(reference, e.model, uris) for _, e in recipe.task_models)
     return recipe, replace(inputs, reference=reference, models=models, compared_with=compared_with)
 
 
-def _like(checkpoint: Checkpoint, name: str) -> Checkpoint:
+def _like(checkpoint: Checkpoint, name: str, uris: Mapping[str, str]) -> Checkpoint:
     """A stand-in of the same tensors, whose bytes count as its own where they may differ."""
+    uri = uris.get(name, name)
     tensors = {
-        key: replace(tensor, ref=replace(tensor.ref, uri=f"{name}/{base_name(tensor.ref.uri)}"))
+        key: replace(tensor, ref=replace(tensor.ref, uri=f"{uri}/{base_name(tensor.ref.uri)}"))
         if tensor.is_float
         else tensor
         for key, tensor in checkpoint.tensors.items()

@@ -283,6 +283,116 @@ def test_all_problems_of_all_models_are_said_at_once(tmp_path: Path, model: Path
         assert sum(says in problem for problem in found) == 1, (says, found)
 
 
+def looked_at(root: Path, *names: str, store: LocalStore | None = None, **more: Any) -> list[str]:
+    """What is wrong with the TIES merge of models below ``root`` onto ``root/base``, in this little memory."""
+    recipe = {
+        "merge_method": "ties",
+        "base_model": str(root / "base"),
+        "models": [{"model": str(root / name)} for name in names],
+    }
+    outcome = examine(
+        parse_recipe(recipe | more), PlanOptions(worker_memory_bytes=1), store or LocalStore(), {}
+    )
+    assert outcome.planned is None
+    assert (outcome.price is None) is not any("raise it to" in problem for problem in outcome.problems)
+    return [problem.replace(str(root), "") for problem in (*outcome.problems, *outcome.away)]
+
+
+@pytest.fixture
+def family(tmp_path: Path) -> Path:
+    """A directory of models that fit together and of some that do not."""
+    base = {
+        "w": torch.ones(4, 4),
+        "x": torch.ones(2),
+        "ids": torch.arange(3),
+        "lm_head.weight": torch.ones(4),
+    }
+    write_checkpoint(tmp_path / "base", base)
+    write_checkpoint(tmp_path / "fits", base | {"w": torch.zeros(4, 4)})
+    write_checkpoint(tmp_path / "shaped", base | {"w": torch.ones(4, 5)})
+    write_checkpoint(tmp_path / "lacking", {name: base[name] for name in ("w", "ids", "lm_head.weight")})
+    write_checkpoint(tmp_path / "surplus", base | {"y": torch.ones(1)})
+    write_checkpoint(tmp_path / "counted", base | {"ids": torch.arange(3).flip(0)})
+    return tmp_path
+
+
+MEMORY = "the biggest task ("
+
+
+def test_a_model_that_did_not_open_hides_nothing_of_the_others_nor_the_price(family: Path) -> None:
+    found = looked_at(family, "gone", "shaped", "lacking", "surplus", "counted")
+    assert len(found) == 6
+    for says in (
+        "/gone: no model here",
+        "/shaped: shape differs from /base: w [4, 5], not [4, 4]",
+        "/lacking: lacks tensors of /base: x",
+        "/surplus: tensors that /base does not have: y",
+        "/counted: integer or boolean buffers differ from /base: ids",
+        MEMORY,
+    ):
+        assert sum(says in problem for problem in found) == 1, (says, found)
+
+
+def test_a_model_that_did_not_open_costs_what_it_would_if_it_fitted(family: Path) -> None:
+    def need(name: str) -> int:
+        (said,) = [problem for problem in looked_at(family, "fits", name) if MEMORY in problem]
+        return int(said.rpartition(" ")[2])
+
+    twin = {
+        "w": torch.zeros(4, 4),
+        "x": torch.zeros(2),
+        "ids": torch.arange(3),
+        "lm_head.weight": torch.zeros(4),
+    }
+    write_checkpoint(family / "twin", twin)
+    assert abs(need("none") - need("twin")) < 100  # ETags are priced, too, and may differ in length
+    (alone,) = [problem for problem in looked_at(family, "fits") if MEMORY in problem]
+    assert need("none") > int(alone.rpartition(" ")[2]) + 10_000
+
+
+def test_without_the_base_only_what_no_base_could_reconcile_is_said(family: Path) -> None:
+    gone = "file:///base: no model here: neither model.safetensors nor model.safetensors.index.json exists"
+    (family / "base" / SINGLE).unlink()
+    found = looked_at(family, "fits", "lacking", "surplus")
+    assert [problem for problem in found if MEMORY not in problem] == [gone]
+    found = looked_at(family, "fits", "shaped", "counted")
+    assert [problem.partition(";")[0] for problem in found if MEMORY not in problem] == [
+        "/counted: integer or boolean buffers differ from /fits: ids",
+        "/shaped: shape differs from /fits: w [4, 5], not [4, 4]",
+        gone,
+    ]
+    found = looked_at(
+        family, "fits", "shaped", "counted", extra_tensors="drop"
+    )  # the base may lack w and ids
+    assert [problem for problem in found if MEMORY not in problem] == [gone]
+
+
+def test_where_no_model_opened_nothing_is_priced(family: Path) -> None:
+    assert len(looked_at(family / "nowhere", "a", "b")) == 3
+
+
+def test_a_store_that_is_away_for_one_model_hides_nothing_of_the_others(family: Path) -> None:
+    class Half(LocalStore):
+        def list(self, prefix: str, *, beside: bool = False) -> Iterator[ObjectInfo]:
+            if "fits" in prefix:
+                raise StoreUnavailableError(f"{prefix}: connection refused")
+            return super().list(prefix, beside=beside)
+
+    found = looked_at(family, "fits", "shaped", store=Half())
+    assert [problem.partition(": ")[0] for problem in found[:-2]] == ["/shaped"]
+    assert MEMORY in found[-2]
+    assert "connection refused" in found[-1]
+
+
+def test_buffers_that_could_not_be_compared_are_not_said_to_differ(
+    family: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("service.planning.COMPARED_BYTES", 1)
+    found = looked_at(family, "shaped", "counted")
+    assert len(found) == 3
+    assert "ids take no arithmetic" in found[1]
+
+
 def test_misfits_are_said_together_with_an_output_inside_an_input(tmp_path: Path, model: Path) -> None:
     other = write_checkpoint(tmp_path / "other", {"x": torch.ones(2)})
     recipe = parse_recipe(
