@@ -76,6 +76,8 @@ class PriceInfo(_Model):
     """Input bytes fetched, surveys included."""
     bytes_written: int
     """Output bytes of all shards."""
+    bytes_copied: int
+    """Of these, bytes in parts that only copy: a store can move them by itself."""
     input_bytes: int
     """Bytes of the input tensors, counted once."""
     requests: int
@@ -91,9 +93,11 @@ class PriceInfo(_Model):
     most_reads: int
     """How often the most often read byte is read."""
     peak_bytes: int
-    """Peak memory of the worst task, the worker's baseline included."""
+    """Peak memory of a worker process, its baseline included."""
+    arena_bytes: int
+    """The part of it that holds inputs and outputs."""
     worst: str
-    """The tensor (or tensors) of the worst task."""
+    """The tensor (or tensors) of the task that holds most."""
 
 
 class ShardInfo(_Model):

@@ -138,7 +138,7 @@ def price_table(plan: Mapping[str, Any]) -> Table:
         tensors = f"{price['surveyed_tensors']:,} tensors read up to {price['most_reads']} times"
         surveyed = f"{price['survey_tasks']:,}, for {tensors}"
         rows.append(("survey tasks", surveyed))
-    rows.append(("memory a task", f"{size_text(price['peak_bytes'])} at most, for {price['worst']}"))
+    rows.append(("memory", f"{size_text(price['peak_bytes'])} a worker at most, for {price['worst']}"))
     rows.append(("plan", plan["digest"]))
     rows.extend(("note", notice) for notice in plan["notices"])
     for name, value in rows:

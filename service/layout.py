@@ -24,6 +24,7 @@ from workers.task import (
     ModelInput,
     Piece,
     Survey,
+    continues,
     digest,
 )
 
@@ -137,17 +138,22 @@ def pack(
 ) -> Iterator[list[Piece]]:
     """Group consecutive pieces into parts of about ``target`` bytes that hold at most ``limit``.
 
-    Nor does a part have more than ``PART_REFS`` inputs; but one is closed only once it has ``minimum`` bytes,
-    so every part but the last has at least as many, and tiny tensors may need more inputs for that.
+    Nor does a part have more than ``PART_REFS`` inputs, and what is a copy of one range is kept apart from the rest,
+    since a store can copy that by itself. But a part is closed only once it has ``minimum`` bytes, so every part but
+    the last has at least as many, and tiny tensors may need more inputs for that.
     """
     group: list[Piece] = []
     size = holding = inputs = 0
+    copying = False
     for piece in pieces:
         adds, reads = held(piece), len(piece.refs)
         full = size + piece.nbytes > target or holding + adds > limit or inputs + reads > PART_REFS
-        if size >= minimum and full:
+        follows = not group or continues(group[-1], piece)
+        apart = not follows if copying else isinstance(piece, CopyPiece) and piece.nbytes >= minimum
+        if size >= minimum and (full or apart):
             yield group
-            group, size, holding, inputs = [], 0, 0, 0
+            group, size, holding, inputs, follows = [], 0, 0, 0, True
+        copying = follows and isinstance(piece, CopyPiece) and (copying or not group)
         group.append(piece)
         size += piece.nbytes
         holding += adds

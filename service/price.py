@@ -69,6 +69,8 @@ class Price:
     """Input bytes fetched, surveys included."""
     bytes_written: int
     """Output bytes of all shards."""
+    bytes_copied: int
+    """Of these, bytes in parts that only copy: a store can move them by itself."""
     input_bytes: int
     """Bytes of the input tensors, counted once."""
     requests: int
@@ -166,6 +168,7 @@ def price(
     return Price(
         bytes_read=input_bytes + sum(passes * load.read for passes, load in surveyed),
         bytes_written=sum(part.nbytes for part in parts),
+        bytes_copied=sum(part.nbytes for part in parts if part.source),
         input_bytes=input_bytes,
         requests=sum(load.reads + 1 for load in made) + sum(passes * load.reads for passes, load in surveyed),
         shards=shards,

@@ -183,6 +183,13 @@ class MergePiece:
         return self.arithmetic.refs
 
 
+def continues(one: HeaderPiece | CopyPiece | MergePiece, two: HeaderPiece | CopyPiece | MergePiece) -> bool:
+    """Whether two pieces copy bytes of one object that follow each other."""
+    if not isinstance(one, CopyPiece) or not isinstance(two, CopyPiece):
+        return False
+    return (one.ref.uri, one.ref.etag, one.ref.end) == (two.ref.uri, two.ref.etag, two.ref.start)
+
+
 Piece = Annotated[HeaderPiece | CopyPiece | MergePiece, Field(discriminator="kind")]
 
 
@@ -216,17 +223,14 @@ class Part:
     @property
     def source(self) -> TensorRef | None:
         """The one byte range that the part is a copy of, when it is nothing else: a store can copy that by itself."""
-        first, last = self.pieces[0], self.pieces[-1]
-        if not isinstance(first, CopyPiece) or not isinstance(last, CopyPiece):
+        first = last = self.pieces[0]
+        if not isinstance(first, CopyPiece):
             return None
-        end = first.ref.start
-        for piece in self.pieces:
-            if not isinstance(piece, CopyPiece):
+        for piece in self.pieces[1:]:
+            if not continues(last, piece):
                 return None
-            if (piece.ref.uri, piece.ref.etag, piece.ref.start) != (first.ref.uri, first.ref.etag, end):
-                return None
-            end = piece.ref.end
-        return TensorRef(first.ref.uri, first.ref.etag, first.ref.start, end, "U8")
+            last = piece
+        return TensorRef(first.ref.uri, first.ref.etag, first.ref.start, last.refs[-1].end, "U8")
 
     @property
     def surveys(self) -> tuple[str, ...]:

@@ -94,7 +94,7 @@ def test_a_price_tells_of_surveys_where_there_are_some() -> None:
     Console(file=out, width=200).print(price_table(plan))
     surveyed = "17, for 19 tensors read up to 23 times"
     for expected in (
-        "3 B (the inputs hold 7 B)", "11", "13", surveyed, "29 B at most, for [w]", "31", "mind this"
+        "3 B (the inputs hold 7 B)", "11", "13", surveyed, "29 B a worker at most, for [w]", "31", "mind this"
     ):  # fmt: skip
         assert expected in out.getvalue()
     price["survey_tasks"] = 0

@@ -102,6 +102,7 @@ def test_a_part_that_is_a_copy_holds_its_bytes_once() -> None:
     copied = Part("s", 1, 0, pieces, 1)
     assert copied.source == TensorRef("file:///base/model.safetensors", "e", 64, 64 + 2 * 7919, "U8")
     assert price([copied], [], 1).arena_bytes == padded(2 * 7919)
+    assert price([copied, FIRST], [], 1).bytes_copied == 2 * 7919
     for other in (pieces[::-1], (*pieces, HEADER), (HEADER, *pieces)):
         apart = Part("s", 1, 0, other, 1)
         assert apart.source is None
