@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
 
-from service.driver import Driver
+from service.driver import Capacity, Driver
 from tests.checkpoints import fine_tune, llama_tensors, read_checkpoint, write_checkpoint
+from tests.e2e.bench import Bench, LocalDriver
 from tests.servers.service import RunningService, running_service
+from workers.errors import FleetError
 
 pytestmark = [pytest.mark.valkey, pytest.mark.ray]
 
@@ -124,6 +127,58 @@ def test_missing_and_corrupt_models(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("route", ["/v1/merges", "/v1/plans"])
+def test_a_refused_recipe_is_answered_with_all_that_is_wrong(
+    service: RunningService, base: dict[str, torch.Tensor], tmp_path: Path, route: str
+) -> None:
+    name = list(base)[1]
+    write_checkpoint(tmp_path / "reshaped", fine_tune(base, 2, 0.1) | {name: torch.zeros(3, 3)})
+    out = write_checkpoint(tmp_path / "out", {"other": torch.zeros(2)})
+    before = sorted((path, path.read_bytes()) for path in out.iterdir())
+    recipe = ties(tmp_path, "one", "absent", "reshaped", density=1.5, wieght=2) | {"dtyp": "float32"}
+    recipe["models"].append({"model": "org/unknown"})
+    body = {"recipe": recipe, "output": str(out), "options": {"worker_memory_bytes": 64 << 20}}
+    answer = service.http.post(route, json=body)
+    assert answer.status_code == 422
+    assert answer.headers["content-type"] == PROBLEM
+    problem = answer.json()
+    assert problem["type"] == "urn:mergemill:error:recipe"
+    wanted = [
+        "dtyp: is not a key",
+        "parameters.density: input should be less than or equal to 1",
+        "did you mean 'weight'",
+        "'org/unknown' is a hub name",
+        "absent: no model here",
+        f"shape differs from {tmp_path}/base: {name} [3, 3]",
+        "raise it to at least",
+        "already holds a checkpoint (model.safetensors): set overwrite",
+    ]
+    assert len(problem["errors"]) == len(wanted), problem["errors"]
+    for says in wanted:
+        assert sum(says in each for each in problem["errors"]) == 1, (says, problem["errors"])
+    assert all(each in problem["detail"] for each in problem["errors"])
+    assert sorted((path, path.read_bytes()) for path in out.iterdir()) == before
+
+
+def test_an_unknown_method_does_not_hide_what_is_wrong_with_the_models(
+    service: RunningService, base: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    recipe = ties(tmp_path, "one", "absent") | {"merge_method": "tiesd"}
+    text = json.dumps(recipe)  # which is YAML
+    for route in ("/v1/merges", "/v1/plans"):
+        answer = service.http.post(
+            route,
+            content=text,
+            params={"output": str(tmp_path / "base" / "inside")},
+            headers={"content-type": "application/yaml"},
+        )
+        first, second, third = answer.json()["errors"]
+        assert "did you mean 'ties'" in first
+        assert "absent: no model here" in second
+        assert "overlaps the input" in third
+    assert not (tmp_path / "base" / "inside").exists()
+
+
 def test_differing_buffers(service: RunningService, base: dict[str, torch.Tensor], tmp_path: Path) -> None:
     for name, value in (("base", 1), ("one", 1), ("two", 2)):
         write_checkpoint(tmp_path / name, base | {"position_ids": torch.full((4,), value)})
@@ -176,6 +231,34 @@ def test_a_task_larger_than_every_node(valkey_url: str, driver: Driver, base: An
     ) as greedy:
         said = greedy.failure(ties(tmp_path, "one"), str(tmp_path / "out"))
         assert "largest node" in said
+        both = greedy.failure(ties(tmp_path, "one", "absent"), str(tmp_path / "out"), worker_memory_bytes=1)
+        for expected in ("largest node", "raise it to at least", "absent: no model here"):
+            assert sum(expected in each for each in both.split("\n")) == 1, both
+
+
+class NoCluster(LocalDriver):
+    """A cluster that does not come up, and how long it was waited for."""
+
+    waited: ClassVar[list[float | None]] = []
+
+    def capacity(self, timeout_s: float | None = None) -> Capacity:
+        self.waited.append(timeout_s)
+        raise FleetError("the fleet is not up yet")
+
+
+def test_a_job_that_fails_anyhow_does_not_wait_for_the_cluster(
+    bench: Bench, base: dict[str, torch.Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench.driver = NoCluster()
+    record = bench.run(bench.submit(ties(tmp_path, "one", "absent"), tmp_path / "out"))
+    assert record.error is not None
+    assert [problem.rpartition("/")[2][:6] for problem in record.error["problems"]] == ["absent"]
+    assert len(NoCluster.waited) == 1
+    monkeypatch.setattr("service.runner.CLUSTER_WAIT_S", 0.2)
+    record = bench.run(bench.submit(ties(tmp_path, "one"), tmp_path / "out"))
+    assert record.error is not None
+    assert record.error["type"] == "FleetError"
+    assert len(NoCluster.waited) > 2
 
 
 @pytest.fixture
