@@ -224,7 +224,7 @@ def test_plan_needs_no_server(recipe: Path) -> None:
     assert found.exit_code == 0, found.stderr
     assert json.loads(found.stdout)["tensors"] == 1
     table = run("plan", recipe).stdout
-    assert "memory a task" in table
+    assert "a worker at most, for" in table
     assert not any(line.endswith(" ") for line in table.splitlines())
 
 
