@@ -96,6 +96,8 @@ class PriceInfo(_Model):
     """Peak memory of a worker process, its baseline included."""
     arena_bytes: int
     """The part of it that holds inputs and outputs."""
+    gpu_bytes: int
+    """Peak device memory of a worker that computes on a GPU; 0 when there is nothing to compute."""
     worst: str
     """The tensor (or tensors) of the task that holds most."""
 

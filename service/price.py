@@ -53,7 +53,10 @@ DESCRIPTIONS = 8
 """Descriptions that a worker holds: of a task in each stage and before it, and the texts of the rest of its stream."""
 
 GPU_BASELINE_BYTES = 1 << 30
-"""Device memory of a process that computes on a GPU, before its first byte: CUDA's context and torch's kernels."""
+"""Device memory of CUDA's context and torch's kernels in one process: an allowance, not measured."""
+
+GPU_HOST_BYTES = 2 << 30
+"""Main memory that CUDA's libraries and context take beside a worker's: an allowance, not measured."""
 
 MAX_PARTS = 10_000
 """Most parts of one S3 multipart upload."""
@@ -90,8 +93,24 @@ class Price:
     """Peak memory of a worker process, its baseline included: what each task of the job reserves."""
     arena_bytes: int
     """The part of it that holds inputs and outputs: room for the task that holds most, and for others beside it."""
+    gpu_bytes: int
+    """Peak device memory of a worker that computes on a GPU; 0 when there is nothing to compute."""
     worst: str
     """The tensor (or tensors) of the task that holds most."""
+
+
+@dataclass(frozen=True, slots=True)
+class Needs:
+    """What each task of a job asks of the cluster."""
+
+    memory_bytes: int
+    """Main memory."""
+    cpus: float
+    """CPU cores."""
+    gpus: float
+    """Share of one GPU; above 1 no GPU is big enough."""
+    device: str
+    """The torch device that it computes on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +130,8 @@ class _Load:
     """Bytes of the arithmetic."""
     description: int
     """Bytes of its description, and of what stays of each block."""
+    computes: bool
+    """Whether there is arithmetic in it."""
 
     @property
     def held(self) -> int:
@@ -178,8 +199,21 @@ def price(
         most_reads=1 + max((survey.passes for survey in surveys), default=0),
         peak_bytes=fixed + arena,
         arena_bytes=arena,
+        gpu_bytes=_gpu_bytes(loads),
         worst="nothing" if worst is None else worst.label,
     )
+
+
+def needs(price: Price, gpu_memory_bytes: int = 0) -> Needs:
+    """What a job's tasks ask of a cluster whose GPUs have ``gpu_memory_bytes`` each; 0 computes on the CPU.
+
+    A task is single-threaded and takes one core, and of a GPU the share that its device memory is. Where there is
+    nothing to compute, none is taken.
+    """
+    if not gpu_memory_bytes or not price.gpu_bytes:
+        return Needs(price.peak_bytes, 1, 0, "cpu")
+    share = math.ceil(100 * price.gpu_bytes / gpu_memory_bytes) / 100
+    return Needs(price.peak_bytes + GPU_HOST_BYTES, 1, share, "cuda")
 
 
 def part_label(part: Part) -> str:
@@ -202,6 +236,7 @@ def _part_load(part: Part) -> _Load:
         output=0 if part.source else padded(part.nbytes),
         workspace=workspace_bytes(max((len(arithmetic.refs) for arithmetic in merges), default=1)),
         description=steps + sum(map(description_bytes, part.pieces)),
+        computes=bool(merges),
     )
 
 
@@ -216,6 +251,7 @@ def _survey_load(arithmetic: Arithmetic) -> _Load:
         output=0,
         workspace=workspace_bytes(len(arithmetic.refs)),
         description=_steps_bytes(arithmetic) + described,
+        computes=True,
     )
 
 
@@ -246,6 +282,13 @@ def _refs_bytes(refs: Sequence[TensorRef]) -> int:
 @lru_cache(maxsize=1024)
 def _json_length(text: str) -> int:
     return len(json.dumps(text))
+
+
+def _gpu_bytes(loads: Sequence[_Load]) -> int:
+    """CUDA's own, and the inputs, output and workspace of the task that has most of them; a copy of a task's inputs is
+    on the device while it computes."""
+    most = max((load.held + load.workspace for load in loads if load.computes), default=0)
+    return GPU_BASELINE_BYTES + most if most else 0
 
 
 def _requests(arrangement: Arrangement) -> int:

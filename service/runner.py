@@ -36,7 +36,7 @@ from service.jobs import (
 from service.jobstore import Lease
 from service.plan import PlanOptions, plan_summary
 from service.planning import Planned, examine
-from service.price import Price
+from service.price import Price, needs
 from service.publish import publish, published
 from service.recipe import parse_recipe
 from service.sidecars import OutputFile
@@ -194,12 +194,24 @@ class JobRunner:
             if wait_s:
                 raise
             return []
-        if price.peak_bytes <= capacity.max_node_memory_bytes:
-            return []
-        return [
-            f"the biggest task ({price.worst}) needs {price.peak_bytes} bytes of memory, and the largest node of the "
-            f"cluster offers {capacity.max_node_memory_bytes}: lower worker_memory_bytes or add a larger node"
-        ]
+        wanted = needs(price, self.tools.settings.gpu_memory_bytes)
+        problems = []
+        if wanted.memory_bytes > capacity.max_node_memory_bytes:
+            problems.append(
+                f"the biggest task ({price.worst}) needs {wanted.memory_bytes} bytes of memory, and the largest node "
+                f"of the cluster offers {capacity.max_node_memory_bytes}: lower worker_memory_bytes or add a larger node"
+            )
+        if wanted.gpus > 1:
+            problems.append(
+                f"the biggest task ({price.worst}) needs {price.gpu_bytes} bytes of GPU memory, and each GPU has "
+                f"{self.tools.settings.gpu_memory_bytes} (MERGEMILL_GPU_MEMORY_BYTES): lower worker_memory_bytes"
+            )
+        elif wanted.gpus > capacity.gpus:
+            problems.append(
+                f"the tasks compute on a GPU (MERGEMILL_GPU_MEMORY_BYTES is set), and the cluster offers "
+                f"{capacity.gpus:g}: add a node with one, or set it to 0 to compute on CPUs"
+            )
+        return problems
 
     def _capacity(self, wait_s: float) -> Capacity:
         """What the cluster offers; a cancel or a stop does not wait for a cluster that is not up."""

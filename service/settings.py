@@ -33,8 +33,8 @@ class Settings(BaseSettings):
     """A Ray cluster to connect to; without one a local Ray is started."""
     ray_cpus: int | None = Field(default=None, ge=1)
     """CPUs that a local Ray offers; all of the machine's by default."""
-    gpus_per_task: float = Field(default=0, ge=0)
-    """Share of a GPU that a task takes, which then computes on it (torch CUDA); 0 computes on the CPU."""
+    gpu_memory_bytes: int = Field(default=0, ge=0)
+    """Memory of each of the cluster's GPUs: tasks compute there and take their share of it; 0 computes on the CPU."""
     state_dir: Path = Path("~/.mergemill")
     """Where the embedded stack keeps its state and logs."""
     model_roots: dict[str, str] = {}

@@ -18,7 +18,7 @@ from service.driver import Driver, TaskRequest
 from service.jobs import JobRecord
 from service.jobstore import JobStore, Lease
 from service.planning import Planned
-from service.price import part_label
+from service.price import needs, part_label
 from service.settings import Settings
 from workers.binding import bind
 from workers.entry import TASKS_ENTRY
@@ -98,6 +98,7 @@ class Work:
         self._output = output
         self._plan = planned.plan
         self._check = check
+        self._needs = needs(self._plan.price, tools.settings.gpu_memory_bytes)
         self._store_json = _plain(tools.settings.store)
         self._results: dict[str, PartResult] = {}
         self._facts: dict[str, Facts] = {}
@@ -196,18 +197,18 @@ class Work:
 
     def _request(self, payload: dict[str, JSONValue], label: str) -> TaskRequest:
         """A task of this job: they all want the same of a worker, and so any of them can share one."""
-        gpus = self._tools.settings.gpus_per_task
-        price = self._plan.price
+        wanted = self._needs
         shared = {
             "store": self._store_json,
-            "device": "cuda" if gpus else "cpu",
-            "arena_bytes": price.arena_bytes,
+            "device": wanted.device,
+            "arena_bytes": self._plan.price.arena_bytes,
         }
         return TaskRequest(
             entry=TASKS_ENTRY,
             payload=payload | shared,
-            memory_bytes=price.peak_bytes,
-            num_gpus=gpus,
+            memory_bytes=wanted.memory_bytes,
+            num_cpus=wanted.cpus,
+            num_gpus=wanted.gpus,
             label=label,
             stream=self._record.id,
         )

@@ -9,12 +9,16 @@ import pytest
 from service.price import (
     BASELINE_BYTES,
     DESCRIPTIONS,
+    GPU_BASELINE_BYTES,
+    GPU_HOST_BYTES,
     PIECE_BYTES,
     REF_BYTES,
     STEP_BYTES_PER_INPUT,
     TEXT_COPIES,
+    Needs,
     description_bytes,
     merge_bytes,
+    needs,
     part_label,
     part_peak_bytes,
     price,
@@ -140,6 +144,22 @@ def test_what_two_pieces_share_is_read_and_held_once() -> None:
     held = Arrangement(SMALL.refs).nbytes
     assert price([twice], [], 1, 0).arena_bytes == padded(held) + padded(8 * 1009)
     assert len(twice.refs) == 6
+
+
+def test_a_task_takes_a_core_its_memory_and_its_share_of_a_gpu() -> None:
+    found = price([SECOND], [], 1, BASELINE)
+    assert needs(found) == Needs(found.peak_bytes, 1, 0, "cpu")
+    assert found.gpu_bytes == GPU_BASELINE_BYTES + HELD_BIG + padded(2 * (13 * MIB + 1)) + workspace_bytes(3)
+    on_gpu = needs(found, 4 * found.gpu_bytes)
+    assert on_gpu == Needs(found.peak_bytes + GPU_HOST_BYTES, 1, 0.25, "cuda")
+    assert needs(found, 4 * found.gpu_bytes - 1).gpus == 0.26  # never less than it is
+    assert needs(found, found.gpu_bytes - 1).gpus > 1
+
+
+def test_nothing_to_compute_needs_no_gpu() -> None:
+    copied = Part("s", 1, 0, (HEADER, COPY), 1)
+    assert price([copied], [], 1).gpu_bytes == 0
+    assert needs(price([copied], [], 1), 1 << 40).device == "cpu"
 
 
 def test_neighbours_cost_one_request() -> None:
