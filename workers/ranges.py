@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from workers.arena import ALIGNMENT
 from workers.task import DTYPE_BYTES, MERGEABLE_DTYPES, TensorRef
 
-READ_BYTES = 8 << 20
+READ_BYTES = 16 << 20
 """Longest range that is asked of S3 in one request, unless its settings say otherwise."""
 
 

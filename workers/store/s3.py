@@ -1,9 +1,9 @@
 """Objects in S3 and in what speaks its language, for ``s3:`` URIs.
 
-Servers differ, so nothing is taken on trust: one that does not confirm a CRC32 gets Content-MD5 (Ceph 16
-accepts a wrong CRC32 in silence), a copy's source is looked up before and after (Ceph 16 and moto ignore
-``x-amz-copy-source-if-match``), and keys with a percent sign are copied through this process (Ceph 16
-decodes the copy source twice, and then copies another object or dies).
+Servers differ, so nothing is taken on trust: where the signature does not cover the bytes, one that does not
+confirm a CRC32 gets Content-MD5 (Ceph 16 accepts a wrong CRC32 in silence), a copy's source is looked up before
+and after (Ceph 16 and moto ignore ``x-amz-copy-source-if-match``), and keys with a percent sign are copied
+through this process (Ceph 16 decodes the copy source twice, and then copies another object or dies).
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class S3Store:
     def __init__(self, settings: StoreSettings | None = None) -> None:
         self._settings = settings or StoreSettings()
         self._connection = S3Connection(self._settings)
-        self._sends_md5 = self._settings.s3_checksums == "when_required"
+        self._sends_md5 = False
 
     @property
     def _client(self) -> S3Client:
@@ -81,8 +81,8 @@ class S3Store:
             return
         readers = self._connection.readers
         reads = [
-            readers.submit(self._read_range, uri, start + at, view[at : at + step], etag)
-            for at in range(0, len(view), step)
+            readers.submit(self._read_range, uri, start + span.start, view[span], etag)
+            for span in s3_bytes.spans(len(view), step)
         ]
         # Nobody may write into the caller's buffer any more once we have returned or raised.
         try:
@@ -150,7 +150,9 @@ class S3Store:
     ) -> ObjectInfo:
         bucket, key = split_s3(uri)
         names: dict[str, Any] = {"Bucket": bucket, "Key": key, "Metadata": _lower(metadata)}
-        names |= condition | s3_bytes.md5_header(memoryview(data))
+        names |= condition
+        if not self._connection.signs_payloads:
+            names |= s3_bytes.md5_header(memoryview(data))
 
         def send() -> Any:
             try:
@@ -226,6 +228,8 @@ class S3Store:
     def put_part(self, upload: Upload, number: int, offset: int, data: Buffer) -> UploadedPart:
         """See :meth:`ObjectStore.put_part`. S3 places parts by number; ``offset`` is not sent."""
         view = memoryview(data).cast("B")
+        if self._connection.signs_payloads:
+            return UploadedPart(number, len(view), _plain(self._send_part(upload, number, data, {})["ETag"]))
         if not self._sends_md5:
             crc32 = s3_bytes.crc32_header(view)
             answer = self._send_part(upload, number, data, crc32)

@@ -4,33 +4,52 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import http.client
 import io
 import zlib
 from typing import Any
 
-from botocore.exceptions import IncompleteReadError
+from botocore.exceptions import IncompleteReadError, ReadTimeoutError, ResponseStreamingError
 
 from workers.store.base import Buffer
 
-_STEP_BYTES = 1 << 20
-
 
 def body(data: Buffer) -> Any:
-    """What boto3 can send: it takes no memoryview, and a copy would double a worker's memory."""
-    return data if isinstance(data, bytes | bytearray) else _Reader(data.cast("B"))
+    """What boto3 can send without a copy of it: it takes no memoryview."""
+    return data if isinstance(data, bytes) else _Pieces(memoryview(data).cast("B"))
 
 
-def fill(view: memoryview, stream: Any) -> None:
-    """Read ``stream`` until ``view`` is full.
+def fill(view: memoryview, body: Any) -> None:
+    """Read boto3's ``body``, which holds as many bytes, into ``view``, and give the connection back.
+
+    urllib3's ``readinto`` reads into memory of its own first; the response of the standard library below it
+    receives from the socket into ``view``. Where there is none, what boto3 offers does as well.
 
     :raises IncompleteReadError: it ended before.
+    :raises ReadTimeoutError: no byte came for as long as the connection waits.
+    :raises ResponseStreamingError: the connection broke.
     """
-    done = 0
-    while done < len(view):
-        got = stream.readinto(view[done : done + _STEP_BYTES])
-        if not got:
-            raise IncompleteReadError(actual_bytes=done, expected_bytes=len(view))
-        done += got
+    with body as response:
+        below = getattr(response, "_fp", None)
+        source = below if isinstance(below, http.client.HTTPResponse) else body
+        done = 0
+        try:
+            while done < len(view):
+                got = source.readinto(view[done:])
+                if not got:
+                    raise IncompleteReadError(actual_bytes=done, expected_bytes=len(view))
+                done += got
+        except TimeoutError as error:
+            raise ReadTimeoutError(endpoint_url="the store", error=error) from error
+        except (OSError, http.client.HTTPException) as error:
+            raise ResponseStreamingError(error=error) from error
+        response.release_conn()
+
+
+def spans(size: int, longest: int) -> list[slice]:
+    """As few slices of ``size`` bytes as are at most ``longest`` each, all about equally long."""
+    count = -(-size // longest)
+    return [slice(size * i // count, size * (i + 1) // count) for i in range(count)]
 
 
 def crc32_header(view: memoryview) -> dict[str, str]:
@@ -52,31 +71,23 @@ def _base64(digest: bytes) -> str:
     return base64.b64encode(digest).decode()
 
 
-class _Reader(io.RawIOBase):
-    """A file over a buffer, without a copy of it."""
+class _Pieces:
+    """A file over a buffer whose ``read`` gives pieces of the buffer itself: hashed and sent, never copied."""
 
     def __init__(self, view: memoryview) -> None:
-        self._file_view, self._at = view, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
+        self._view, self._at = view, 0
 
     def __len__(self) -> int:
-        return len(self._file_view)
+        return len(self._view)
 
     def tell(self) -> int:
         return self._at
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: len(self._file_view)}[whence]
-        self._at = base + offset
+        self._at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: len(self)}[whence]
         return self._at
 
-    def readinto(self, target: Any) -> int:
-        piece = self._file_view[self._at : self._at + len(target)]
-        target[: len(piece)] = piece
-        self._at += len(piece)
-        return len(piece)
+    def read(self, size: int | None = -1) -> memoryview:
+        start, left = self._at, len(self) - self._at
+        self._at += left if size is None or size < 0 else min(size, left)
+        return self._view[start : self._at]

@@ -6,7 +6,7 @@ import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import boto3
 import stamina
@@ -71,6 +71,11 @@ class S3Connection:
         :raises StoreError: the settings make no client.
         """
         return self._made()[0]
+
+    @property
+    def signs_payloads(self) -> bool:
+        """Whether what is sent is guarded by the SHA-256 in its signature, which every server verifies."""
+        return _signs_payloads(self.client, self._settings)
 
     @property
     def readers(self) -> ThreadPoolExecutor:
@@ -219,4 +224,15 @@ def _make_client(settings: StoreSettings) -> S3Client:
         response_checksum_validation="when_required",
         user_agent_extra="mergemill",
     )
-    return session.client("s3", region_name=region, endpoint_url=settings.s3_endpoint_url, config=config)
+    where: dict[str, Any] = {"region_name": region, "endpoint_url": settings.s3_endpoint_url}
+    client = session.client("s3", **where, config=config)
+    if _signs_payloads(client, settings):
+        return client
+    client.close()  # only now the endpoint is known, wherever it is configured
+    unsigned: Any = {"addressing_style": settings.s3_addressing_style, "payload_signing_enabled": False}
+    return session.client("s3", **where, config=config.merge(Config(s3=unsigned)))
+
+
+def _signs_payloads(client: S3Client, settings: StoreSettings) -> bool:
+    """One hash is enough: where there is no TLS S3 wants it to be signed, elsewhere a CRC32 costs less."""
+    return settings.s3_checksums == "when_required" or not client.meta.endpoint_url.startswith("https:")

@@ -27,8 +27,9 @@ class StoreSettings(BaseModel):
     s3_addressing_style: Literal["auto", "path", "virtual"] = "auto"
     """Bucket in the path or in the host name; servers without wildcard DNS need ``path``."""
     s3_checksums: Literal["when_supported", "when_required"] = "when_supported"
-    """``when_supported``: uploads carry a CRC32, and Content-MD5 from then on if the server is seen to ignore
-    it; ``when_required``: Content-MD5 from the start, for older servers (Ceph before 19, for one)."""
+    """What guards parts on the way over https, beside TLS. ``when_supported``: a CRC32, and Content-MD5 from then
+    on if the server is seen to ignore it; ``when_required``: the SHA-256 in the signature, for older servers (Ceph
+    before 19, for one). Over http it is always the SHA-256."""
     s3_max_attempts: int = Field(default=8, ge=1)
     """How often a request is sent before the store counts as unavailable."""
     s3_retry_wait_s: float = Field(default=0.1, gt=0)

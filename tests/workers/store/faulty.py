@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import socket
+import ssl
 import struct
 import threading
 from collections.abc import Iterator
@@ -26,7 +27,7 @@ class Answer:
     reset: bool = False
     """Cut the connection hard after the body; with status 0, instead of any answer."""
     hang: bool = False
-    """Say nothing until the client gives up."""
+    """Say nothing, or nothing more after the body, until the client gives up."""
 
 
 def error(status: int, code: str) -> Answer:
@@ -50,11 +51,17 @@ class FaultyServer:
     """What is still to be answered."""
     requests: list[tuple[str, str, dict[str, str]]] = field(default_factory=list)
     """Method, path and lower-case headers of every request so far."""
+    bodies: list[bytes] = field(default_factory=list)
+    """What came with every request so far."""
+    clients: set[int] = field(default_factory=set)
+    """The clients' ports: one for each connection."""
 
     def restart(self, *script: Answer) -> None:
         """Forget the past and follow another script."""
         self.script[:] = script
         self.requests.clear()
+        self.bodies.clear()
+        self.clients.clear()
 
     @property
     def methods(self) -> list[str]:
@@ -63,21 +70,18 @@ class FaultyServer:
 
 
 @contextlib.contextmanager
-def faulty_server() -> Iterator[FaultyServer]:
+def faulty_server(tls: ssl.SSLContext | None = None) -> Iterator[FaultyServer]:
     """A server on a free loopback port for the length of a ``with`` block."""
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
 
         def _answer(self) -> None:
-            self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            state.bodies.append(self.rfile.read(int(self.headers.get("Content-Length") or 0)))
+            state.clients.add(self.client_address[1])
             state.requests.append((self.command, self.path, {k.lower(): v for k, v in self.headers.items()}))
             answer = state.script.pop(0) if len(state.script) > 1 else state.script[0]
-            if answer.hang:
-                self.rfile.read(1)  # returns when the client closes the connection
-                self.close_connection = True
-                return
-            if answer.status:
+            if answer.status and not (answer.hang and not answer.body):
                 self.send_response(answer.status)
                 for name, value in answer.headers.items():
                     self.send_header(name, value)
@@ -87,6 +91,9 @@ def faulty_server() -> Iterator[FaultyServer]:
                 if self.command != "HEAD":
                     self.wfile.write(answer.body)
                 self.close_connection = length != len(answer.body)
+            if answer.hang:
+                self.rfile.read(1)  # returns when the client closes the connection
+                self.close_connection = True
             if answer.reset:
                 self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
                 self.connection.close()
@@ -102,7 +109,9 @@ def faulty_server() -> Iterator[FaultyServer]:
             """The connections that we cut are meant to be cut."""
 
     with Server(("127.0.0.1", 0), Handler) as server:
-        state = FaultyServer(f"http://127.0.0.1:{server.server_port}")
+        if tls is not None:
+            server.socket = tls.wrap_socket(server.socket, server_side=True)
+        state = FaultyServer(f"http{'s' if tls else ''}://127.0.0.1:{server.server_port}")
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
         try:

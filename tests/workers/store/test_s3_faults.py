@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import pickle
 import socket
 from collections.abc import Callable, Iterator
 
 import pytest
 
+from tests.workers.store.contract import filled
 from tests.workers.store.faulty import Answer, FaultyServer, error, faulty_server, ranged
 from workers.errors import (
     AccessDeniedError,
@@ -29,7 +31,7 @@ HEAD = Answer(200, b"", {"ETag": '"e1"', "x-amz-meta-plan": "p"}, length=5)
 WRITTEN = Answer(200, b"", {"ETag": '"e1"'})
 
 
-def _settings(url: str, **changes: object) -> StoreSettings:
+def settings_for(url: str, **changes: object) -> StoreSettings:
     return StoreSettings.model_validate(
         {
             "s3_endpoint_url": url,
@@ -67,7 +69,7 @@ def stores(server: FaultyServer) -> Iterator[dict[str, S3Store]]:
 def serving(server: FaultyServer, stores: dict[str, S3Store]) -> Serving:
     def serve(*script: Answer, **changes: object) -> tuple[S3Store, FaultyServer]:
         server.restart(*script)
-        settings = _settings(server.url, **changes)
+        settings = settings_for(server.url, **changes)
         return stores.setdefault(repr(changes), S3Store(settings)), server
 
     return serve
@@ -86,6 +88,7 @@ def serving(server: FaultyServer, stores: dict[str, S3Store]) -> Serving:
         Answer(hang=True),
         ranged(b"01234", 0, 10, length=10),
         ranged(b"01234", 0, 10, length=10, reset=True),
+        ranged(b"01234", 0, 10, length=10, hang=True),
     ],
     ids=repr,
 )
@@ -105,6 +108,8 @@ def test_a_read_that_fails_twice_succeeds_at_the_third_attempt(serving: Serving,
         (Answer(0, reset=True), StoreUnavailableError),
         (Answer(hang=True), StoreUnavailableError),
         (ranged(b"01234", 0, 10, length=10), TruncatedReadError),
+        (ranged(b"01234", 0, 10, length=10, reset=True), StoreUnavailableError),
+        (ranged(b"01234", 0, 10, length=10, hang=True), StoreUnavailableError),
     ],
     ids=repr,
 )
@@ -153,32 +158,42 @@ def test_one_failed_piece_fails_a_long_read(serving: Serving) -> None:
     assert len(server.requests) < 64  # the rest was called off
 
 
-def test_parts_are_sent_again(serving: Serving) -> None:
+def test_reads_use_a_connection_again_unless_it_broke(serving: Serving) -> None:
+    whole, broken = ranged(b"0123456789", 0, 10), ranged(b"01234", 0, 10, length=10, hang=True)
+    store, server = serving(whole, whole, whole, broken, whole, whole)
+    store.close()
+    for _ in range(5):
+        assert read_range(store, URI, 0, 10, "e1") == b"0123456789"
+    assert len(server.requests) == 6
+    assert len(server.clients) == 2
+
+
+def test_what_breaks_off_fills_no_more_than_its_own_buffer(serving: Serving) -> None:
+    store, _ = serving(ranged(b"0123456789" * 100, 0, 1000, length=10), s3_max_attempts=1)
+    buffer = bytearray(b"\xaa" * 30)
+    store.read_into(URI, 0, memoryview(buffer)[10:20], "e1")  # more comes than was said
+    assert buffer == b"\xaa" * 10 + b"0123456789" + b"\xaa" * 10
+
+
+@pytest.mark.parametrize("size", [9, 128 << 10, (1 << 20) + 1])
+@pytest.mark.parametrize("checksums", ["when_required", "when_supported"])
+def test_parts_are_sent_again_with_the_sha256_in_their_signature_alone(
+    serving: Serving, checksums: str, size: int
+) -> None:
+    data = filled(size)
     store, server = serving(
-        error(503, "SlowDown"), Answer(0, reset=True), WRITTEN, s3_checksums="when_required"
+        error(503, "SlowDown"), Answer(0, reset=True), WRITTEN, WRITTEN, s3_checksums=checksums
     )
-    part = store.put_part(UPLOAD, 1, 0, memoryview(b"some data"))
-    assert part == UploadedPart(1, 9, "e1")
-    assert server.methods == ["PUT"] * 3
-    assert {headers["content-md5"] for _, _, headers in server.requests} == {"HlAhCgICSX+3m8OLat5sNA=="}
-    assert {headers["content-length"] for _, _, headers in server.requests} == {"9"}
-
-
-def test_a_confirmed_crc32_needs_no_md5(serving: Serving) -> None:
-    confirmed = Answer(200, b"", {"ETag": '"not an md5"', "x-amz-checksum-crc32": "2cLpHg=="})
-    store, server = serving(confirmed)
-    for number in (1, 2):
-        assert store.put_part(UPLOAD, number, 0, b"some data").etag == "not an md5"
-    assert all("content-md5" not in headers for _, _, headers in server.requests)
-    assert [headers["x-amz-checksum-crc32"] for _, _, headers in server.requests] == ["2cLpHg=="] * 2
-
-
-def test_an_unconfirmed_crc32_is_made_good_by_md5(serving: Serving) -> None:
-    store, server = serving(WRITTEN)
-    store.put_part(UPLOAD, 1, 0, b"some data")
-    store.put_part(UPLOAD, 2, 9, b"some data")
-    sent = [("x-amz-checksum-crc32" in h, "content-md5" in h) for _, _, h in server.requests]
-    assert sent == [(True, False), (False, True), (False, True)]
+    part = store.put_part(UPLOAD, 1, 0, memoryview(b"xx" + data)[2:])
+    assert part == UploadedPart(1, size, "e1")
+    store.put(URI, data)
+    assert server.methods == ["PUT"] * 4
+    assert server.bodies == [data] * 4
+    for _, _, headers in server.requests:
+        assert headers["x-amz-content-sha256"] == hashlib.sha256(data).hexdigest()
+        assert "x-amz-content-sha256" in headers["authorization"]
+        assert headers.keys().isdisjoint({"content-md5", "x-amz-checksum-crc32"})
+        assert headers["content-length"] == str(size)
 
 
 def test_an_error_inside_a_200_is_retried(serving: Serving) -> None:
@@ -233,7 +248,7 @@ def test_a_lost_claim_is_not_looked_at_when_no_answer_was_lost(serving: Serving)
 def test_nobody_listens() -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        store = S3Store(_settings(f"http://127.0.0.1:{free.getsockname()[1]}"))
+        store = S3Store(settings_for(f"http://127.0.0.1:{free.getsockname()[1]}"))
         with pytest.raises(StoreUnavailableError, match="endpoint right and up"):
             store.head(URI)
         store.close()
@@ -254,11 +269,11 @@ def test_no_credentials(serving: Serving, monkeypatch: pytest.MonkeyPatch) -> No
 @pytest.mark.parametrize("changes", [{"s3_endpoint_url": "not a url"}, {"s3_secret_access_key": None}])
 def test_settings_that_make_no_client(changes: dict[str, object]) -> None:
     with pytest.raises(StoreError, match="cannot"):
-        S3Store(_settings("http://127.0.0.1:1", **changes)).head(URI)
+        S3Store(settings_for("http://127.0.0.1:1", **changes)).head(URI)
 
 
 def test_the_secret_is_not_shown() -> None:
-    settings = _settings("http://127.0.0.1:1", s3_secret_access_key="hunter2")
+    settings = settings_for("http://127.0.0.1:1", s3_secret_access_key="hunter2")
     assert "hunter2" not in repr(settings) + str(settings) + settings.model_dump_json()
 
 

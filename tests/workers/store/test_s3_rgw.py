@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import hashlib
 import urllib.request
 from collections.abc import Iterator
 
 import pytest
+from botocore.awsrequest import AWSPreparedRequest
 from botocore.exceptions import ClientError
 
 from tests.workers.store.contract import MIB, MIN_PART_BYTES, StoreContract, filled
@@ -25,6 +27,23 @@ def store(rgw_settings: StoreSettings, request: pytest.FixtureRequest) -> Iterat
     store.close()
 
 
+@contextlib.contextmanager
+def sending(store: S3Store, body: bytes, times: int = 1000) -> Iterator[None]:
+    """Send this in place of what was signed."""
+    events, left = store._connection.client.meta.events, list(range(times))
+
+    def replace(request: AWSPreparedRequest, **_: object) -> None:
+        if left and request.method == "PUT":
+            left.pop()
+            request.body = body
+
+    events.register("before-send.s3", replace)
+    try:
+        yield
+    finally:
+        events.unregister("before-send.s3", replace)
+
+
 @pytest.fixture
 def root(rgw_bucket: str) -> str:
     return rgw_bucket
@@ -34,46 +53,41 @@ class TestS3StoreOnRGW(StoreContract):
     pass
 
 
-def test_the_server_verifies_content_md5_and_ignores_crc32(store: S3Store, root: str) -> None:
-    """Why ``s3_checksums`` is what it is: if this fails, the server has learnt, and the setting may go."""
+def test_the_server_verifies_content_md5_and_sha256_and_ignores_crc32(store: S3Store, root: str) -> None:
+    """Why ``s3_checksums`` is what it is: if the last line fails, the server has learnt, and the setting may go."""
     bucket = root.removeprefix("s3://")
     upload = store.open_upload(join(root, "object"), 4, {})
     names = {"Bucket": bucket, "Key": "object", "UploadId": upload.id, "PartNumber": 1, "Body": b"data"}
     client = store._connection.client
     with pytest.raises(ClientError, match="BadDigest"):
         client.upload_part(**names, ContentMD5=base64.b64encode(hashlib.md5(b"else").digest()).decode())  # noqa: S324
+    with sending(store, b"dbta"), pytest.raises(ClientError, match="XAmzContentSHA256Mismatch"):
+        client.upload_part(**names)
     assert store.list_parts(upload) == []
     assert "ChecksumCRC32" not in client.upload_part(**names, ChecksumCRC32="AAAAAA==")
 
 
-def test_flipped_bits_on_the_way_are_refused(
-    store: S3Store, root: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_flipped_bits_on_the_way_are_refused(store: S3Store, root: str) -> None:
     """The body that is sent differs from the one that the checksum was made of."""
     upload = store.open_upload(join(root, "object"), 4, {})
-    store.put_part(upload, 1, 0, b"data")  # with `when_supported`, this is when it learns
-    monkeypatch.setattr("workers.store.s3_bytes.body", lambda data: b"dbta")
-    with pytest.raises(StoreError, match="BadDigest"):
+    with sending(store, b"dbta"), pytest.raises(StoreError, match="XAmzContentSHA256Mismatch"):
         store.put_part(upload, 1, 0, b"data")
-    with pytest.raises(StoreError, match="BadDigest"):
+    with sending(store, b"dbta"), pytest.raises(StoreError, match="XAmzContentSHA256Mismatch"):
         store.put(join(root, "small"), b"data")
-    monkeypatch.undo()
+    assert store.list_parts(upload) == []
+    with pytest.raises(ObjectNotFoundError):
+        store.head(join(root, "small"))
+    store.put_part(upload, 1, 0, b"data")
     store.complete(upload, store.list_parts(upload))
     assert read_bytes(store, upload.uri) == b"data"
 
 
-def test_the_first_part_is_verified_although_its_crc32_is_ignored(
-    rgw_settings: StoreSettings, root: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    store = S3Store(rgw_settings.model_copy(update={"s3_checksums": "when_supported"}))
+def test_flipped_bits_are_repaired_by_sending_again(store: S3Store, root: str) -> None:
     upload = store.open_upload(join(root, "object"), 4, {})
-    bodies = [b"dbta", b"data"]
-    monkeypatch.setattr("workers.store.s3_bytes.body", lambda data: bodies.pop(0))
-    part = store.put_part(upload, 1, 0, b"data")
-    assert bodies == []
+    with sending(store, b"dbta", times=1):
+        part = store.put_part(upload, 1, 0, b"data")
     store.complete(upload, [part])
     assert read_bytes(store, upload.uri) == b"data"
-    store.close()
 
 
 def test_a_presigned_url_reads_without_credentials(store: S3Store, root: str) -> None:
