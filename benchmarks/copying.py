@@ -166,7 +166,7 @@ def copy_object_part(part: Part) -> tuple[float, Any]:
     store = _store(_settings[0])
     view = _buffer(PART_BYTES)[: part.end - part.start]
     for source in part.sources:
-        store.read_into(source, part.start, view, store.head(source).etag)
+        store.read_into(source, part.start, view, _etag(source))
     uploaded = store.put_part(Upload(part.target, part.upload), part.number, part.start, view)
     return time.process_time() - begun, uploaded
 
@@ -177,7 +177,8 @@ _settings: list[str] = []
 def _connect(request: Request) -> None:
     if request.store is not None:
         _settings.append(json.dumps(request.store))
-        _store(_settings[0]).head(request.sources[0][0])
+        for source in {source for sources in request.sources for source in sources}:
+            _etag(source)
     _buffer(BUFFER_BYTES if request.store is None else PART_BYTES)
 
 
@@ -188,6 +189,11 @@ def _idle(number: int) -> int:
 @cache
 def _buffer(nbytes: int) -> memoryview:
     return memoryview(bytearray(nbytes))
+
+
+@cache
+def _etag(uri: str) -> str:
+    return str(_store(_settings[0]).head(uri).etag)
 
 
 @cache

@@ -74,7 +74,8 @@ class ControlGroup:
 
     def adopt(self, pid: int) -> None:
         """See :meth:`Group.adopt`."""
-        (self._path / "cgroup.procs").write_text(str(pid))
+        with contextlib.suppress(ProcessLookupError):  # it was short
+            (self._path / "cgroup.procs").write_text(str(pid))
 
     def pids(self) -> set[int]:
         """See :meth:`Group.pids`."""

@@ -36,7 +36,7 @@ BINARIES = (
 )
 INSTALL_HINT = "apt-get install radosgw ceph-mon ceph-osd"
 STORE_BYTES = 4 << 30
-"""How much the in-memory OSD holds, in bytes; memory is only taken as it fills."""
+"""How much the in-memory OSD holds by default, in bytes; memory is only taken as it fills."""
 
 log = logging.getLogger(__name__)
 
@@ -78,27 +78,28 @@ def missing_binaries() -> list[str]:
     return [name for name in BINARIES if shutil.which(name) is None]
 
 
-def start_rgw() -> RGW:
+def start_rgw(store_bytes: int = STORE_BYTES) -> RGW:
     """Start a gateway and make a user; about 15 seconds. Use it in a ``with`` block, or call ``stop``.
 
+    :param store_bytes: how much the in-memory OSD holds, in bytes; memory is only taken as it fills.
     :raises RGWError: it did not come up.
     """
     directory = Path(tempfile.mkdtemp(prefix="rgw-"))
     rgw = RGW("", secrets.token_hex(10).upper(), secrets.token_hex(20), directory)
     try:
-        _bring_up(rgw)
+        _bring_up(rgw, store_bytes)
     except BaseException:
         rgw.stop()
         raise
     return rgw
 
 
-def _bring_up(rgw: RGW) -> None:
+def _bring_up(rgw: RGW, store_bytes: int) -> None:
     directory = rgw.directory
     mon_port, rgw_port = _free_ports(2)
     fsid = str(uuid.uuid4())
     conf = directory / "ceph.conf"
-    conf.write_text(_configuration(directory, fsid, mon_port))
+    conf.write_text(_configuration(directory, fsid, mon_port, store_bytes))
     for name in ("mon", "osd", "rgw"):
         (directory / name).mkdir()
     keyring = str(directory / "keyring")
@@ -127,7 +128,7 @@ def _bring_up(rgw: RGW) -> None:
     _wait(rgw, lambda: _answers(rgw.endpoint_url), deadline_s=60)
 
 
-def _configuration(directory: Path, fsid: str, mon_port: int) -> str:
+def _configuration(directory: Path, fsid: str, mon_port: int, store_bytes: int) -> str:
     return f"""
 [global]
 fsid = {fsid}
@@ -151,7 +152,7 @@ mon data avail crit = 1
 mon cluster log file = {directory}/cluster.log
 osd data = {directory}/osd
 osd objectstore = memstore
-memstore device bytes = {STORE_BYTES}
+memstore device bytes = {store_bytes}
 osd pool default size = 1
 osd pool default min size = 1
 osd pool default pg num = 8
