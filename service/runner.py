@@ -199,7 +199,7 @@ class JobRunner:
         if wanted.memory_bytes > capacity.max_node_memory_bytes:
             problems.append(
                 f"the biggest task ({price.worst}) needs {wanted.memory_bytes} bytes of memory, and the largest node "
-                f"of the cluster offers {capacity.max_node_memory_bytes}: lower worker_memory_bytes or add a larger node"
+                f"of the cluster offers {capacity.max_node_memory_bytes}: lower worker_memory_bytes or add a larger one"
             )
         if wanted.gpus > 1:
             problems.append(

@@ -63,10 +63,10 @@ def test_every_term_is_there_once() -> None:
     assert found.bytes_read == first + second + 3 * 8 * (13 * MIB + 1)
     assert found.input_bytes == first + second
     assert found.bytes_written == 104 + 101 + 4 * 1009 + 2 * (13 * MIB + 1)
-    # 8 MiB a read. First: buffer, base and two models. Second: 52 MiB of base, 26 MiB a model, and some bytes.
-    reads = (1 + 1 + 2) + (7 + 4 + 4)
+    # 16 MiB a read. First: buffer, base and two models. Second: 52 MiB of base, 26 MiB a model, and some bytes.
+    reads = (1 + 1 + 2) + (4 + 2 + 2)
     # Survey: 44 MiB and 22 MiB twice; 8 MiB and 4 MiB twice, and some bytes; three times. And two puts.
-    assert found.requests == reads + 2 + 3 * ((6 + 3 + 3) + (2 + 1 + 1))
+    assert found.requests == reads + 2 + 3 * ((3 + 2 + 2) + (1 + 1 + 1))
     assert (found.shards, found.parts, found.survey_tasks, found.surveyed_tensors) == (2, 2, 6, 1)
     assert found.most_reads == 4
     assert found.worst == "big"
