@@ -14,6 +14,7 @@ from service.checkpoint import StoredTensor
 from service.matching import OutputTensor
 from service.price import DESCRIPTIONS, MIN_PART_BYTES, description_bytes, merge_bytes
 from workers.binding import bind
+from workers.errors import PlanError
 from workers.task import (
     BLOCK_BYTES,
     DTYPE_BYTES,
@@ -33,6 +34,12 @@ GRAIN_ELEMENTS = math.lcm(SURVEY_ELEMENTS, BLOCK_BYTES // 2, BLOCK_BYTES // 4)
 
 PART_REFS = 1024
 """Input ranges that a part aims at, at most: what describes it stays small beside what it holds."""
+
+TRIM_SCOPE_MODEL = (
+    "trim_scope 'model' (one threshold over the whole model) is not supported yet; "
+    "set trim_scope: tensor to trim each tensor by itself"
+)
+"""Why a survey of the whole model is refused."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,12 +83,17 @@ def shard_name(number: int, count: int) -> str:
 def pieces_of(
     tensor: OutputTensor, limits: Limits, semantics_version: int
 ) -> tuple[list[Piece], Survey | None]:
-    """Cut one output tensor into pieces that a task can hold, with the survey that they then need."""
+    """Cut one output tensor into pieces that a task can hold, with the survey that they then need.
+
+    :raises PlanError: the survey would be one of the whole model.
+    """
     if tensor.numel == 0:
         return [], None
     if isinstance(tensor.source, StoredTensor):
         return list(_copies(tensor, tensor.source, min(limits.part_bytes, limits.packed_bytes // 2))), None
     whole = tensor.source
+    if whole.parameters.get("trim_scope") == "model" and bind(whole).parameters.survey_scope == "model":
+        raise PlanError(TRIM_SCOPE_MODEL)
     held = merge_bytes(whole, DTYPE_BYTES[tensor.dtype])
     alone = MergePiece("merge", whole, tensor.dtype, None)
 

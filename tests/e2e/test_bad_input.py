@@ -53,7 +53,7 @@ def ties(root: Path, *models: str, **parameters: Any) -> dict[str, Any]:
         ({"dtyp": "float32"}, ["dtyp", "dtype"]),
         ({"models": [{"model": "../elsewhere"}]}, ["../elsewhere", "relative"]),
         ({"models": [{"model": "org/unknown"}]}, ["org/unknown", "model_roots"]),
-        ({"profile": "paper"}, ["trim_scope", "tensor"]),
+        ({"profile": "paper", "parameters": {"equal_magnitudes": "exact_k"}}, ["trim_scope", "tensor"]),
     ],
 )
 def test_what_the_recipe_alone_shows_is_refused_at_once(

@@ -401,3 +401,13 @@ def seconds_of(recipe: Recipe, inputs: Inputs) -> tuple[float, Plan]:
     started = time.process_time()
     plan = make_plan(recipe, inputs, PlanOptions())
     return time.process_time() - started, plan
+
+
+@pytest.mark.parametrize("numel", [10, 300_000_000])
+def test_a_survey_of_the_whole_model_is_refused(numel: int) -> None:
+    for method in ("ties", "dare_ties"):
+        recipe = recipe_of(method, 2, {"density": 0.5}, profile="paper")
+        with pytest.raises(PlanError, match=r"trim_scope 'model'.*not supported yet; set trim_scope: tensor"):
+            make_plan(recipe, alike(recipe, {"w": ("BF16", (numel,))}), BIG)
+    recipe = recipe_of("dare_ties", 2, {"density": 0.5, "retrim": False}, profile="paper")
+    assert make_plan(recipe, alike(recipe, {"w": ("BF16", (numel,))}), BIG).parts

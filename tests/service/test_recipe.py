@@ -141,7 +141,7 @@ def test_a_key_without_a_value_is_as_if_it_were_not_there(null: str) -> None:
         ({"parameters": {"weight": "much"}}, "parameters.weight: "),
         ({"parameters": {"weight": [0, 0.5, 1]}}, "parameters.weight: gradients (lists) are not supported yet"),
         ({"parameters": {"weight": [{"filter": "mlp", "value": 1}]}}, "parameters.weight: values by filter are not"),
-        ({"parameters": {"trim_scope": "model"}}, "parameters.trim_scope: trim_scope 'model'"),
+        ({"parameters": {"trim_scope": "layer"}}, "parameters.trim_scope: "),
         ({"models": [{"model": "/a", "parameters": {"weigth": 1}}]}, "models[0].parameters.weigth: "),
         ({"models": [{"model": "/a", "parameters": {"lambda": 1}}]}, "parameters.lambda: is set for the whole merge"),
         (SLERP | {"parameters": {"t": 1.5}}, "parameters.t: "),

@@ -21,10 +21,22 @@ Summary = JSONValue
 """What one survey pass found on some blocks: small JSON, combined exactly, however grouped and ordered."""
 
 
+SurveyScope = Literal["tensor", "model"]
+
+
 class Parameters(BaseModel):
     """Base of every method's parameters: frozen, unknown names refused, ``lambda`` spelled as papers do."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True, allow_inf_nan=False)
+
+    @property
+    def survey_scope(self) -> SurveyScope:
+        """What a survey sees before it is concluded: each tensor by itself, or all of the model's.
+
+        In a model's survey the same passes run over all tensors, are concluded once, on the number of all
+        elements, and every tensor is merged with the same facts.
+        """
+        return "tensor"
 
 
 Terms = Callable[[Facts], tuple[Term, ...]]
@@ -32,7 +44,7 @@ Terms = Callable[[Facts], tuple[Term, ...]]
 
 
 class SurveyPass(ABC):
-    """One pass over all elements of a tensor. Immutable; holds its parameters."""
+    """One pass over all elements of a tensor, or of a model. Immutable; holds its parameters."""
 
     @abstractmethod
     def accumulate(self, kernels: Kernels, operands: Operands, facts: Facts) -> Summary:
@@ -44,11 +56,14 @@ class SurveyPass(ABC):
 
     @abstractmethod
     def conclude(self, summary: Summary, numel: int, facts: Facts) -> Facts:
-        """What this pass adds to the facts, given the whole tensor's summary (``numel`` > 0)."""
+        """What this pass adds to the facts, given the summary of all ``numel`` > 0 elements."""
 
 
 class BlockwisePass(SurveyPass):
-    """A pass whose summary maps the number of each survey block to what was found there."""
+    """A pass whose summary maps the number of each survey block to what was found there.
+
+    Blocks are numbered within a tensor, so it has no place in a survey of the whole model.
+    """
 
     @abstractmethod
     def per_block(self, kernels: Kernels, operands: Operands, facts: Facts) -> Sequence[JSONValue]:

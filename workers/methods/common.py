@@ -42,7 +42,6 @@ Real = Annotated[float, BeforeValidator(_number), AfterValidator(_float32)]
 Fraction01 = Annotated[float, Field(ge=0, le=1), BeforeValidator(_number)]
 """A number from 0 to 1; booleans are refused."""
 
-TrimScope = Literal["tensor", "model"]
 EqualMagnitudes = Literal["keep", "exact_k"]
 ZeroSign = Literal["positive", "majority"]
 Rescale = Annotated[Literal["inverse", "l1", "none"], BeforeValidator(_rescale)]
@@ -52,11 +51,6 @@ NO_PROFILE_DIFFERENCES: Mapping[str, Mapping[str, JSONValue]] = MappingProxyType
     {"paper": {}, "mergekit": {}}
 )
 """Profiles of a method on which the paper, mergekit and Mergemill agree."""
-
-TRIM_SCOPE_MODEL = (
-    "trim_scope 'model' (one threshold over the whole model) is not supported yet; "
-    "set trim_scope: tensor to trim each tensor by itself"
-)
 
 
 class NoParameters(Parameters):

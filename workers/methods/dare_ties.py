@@ -8,44 +8,34 @@ from typing import Self
 from pydantic import model_validator
 
 from workers.kernels.base import Formula
-from workers.kernels.reference import KeepCount
-from workers.methods.base import Method, SurveyPass
-from workers.methods.common import (
-    TRIM_SCOPE_MODEL,
-    EqualMagnitudes,
-    Fraction01,
-    Rescale,
-    SparseModel,
-    TrimScope,
-    densities_of,
-    terms_of,
-)
+from workers.methods.base import Method, SurveyPass, SurveyScope
+from workers.methods.common import Fraction01, Rescale, SparseModel, densities_of, terms_of
 from workers.methods.drop import Drop
-from workers.methods.elect import ElectingParameters, consensus, election_passes
-from workers.methods.trim import Trim
+from workers.methods.elect import consensus, election_passes
+from workers.methods.trim import Trim, TrimmingParameters
 from workers.task import Facts
 
 
-class DareTiesParameters(ElectingParameters):
-    """Global parameters of ``dare_ties``."""
+class DareTiesParameters(TrimmingParameters):
+    """Global parameters of ``dare_ties``; those of the trim only have a meaning with ``retrim``."""
 
     rescale: Rescale = "inverse"
     """Divide what is kept by the density, match the L1 norm before the drop, or leave it as it is."""
     retrim: bool = False
     """Whether TIES trims the dropped and rescaled task vectors again, as the authors do."""
     trim_density: Fraction01 = 0.2
-    """With ``retrim``: the fraction of each task vector that the trim keeps, dropped elements counted."""
-    trim_scope: TrimScope = "tensor"
-    """With ``retrim``: over what that is taken: each tensor, or the whole model (not supported yet)."""
-    keep_count: KeepCount = "exact"
-    """With ``retrim``: how ``trim_density`` becomes a number of elements."""
-    equal_magnitudes: EqualMagnitudes = "keep"
-    """With ``retrim``: whether all elements equal to the threshold stay, or exactly k, lowest index first."""
+    """The fraction of each task vector that the trim keeps, dropped elements counted."""
+
+    @property
+    def survey_scope(self) -> SurveyScope:
+        return self.trim_scope if self.retrim else "tensor"
 
     @model_validator(mode="after")
-    def _supported(self) -> Self:
-        if self.retrim and self.trim_scope == "model":
-            raise ValueError(TRIM_SCOPE_MODEL)
+    def _norms_within_tensors(self) -> Self:
+        if self.survey_scope == "model" and self.rescale == "l1":
+            raise ValueError(
+                "rescale 'l1' needs trim_scope 'tensor': norms are only matched within a tensor; use inverse"
+            )
         return self
 
 

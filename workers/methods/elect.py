@@ -15,14 +15,14 @@ class ElectingParameters(TaskVectorParameters):
     """Global parameters of the methods that elect a sign."""
 
     zero_sign: ZeroSign = "positive"
-    """The sign elected where the weighted sum is exactly zero: ``+``, or the tensor's majority."""
+    """The sign elected where the weighted sum is exactly zero: ``+``, or the majority of the survey's scope."""
     divisor: Divisor = "abs_weights"
     """What ``normalize`` divides by, over the agreeing models."""
 
 
 @dataclass(frozen=True, slots=True)
 class ElectedSigns(SurveyPass):
-    """The balance of the signs that a tensor elects. Adds ``zero_sign``: 1, or -1 on a tie as the authors do.
+    """The balance of the elected signs. Adds ``zero_sign``: 1, or -1 on a tie as the authors do.
 
     A summary is the number of elements that elect ``+`` less those that elect ``-``.
     """

@@ -1,13 +1,13 @@
-"""Running a method over a tensor: no I/O.
+"""Running a method over a tensor, or over all of a model's: no I/O.
 
-``merge_tensor`` does the whole on tensors in memory. A worker that reads its elements from elsewhere uses
-``survey`` and the method's ``formula``; one that sees only a piece of a tensor uses a pass' ``accumulate``,
-and whoever gathers the pieces uses ``conclude_pass``.
+``merge_tensor`` and ``merge_tensors`` do the whole on tensors in memory. A worker that reads its elements from
+elsewhere uses ``survey`` and the method's ``formula``; one that sees only a piece of a tensor uses a pass'
+``accumulate``, and whoever gathers the pieces uses ``conclude_pass``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -21,16 +21,22 @@ TORCH: Kernels = TorchKernels()
 
 
 def conclude_pass(survey_pass: SurveyPass, summaries: Sequence[Summary], numel: int, facts: Facts) -> Facts:
-    """The facts after a pass, given the summaries of all pieces of the tensor, in any order."""
+    """The facts after a pass, given the summaries of all pieces of what is surveyed, in any order."""
     return facts | survey_pass.conclude(survey_pass.combine(summaries), numel, facts)
 
 
 def survey(passes: Sequence[SurveyPass], operands: Operands, kernels: Kernels = TORCH) -> Facts:
     """All that ``passes`` find out about a whole tensor, of at least one element."""
+    return survey_all(passes, [operands], kernels)
+
+
+def survey_all(passes: Sequence[SurveyPass], tensors: Sequence[Operands], kernels: Kernels = TORCH) -> Facts:
+    """All that ``passes`` find out about several whole tensors together, of at least one element."""
+    numel = sum(tensor.numel for tensor in tensors)
     facts: Facts = {}
     for survey_pass in passes:
-        summary = survey_pass.accumulate(kernels, operands, facts)
-        facts = conclude_pass(survey_pass, [summary], operands.numel, facts)
+        summaries = [survey_pass.accumulate(kernels, tensor, facts) for tensor in tensors]
+        facts = conclude_pass(survey_pass, summaries, numel, facts)
     return facts
 
 
@@ -44,19 +50,47 @@ def merge_tensor(
     mask_keys: Sequence[int] = (),
     kernels: Kernels = TORCH,
 ) -> torch.Tensor:
-    """Survey and merge one whole tensor in memory.
+    """Survey and merge one whole tensor in memory; it is all that the survey of a model sees.
 
     ``base`` and ``inputs`` are float32, bfloat16 or float16 and of one shape, which the merged float32 tensor
     has too; ``mask_keys`` (one a model) are only read by methods that drop at random.
     """
-    merged = torch.empty(inputs[0].shape, dtype=torch.float32, device=inputs[0].device)
-    if merged.numel():
-        operands = Operands(
+    bases = None if base is None else {"": base}
+    named = [{"": tensor} for tensor in inputs]
+    keys = {"": mask_keys}
+    return merge_tensors(method, parameters, models, bases, named, mask_keys=keys, kernels=kernels)[""]
+
+
+def merge_tensors(
+    method: Method,
+    parameters: Parameters,
+    models: Sequence[Parameters],
+    bases: Mapping[str, torch.Tensor] | None,
+    inputs: Sequence[Mapping[str, torch.Tensor]],
+    *,
+    mask_keys: Mapping[str, Sequence[int]] | None = None,
+    kernels: Kernels = TORCH,
+) -> dict[str, torch.Tensor]:
+    """Survey and merge whole models in memory: tensors by name, each as in :func:`merge_tensor`."""
+    passes = method.survey(parameters, models)
+    tensors = {
+        name: Operands(
             first=0,
-            base=None if base is None else base.reshape(-1),
-            models=tuple(model.reshape(-1) for model in inputs),
-            mask_keys=tuple(mask_keys),
+            base=None if bases is None else bases[name].reshape(-1),
+            models=tuple(model[name].reshape(-1) for model in inputs),
+            mask_keys=tuple((mask_keys or {}).get(name, ())),
         )
-        facts = survey(method.survey(parameters, models), operands, kernels)
-        kernels.merge(operands, method.formula(parameters, models, facts), merged.view(-1))
+        for name, first in inputs[0].items()
+        if first.numel()
+    }
+    shared = None
+    if tensors and parameters.survey_scope == "model":
+        shared = survey_all(passes, list(tensors.values()), kernels)
+    merged = {}
+    for name, like in inputs[0].items():
+        merged[name] = torch.empty(like.shape, dtype=torch.float32, device=like.device)
+        if name in tensors:
+            facts = survey(passes, tensors[name], kernels) if shared is None else shared
+            formula = method.formula(parameters, models, facts)
+            kernels.merge(tensors[name], formula, merged[name].view(-1))
     return merged

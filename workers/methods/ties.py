@@ -4,42 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from pydantic import field_validator
-
 from workers.kernels.base import Formula
-from workers.kernels.reference import KeepCount
 from workers.methods.base import Method, SurveyPass
-from workers.methods.common import (
-    TRIM_SCOPE_MODEL,
-    EqualMagnitudes,
-    SparseModel,
-    TrimScope,
-    densities_of,
-    terms_of,
-)
-from workers.methods.elect import ElectingParameters, consensus, election_passes
-from workers.methods.trim import Trim
+from workers.methods.common import SparseModel, densities_of, terms_of
+from workers.methods.elect import consensus, election_passes
+from workers.methods.trim import Trim, TrimmingParameters
 from workers.task import Facts
 
 
-class TiesParameters(ElectingParameters):
+class TiesParameters(TrimmingParameters):
     """Global parameters of ``ties``."""
 
     normalize: bool = True
     """Whether to divide the agreeing entries by their weights."""
-    trim_scope: TrimScope = "tensor"
-    """Over what a density is taken: each tensor, or the whole model (not supported yet)."""
-    keep_count: KeepCount = "exact"
-    """How a density becomes a number of elements."""
-    equal_magnitudes: EqualMagnitudes = "keep"
-    """Whether all elements equal to the threshold stay, or exactly k, lowest flat index first."""
-
-    @field_validator("trim_scope")
-    @classmethod
-    def _supported(cls, value: TrimScope) -> TrimScope:
-        if value == "model":
-            raise ValueError(TRIM_SCOPE_MODEL)
-        return value
 
 
 def _trim(parameters: TiesParameters, models: Sequence[SparseModel]) -> Trim:

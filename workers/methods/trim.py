@@ -13,16 +13,43 @@ from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
+from typing import Self
 
 import numpy as np
+from pydantic import model_validator
 
 from workers.kernels.base import DROP_NUMBERS, Counts, Formula, Kernels, Operands, Term
 from workers.kernels.reference import KeepCount, keep_count
-from workers.methods.base import BlockwisePass, Summary, SurveyPass, Terms
+from workers.methods.base import BlockwisePass, Summary, SurveyPass, SurveyScope, Terms
 from workers.methods.common import EqualMagnitudes
+from workers.methods.elect import ElectingParameters
 from workers.task import Facts, JSONValue
 
 _BINS = 1 << 16
+
+
+class TrimmingParameters(ElectingParameters):
+    """Global parameters of the methods that trim."""
+
+    trim_scope: SurveyScope = "tensor"
+    """Over what a density, and a majority of signs, is taken: each tensor, or the whole model."""
+    keep_count: KeepCount = "exact"
+    """How a density becomes a number of elements."""
+    equal_magnitudes: EqualMagnitudes = "keep"
+    """Whether all elements equal to the threshold stay, or exactly k, lowest flat index first."""
+
+    @property
+    def survey_scope(self) -> SurveyScope:
+        return self.trim_scope
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if self.survey_scope == "model" and self.equal_magnitudes == "exact_k":
+            raise ValueError(
+                "equal_magnitudes 'exact_k' needs trim_scope 'tensor': "
+                "the order of equal elements is only defined within a tensor; use keep"
+            )
+        return self
 
 
 @dataclass(frozen=True, slots=True)

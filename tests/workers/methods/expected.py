@@ -6,7 +6,7 @@ tests use dyadic inputs and weights, for which float32 and float64 agree exactly
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from typing import Any
 
@@ -108,3 +108,24 @@ def slerp(a: Vector, b: Vector, t: float) -> Vector:
     angle = np.arccos(cosine)
     turned: Vector = (np.sin((1 - t) * angle) * a + np.sin(t * angle) * b) / np.sin(angle)
     return turned
+
+
+def authors_ties(
+    base: Mapping[str, Vector],
+    models: Sequence[Mapping[str, Vector]],
+    density: float,
+    lambda_: float = 1.0,
+) -> dict[str, Vector]:
+    """TIES as its authors run it: whole models flattened, one threshold each, their zero-sum rule, the mean."""
+    names = sorted(base)
+    flat = np.stack([np.concatenate([model[n].ravel() - base[n].ravel() for n in names]) for model in models])
+    d = flat.shape[1]
+    kth = np.sort(np.abs(flat), axis=1)[:, d - int(d * density) - 1]  # the k-th smallest, from 1
+    flat = flat * (np.abs(flat) >= kth[:, None])
+    signs = np.sign(flat.sum(axis=0))
+    signs[signs == 0] = np.sign(signs.sum())
+    agreeing = flat * np.where(signs > 0, flat > 0, flat < 0)
+    mean = agreeing.sum(axis=0) / np.maximum((agreeing != 0).sum(axis=0), 1)
+    ends = np.cumsum([base[n].size for n in names])[:-1]
+    pieces = zip(names, np.split(mean, ends), strict=True)
+    return {n: base[n] + lambda_ * piece.reshape(base[n].shape) for n, piece in pieces}

@@ -102,11 +102,9 @@ def test_the_mergekit_profile() -> None:
     assert resolve("dare_linear", profile="mergekit")[0].rescale == "l1"
 
 
-def test_the_paper_profile_needs_its_trim_scope_changed() -> None:
+def test_the_paper_profile_trims_over_the_whole_model() -> None:
     for name in ("ties", "dare_ties"):
-        (problem,) = problems(name, profile="paper")
-        assert "trim_scope: tensor" in problem
-        assert "not supported yet" in problem
+        assert resolve(name, profile="paper")[0].survey_scope == "model"
     parameters, _ = resolve("ties", {"trim_scope": "tensor"}, profile="paper")
     assert (parameters.keep_count, parameters.zero_sign, parameters.divisor) == ("paper", "majority", "count")
     parameters, _ = resolve("dare_ties", {"trim_scope": "tensor"}, profile="paper")
@@ -156,7 +154,12 @@ def test_an_unknown_profile() -> None:
         ({}, {"weight": True}, "models[0].parameters.weight: must be a number, not true or false"),
         ({"lambda": "much"}, {}, "parameters.lambda: input should be a valid number"),
         ({"divisor": "sum"}, {}, "parameters.divisor: input should be 'abs_weights', 'count' or 'weights'"),
-        ({"trim_scope": "model"}, {}, "parameters.trim_scope: trim_scope 'model'"),
+        ({"trim_scope": "layer"}, {}, "parameters.trim_scope: input should be 'tensor' or 'model'"),
+        (
+            {"trim_scope": "model", "equal_magnitudes": "exact_k"},
+            {},
+            "parameters: equal_magnitudes 'exact_k' needs trim_scope 'tensor'",
+        ),
         ({"weight": [0, 1]}, {}, "parameters.weight: gradients (lists) are not supported yet"),
         ({}, {"weight": [0.1, 0.9]}, "models[0].parameters.weight: gradients (lists) are not supported yet"),
         ({}, {"weight": []}, "models[0].parameters.weight: gradients (lists) are not supported yet"),
