@@ -244,8 +244,10 @@ def test_a_kill_in_the_middle_of_the_commit(rig: Rig, shards: int, tmp_path: Pat
     job = rig.submit(tmp_path / "out")
     with Held(tmp_path / "out", shards, exclusive=0) as held:
         assert rig.wait(job, JobState.COMMITTING).state == JobState.COMMITTING
-        finished = held.notes()
+        finished, owner = held.notes(), rig.jobs.status(job).owner
         kill(victim_pid(rig, victim))
+        if victim == "schedule":
+            until(lambda: rig.jobs.status(job).owner not in {owner, None}, "nobody takes the job over")
         assert rig.jobs.get(job).state == JobState.COMMITTING
         assert held.notes() == finished
         assert not (tmp_path / "out" / "model.safetensors.index.json").exists()
