@@ -35,7 +35,7 @@ class TaskRequest:
     """One call of a function somewhere in the cluster."""
 
     entry: str
-    """``module:function`` that takes the payload and returns JSON; importable by the workers."""
+    """``module:function`` that takes the payload and returns JSON; importable by the workers. See ``stream``."""
     payload: JSONValue
     """Its argument: small, and JSON."""
     memory_bytes: int
@@ -46,6 +46,11 @@ class TaskRequest:
     """GPUs that it occupies."""
     label: str
     """What people call the task, in messages and in Ray's state."""
+    stream: str | None = None
+    """Requests of one stream, with the same entry and needs, may go to one worker together, in order. Their entry
+    is called with a list of payloads, and yields ``(index, value)`` or ``(index, MergemillError)`` for each, in any
+    order: each answer is its future's at once. Where a worker died, what it left unfinished goes again, each
+    request in a list of its own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -250,8 +255,9 @@ class Driver:
                     self._lock.notify_all()
             case "started":
                 with self._lock:
-                    if (pending := self._pending.get(message["id"])) is not None:
-                        pending.started = True
+                    for number in message["ids"]:
+                        if (pending := self._pending.get(number)) is not None:
+                            pending.started = True
             case "retry":
                 self.retries += 1
                 log.warning("task retried", task=message["label"], cause=message["cause"])

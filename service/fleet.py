@@ -7,12 +7,15 @@ The protocol is JSON lines. On stdin come the configuration, then ``submit`` and
 result descriptor go ``nodes`` (every second: the sign of life), ``started``, ``retry`` and ``result``, and
 before them ``vital``, the processes that we cannot do without. When stdin ends, so does this process. All else
 that is printed, by Ray or by us, goes to stderr.
+
+Everything is a Ray generator task, which answers for one request or, in a stream, for several: each result is
+sent on when it is there.
 """
 
 from __future__ import annotations
 
+import asyncio
 import ctypes
-import functools
 import importlib
 import json
 import logging
@@ -23,13 +26,14 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import IO, Any
 
 import ray
 from ray import exceptions
 
-from service.dispatch import Dispatcher, Need, Node, Policy
+from service.dispatch import Batch, Dispatcher, Need, Node, Policy
 from service.warden import die_with_parent, processes
 from workers.errors import FleetError, MergemillError, to_json
 
@@ -50,35 +54,78 @@ class _Line:
 
 
 @dataclass(frozen=True, slots=True)
-class _Done:
-    """Ray is done with one try of a task."""
+class _Result:
+    """A worker is done with one request."""
 
-    task: int
-    number: int
-    """Which try; a cancelled or given up one may still report."""
-    answer: Any
-    """A concurrent future with :func:`run_entry`'s text or Ray's exception."""
+    batch: int
+    index: int
+    """Which of the batch's requests."""
+    body: str
+    """What :func:`run_entry` says about it."""
 
 
-def run_entry(entry: str, payload: str) -> str:
-    """Call ``module:function`` with a payload, in a worker: JSON text in, ``{"value"}`` or ``{"error"}`` out.
+@dataclass(frozen=True, slots=True)
+class _End:
+    """Ray is done with a batch."""
 
-    What the function raises comes back as JSON as well, since Ray would pickle it. Afterwards all free
-    memory goes back to the system, so that the next task begins where this one did.
+    batch: int
+    error: Exception | None
+    """Ray's."""
+
+
+_Event = _Line | _Result | _End
+
+
+def run_entry(entry: str, streamed: bool, *payloads: str) -> Iterator[tuple[int, str]]:
+    """Call ``module:function``, in a worker: JSON texts in, an index and ``{"value"}`` or ``{"error"}`` out for each.
+
+    A plain entry is called with one payload and returns its value. A streamed one is called once with the list
+    of payloads, and yields ``(index, value)`` or ``(index, MergemillError)``, each index once, in any order.
+
+    What the function raises comes back as JSON as well, since Ray would pickle it; from a stream, as the result of
+    every request that has none yet. The last result waits until the function has ended, and all free memory
+    has gone back to the system: whoever has it can count on the worker being where it was at the beginning.
     """
+    missing = set(range(len(payloads)))
+    held: list[tuple[int, str]] = []
     try:
-        module, _, function = entry.partition(":")
-        value = getattr(importlib.import_module(module), function)(json.loads(payload))
-        return json.dumps({"value": value}, allow_nan=False)
-    except MergemillError as error:
-        return json.dumps({"error": to_json(error)})
-    except Exception as error:  # noqa: BLE001 - whatever it is, it is this task's result and no other's
-        last_lines = "".join(traceback.format_exception(error)[-3:]).strip()
-        return json.dumps({"error": to_json(FleetError(f"{entry} failed: {last_lines}"))})
+        module, _, name = entry.partition(":")
+        function = getattr(importlib.import_module(module), name)
+        arguments = [json.loads(payload) for payload in payloads]
+        for index, value in function(arguments) if streamed else enumerate(map(function, arguments)):
+            if index not in missing:
+                raise FleetError(f"{entry} gave a result for {index!r}, which has one or was not asked for")
+            missing.remove(index)
+            held.append((index, _body(entry, value)))
+            if missing:
+                yield held.pop()
+        if missing:
+            raise FleetError(f"{entry} ended without a result")
+    except Exception as error:  # noqa: BLE001 - whatever it is, it is these requests' result and no others'
+        missing.update(index for index, _ in held)
+        held = [(index, _error(entry, error)) for index in sorted(missing)]
     finally:
         libc = ctypes.CDLL(None)
         if hasattr(libc, "malloc_trim"):  # glibc
             libc.malloc_trim(0)
+    for answer in held:  # noqa: UP028 - Ray sends into the generator, which a list in its place could not take
+        yield answer
+
+
+def _body(entry: str, value: object) -> str:
+    if isinstance(value, MergemillError):
+        return _error(entry, value)
+    try:
+        return json.dumps({"value": value}, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        return _error(entry, error)
+
+
+def _error(entry: str, error: Exception) -> str:
+    if not isinstance(error, MergemillError):
+        last_lines = "".join(traceback.format_exception(error)[-3:]).strip()
+        error = FleetError(f"{entry} failed: {last_lines}")
+    return json.dumps({"error": to_json(error)})
 
 
 class Fleet:
@@ -86,33 +133,45 @@ class Fleet:
 
     def __init__(self, results: IO[str]) -> None:
         self._results = results
-        self._inbox: queue.Queue[_Line | _Done] = queue.Queue()
+        self._inbox: queue.SimpleQueue[_Event] = queue.SimpleQueue()
         self._dispatcher = Dispatcher()
         self._work: dict[int, Message] = {}
-        self._refs: dict[int, Any] = {}
+        self._generators: dict[int, ray.ObjectRefGenerator] = {}
         self._own_node = ""
         # By value, so that a worker needs only the packages that the entries name.
         self._remote = ray.remote(run_entry)
+        self._followers = asyncio.new_event_loop()
 
     def run(self) -> int:
         """Serve the parent until it closes the pipe; returns the exit status."""
         threading.Thread(target=self._read, name="requests", daemon=True).start()
+        threading.Thread(target=self._followers.run_forever, name="followers", daemon=True).start()
         next_look = time.monotonic()
         while True:
-            try:
-                event = self._inbox.get(timeout=max(0.0, next_look - time.monotonic()))
-            except queue.Empty:
+            if time.monotonic() >= next_look:
                 if not self._look():
                     return OWN_NODE_LOST
                 next_look = time.monotonic() + TICK_S
-            else:
-                if isinstance(event, _Done):
-                    self._done(event)
-                elif event.message is None:
-                    return 0
-                else:
-                    self._request(event.message)
+            for event in self._events(next_look):
+                match event:
+                    case _Result():
+                        self._result(event)
+                    case _End():
+                        self._end(event)
+                    case _Line(message=None):
+                        return 0
+                    case _Line(message=dict(message)):
+                        self._request(message)
             self._start()
+
+    def _events(self, until: float) -> Iterator[_Event]:
+        """What comes first, and all that has come with it: a stream needs requests to choose its size from."""
+        try:
+            yield self._inbox.get(timeout=max(0.0, until - time.monotonic()))
+            while True:
+                yield self._inbox.get_nowait()
+        except queue.Empty:
+            return
 
     def configure(self, config: Message) -> None:
         """Connect to Ray."""
@@ -155,51 +214,70 @@ class Fleet:
             self._drop(task)
             return
         self._work[task] = message
-        need = Need(message["memory_bytes"], message["num_cpus"], message["num_gpus"], message["label"])
+        stream, payload_bytes = message["stream"], len(message["payload"])
+        need = Need(
+            message["memory_bytes"],
+            message["num_cpus"],
+            message["num_gpus"],
+            message["label"],
+            stream if stream is None else f"{message['entry']} {stream}",
+            payload_bytes,
+        )
         refusal = self._dispatcher.add(task, need)
         if refusal is not None:
             self._fail(task, refusal)
 
     def _start(self) -> None:
-        for task in self._dispatcher.start(time.monotonic()):
-            work = self._work[task]
+        for batch in self._dispatcher.start(time.monotonic()):
+            works = [self._work[task] for task in batch.tasks]
+            first, others = works[0], len(works) - 1
             # Ray's own retries are off: those for memory have no bound, and none are told to anybody.
-            ref = self._remote.options(
-                name=work["label"],
-                memory=work["memory_bytes"],
-                num_cpus=work["num_cpus"],
-                num_gpus=work["num_gpus"],
+            generator = self._remote.options(
+                name=f"{first['label']} and {others} more" if others else first["label"],
+                memory=first["memory_bytes"],
+                num_cpus=first["num_cpus"],
+                num_gpus=first["num_gpus"],
+                num_returns="streaming",
                 max_retries=0,
-            ).remote(work["entry"], work["payload"])
-            self._refs[task] = ref
-            self._send(op="started", id=task)
-            number = self._dispatcher.tries(task)
-            ref.future().add_done_callback(functools.partial(self._report, task, number))
+            ).remote(first["entry"], first["stream"] is not None, *(work["payload"] for work in works))
+            self._generators[batch.number] = generator
+            self._send(op="started", ids=batch.tasks)
+            asyncio.run_coroutine_threadsafe(self._follow(batch, generator), self._followers)
 
-    def _report(self, task: int, number: int, answer: Any) -> None:
-        """Called by a thread of Ray's."""
-        self._inbox.put(_Done(task, number, answer))
+    async def _follow(self, batch: Batch, generator: ray.ObjectRefGenerator) -> None:
+        """Pass on what a batch says, in a thread that all of them share."""
+        ended = None
+        try:
+            async for answer in generator:
+                index, body = await answer
+                self._inbox.put(_Result(batch.number, index, body))
+        except Exception as error:  # noqa: BLE001 - raised where it is understood
+            ended = error
+        self._inbox.put(_End(batch.number, ended))
 
-    def _done(self, event: _Done) -> None:
-        task = event.task
-        if task not in self._dispatcher.running or self._dispatcher.tries(task) != event.number:
-            return  # cancelled or given up in the meantime
-        self._refs.pop(task, None)
-        error = event.answer.exception()
-        if error is None:
-            self._forget(task)
-            self._send(op="result", id=task, body=event.answer.result())
-        elif isinstance(error, exceptions.RayTaskError):  # run_entry itself could not be loaded or called
-            self._fail(task, f"{self._work[task]['label']}: {error}")
+    def _result(self, event: _Result) -> None:
+        task = self._dispatcher.finished(event.batch, event.index)
+        if task is not None:  # not cancelled in the meantime
+            del self._work[task]
+            self._send(op="result", id=task, body=event.body)
+
+    def _end(self, event: _End) -> None:
+        if self._generators.pop(event.batch, None) is None:
+            return  # we ended it
+        error = event.error
+        if error is None or isinstance(error, exceptions.RayTaskError):
+            for task in self._dispatcher.ended(event.batch):  # run_entry itself could not be loaded or called
+                self._fail(task, f"{self._work[task]['label']}: {error}")
         elif isinstance(error, exceptions.RayError):
             told = " ".join(str(error).splitlines()[:2])  # after a memory kill, a page of statistics follows
             cause = f"{type(error).__name__}: {told}"
             oom = isinstance(error, exceptions.OutOfMemoryError)
-            given_up = self._dispatcher.crashed(task, cause, time.monotonic(), out_of_memory=oom)
-            if given_up is None:
-                self._send(op="retry", id=task, label=self._work[task]["label"], cause=cause)
-            else:
-                self._fail(task, given_up)
+            fates = self._dispatcher.crashed(event.batch, cause, time.monotonic(), out_of_memory=oom)
+            for task, given_up in fates:
+                if given_up is None:
+                    self._send(op="retry", id=task, label=self._work[task]["label"], cause=cause)
+                else:
+                    self._fail(task, given_up)
         else:
             raise error
 
@@ -208,15 +286,11 @@ class Fleet:
         self._send(op="result", id=task, body=json.dumps({"error": to_json(FleetError(why))}))
 
     def _drop(self, task: int) -> None:
-        """Forget a task, wherever it is; what runs is killed."""
-        ref = self._refs.pop(task, None)
-        self._forget(task)
-        if ref is not None:
-            ray.cancel(ref, force=True)
-
-    def _forget(self, task: int) -> None:
-        self._dispatcher.remove(task)
+        """Forget a task, wherever it is; a worker that has nothing else to do is killed."""
         self._work.pop(task, None)
+        batch = self._dispatcher.remove(task)
+        if batch is not None:
+            ray.cancel(self._generators.pop(batch), force=True)
 
 
 def connect(config: Message) -> None:

@@ -135,11 +135,22 @@ class FleetProcess:
     def _write(self, pipe: IO[bytes]) -> None:
         try:
             with pipe:
-                while (line := self._outbox.get()) is not None:
-                    pipe.write(line.encode() + b"\n")
+                for lines in iter(self._take_lines, []):
+                    pipe.write("".join(f"{line}\n" for line in lines).encode())
                     pipe.flush()
         except BrokenPipeError:
             return  # it died: the end of its messages tells
+
+    def _take_lines(self) -> list[str]:
+        """What there is to send, as soon as there is something, all at once; nothing when it is to end."""
+        lines: list[str] = []
+        while not lines or not self._outbox.empty():
+            line = self._outbox.get()
+            if line is None:
+                self._outbox.put(None)  # once more, when what came before it is sent
+                break
+            lines.append(line)
+        return lines
 
     def messages(self, closing: Callable[[], bool]) -> Iterator[Message]:
         """What it says, until it ends, hangs, or ``closing()`` becomes true."""

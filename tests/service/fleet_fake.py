@@ -32,7 +32,7 @@ def main() -> None:
         for line in sys.stdin:
             message = json.loads(line)
             if message["op"] == "submit":
-                send(op="started", id=message["id"])
+                send(op="started", ids=[message["id"]])
                 if message["label"] == "killer":
                     with Path(file).open("a") as runs:
                         runs.write("run\n")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -42,17 +43,46 @@ def note(payload: dict[str, str]) -> str:
 def note_and_wait(payload: dict[str, str]) -> int:
     """Leave a line with our pid and our raylet's, and wait until the gate, a file, is there; returns our pid."""
     _note({**payload, "text": f"{os.getpid()} {os.getppid()}"})
-    deadline = time.monotonic() + PATIENCE_S
-    while not Path(payload["gate"]).exists():
-        if time.monotonic() > deadline:
-            raise TimeoutError("nobody opened the gate")
-        time.sleep(0.02)
+    _wait_for(payload["gate"])
     return os.getpid()
 
 
 def note_and_die(payload: dict[str, str]) -> None:
     _note(payload)
     os._exit(1)
+
+
+def stream(payloads: list[dict[str, Any]]) -> Iterator[tuple[int, object]]:
+    """For each, leave ``NAME PID SIZE-OF-THE-BATCH`` in a file, do as it says, and yield its name."""
+    for index, payload in enumerate(payloads):
+        name = payload["name"]
+        _note({**payload, "text": f"{name} {os.getpid()} {len(payloads)}"})
+        answer: object = name
+        match payload["do"]:
+            case "wait":
+                _wait_for(payload["gate"])
+            case "die":
+                os._exit(1)
+            case "error":
+                answer = AccessDeniedError(f"s3://bucket/{name}: denied")
+            case "not json":
+                answer = float("nan")
+            case "raise":
+                raise PlanError("no tensor a", "no tensor b")
+            case "raise other":
+                raise KeyError("out of the blue")
+            case "stop":
+                return
+            case "twice":
+                yield index, answer
+        yield index, answer
+
+
+def backwards(numbers: list[int]) -> list[tuple[int, int]]:
+    """Squares, the last first; raises where a number is negative."""
+    if min(numbers) < 0:
+        raise PlanError("a negative number")
+    return [(index, numbers[index] ** 2) for index in reversed(range(len(numbers)))]
 
 
 def memory(_: Any) -> dict[str, int]:
@@ -81,6 +111,14 @@ def resident(_: Any) -> dict[str, int]:
 
 def environment(names: list[str]) -> dict[str, str | None]:
     return {name: os.environ.get(name) for name in names}
+
+
+def _wait_for(gate: str) -> None:
+    deadline = time.monotonic() + PATIENCE_S
+    while not Path(gate).exists():
+        if time.monotonic() > deadline:
+            raise TimeoutError("nobody opened the gate")
+        time.sleep(0.02)
 
 
 def _note(payload: dict[str, str]) -> None:

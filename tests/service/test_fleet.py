@@ -187,16 +187,18 @@ def test_no_more_is_in_flight_than_two_tasks_a_cpu(driver: Driver, tmp_path: Pat
 
 def test_memory_goes_back_to_the_system(driver: Driver) -> None:
     """Otherwise tasks would add up in a worker, and exceed what each of them was priced at."""
-    big = submit(driver, "memory", None).result(60)
-    assert big["with_whole"] - big["before"] > 250 << 20
-    assert big["after_whole"] - big["before"] < 16 << 20
-    assert big["with_pieces"] - big["before"] > 250 << 20
-    for _ in range(8):  # whichever of the two workers it is
-        now = submit(driver, "resident", None).result(60)
-        if now["pid"] == big["pid"]:
-            assert now["now"] - big["before"] < 16 << 20
-            return
-    pytest.fail("the worker was not met again")
+
+    def met_again() -> bool:
+        big = submit(driver, "memory", None).result(60)
+        assert big["with_whole"] - big["before"] > 250 << 20
+        assert big["after_whole"] - big["before"] < 16 << 20
+        assert big["with_pieces"] - big["before"] > 250 << 20
+        later = [submit(driver, "resident", None).result(60) for _ in range(4)]
+        resident = [now["now"] for now in later if now["pid"] == big["pid"]]
+        assert all(now - big["before"] < 16 << 20 for now in resident)
+        return bool(resident)
+
+    wait_until(met_again)  # any of the workers may get a task
 
 
 def test_workers_get_one_thread_and_a_frugal_heap(driver: Driver) -> None:
