@@ -47,6 +47,9 @@ WARM_UP = "tiny"
 
 WARMING = "warm-up"
 
+TABLE_WIDTH = 140
+"""Cells are not cut off where nobody looks: in a log, or on a narrow terminal, which wraps them."""
+
 DEFAULT_WHAT = {"7b": (COPY, SERVICE, BUDGET)}
 """Where it is not everything: mergekit needs more disk and hours."""
 
@@ -163,6 +166,7 @@ def run(arguments: argparse.Namespace) -> None:
             f"there is no mergekit in {oracle}: `make oracle` makes one, or leave it out of WHAT"
         )
     console = Console()
+    console.width = max(console.width, TABLE_WIDTH)
     console.print(f"Making the inputs of size {size.name}, unless they are there.")
     inputs = make_inputs(size, build / "inputs")
     warm_up = make_inputs(SIZES[WARM_UP], build / "inputs")

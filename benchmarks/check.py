@@ -63,7 +63,7 @@ def count_wrong(method: str, inputs: Sequence[torch.Tensor], merged: torch.Tenso
     expected, scale, clear = expect(method, inputs)
     ours = HALF_UNIT * expected.abs() + FLOAT32 * scale
     limit = MERGEKIT_UNITS * HALF_UNIT * scale if theirs else ours
-    return int((((merged - expected).abs() > limit) & clear).sum())
+    return int((~((merged - expected).abs() <= limit) & clear).sum())  # NaN is never within a limit
 
 
 def expect(method: str, inputs: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -119,12 +119,12 @@ def _wrong_dare(inputs: Sequence[torch.Tensor], merged: torch.Tensor) -> int:
     base, *tuned = inputs
     vectors = [x - base for x in tuned]
     reach = sum_of([v.abs() for v in vectors]) * WEIGHT / DENSITY
-    wrong = int(((merged - base).abs() > reach + 2 * HALF_UNIT * (base.abs() + reach)).sum())
+    wrong = int((~((merged - base).abs() <= reach + 2 * HALF_UNIT * (base.abs() + reach))).sum())
     smallest = torch.stack([v.abs() for v in vectors]).amin(0) * WEIGHT / DENSITY
     telling = smallest > 4 * HALF_UNIT * base.abs()
     count = int(telling.sum())
     share = (1 - DENSITY) ** len(vectors)
     left = int((merged == base)[telling].sum())
     if count and abs(left - share * count) > SIGMAS * math.sqrt(share * (1 - share) * count) + 1:
-        return count
+        return max(wrong, count)
     return wrong

@@ -207,7 +207,6 @@ def make_inputs(size: Size, root: Path) -> Inputs:
                 else:
                     path.hardlink_to(inputs.directory(BASE) / name)
     pool_of_numbers.cache_clear()
-    os.sync()
     stamp.write_text(wanted)
     return inputs
 
