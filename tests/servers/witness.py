@@ -13,6 +13,7 @@ from typing import Any
 
 from service.driver import Capacity, Driver, TaskRequest
 from workers import entry
+from workers.errors import MergemillError
 
 PATIENCE_S = 60.0
 """How long a process waits for the others."""
@@ -51,11 +52,11 @@ class Witness:
 
     def submit(self, request: TaskRequest) -> Future[Any]:
         """As the driver's, with parts noted."""
-        if request.entry == entry.PART_ENTRY:
+        if "part" in request.payload:
             witness = {"directory": str(self._directory), "processes": self._processes}
-            request = replace(
-                request, entry=f"{__name__}:part", payload={**request.payload, "witness": witness}
-            )
+            payload = {**request.payload, "witness": witness}
+            # One by one: a stream may hold several parts, and none would be left for a process that waits.
+            request = replace(request, entry=f"{__name__}:part", payload=payload, stream=None)
         return self._driver.submit(request)
 
     def cancel(self, future: Future[Any]) -> bool:
@@ -68,7 +69,7 @@ class Witness:
 
 
 def part(payload: dict[str, Any]) -> Any:
-    """What the workers call in place of :func:`workers.entry.part`: the same, and a note."""
+    """What the workers call in place of :func:`workers.entry.tasks`: a stream of one part, and a note."""
     directory, pid = Path(payload["witness"]["directory"]), os.getpid()
     (directory / f"{pid}.here").touch()
     deadline = time.monotonic() + PATIENCE_S
@@ -77,7 +78,9 @@ def part(payload: dict[str, Any]) -> Any:
             raise TimeoutError(f"there are not {payload['witness']['processes']} processes that make parts")
         time.sleep(0.005)
     began = time.monotonic()  # of the machine, so that processes can be compared
-    answer = entry.part(payload)
+    ((_, answer),) = entry.tasks([payload])
     note = {"pid": pid, "began": began, "ended": time.monotonic()}
     (directory / f"{uuid.uuid4().hex}.made").write_text(json.dumps(note))
+    if isinstance(answer, MergemillError):
+        raise answer
     return answer
