@@ -64,6 +64,15 @@ up: $(VENV)/.installed ## Run the embedded stack (Valkey, a local Ray, scheduler
 oracle: $(VENV)/.installed $(ORACLE)/.installed ## Compare with mergekit and transformers, in their own environment
 	MERGEMILL_ORACLE_PYTHON=$(ORACLE)/bin/python $(BIN)/python -m tests.oracle $(ARGS)
 
+# mergekit's environment is made only where mergekit takes part; `make bench ORACLE=DIR` names one that is there.
+BENCH := $(if $(WHAT),$(WHAT),$(if $(filter 7b,$(SIZE)),,mergekit))
+BENCH_NEEDS := $(if $(filter mergekit,$(BENCH)),$(ORACLE)/.installed)
+BENCH_OPTIONS = $(foreach name,SIZE METHODS STORES WHAT ROUNDS,$(if $($(name)),--$(shell echo $(name) | tr A-Z a-z) $($(name))))
+
+.PHONY: bench
+bench: $(VENV)/.installed $(BENCH_NEEDS) test-packages ## Measure beside a plain copy and mergekit: SIZE=tiny|100m|1b|7b, METHODS, STORES, WHAT, ROUNDS
+	$(BIN)/python -m benchmarks --oracle $(ORACLE) $(BENCH_OPTIONS) $(ARGS)
+
 .PHONY: constraints
 constraints: ## Write constraints.txt anew from the newest versions that pyproject.toml allows
 	@$(check-python)
