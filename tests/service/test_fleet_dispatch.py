@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from service.dispatch import Batch, Dispatcher, Need, Node, Policy
@@ -231,6 +231,7 @@ class Model:
         self.shaken.update(left)
 
 
+@settings(deadline=None)
 @given(
     st.lists(
         st.sampled_from(

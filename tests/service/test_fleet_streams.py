@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from heapq import heappop, heappush
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from service.dispatch import Batch, Dispatcher, Need, Node, Policy
@@ -244,12 +244,13 @@ def test_the_end_of_a_job_is_spread_over_all_workers(slots: int, nodes: int, win
     assert simulated.makespan(100) <= 1.15 * -(-100 // slots)
 
 
+@settings(deadline=None)
 @given(st.integers(0, 1 << 30), st.sampled_from([1, 2, 4, 16]), st.integers(1, 300))
 def test_whatever_tasks_take_the_end_is_near_the_ideal(seed: int, slots: int, tasks: int) -> None:
     rng = random.Random(seed)
     seconds = [rng.uniform(0.5, 2.0) for _ in range(tasks)]
     simulated = cluster(slots, 1, lambda task: seconds[task])
-    assert simulated.makespan(tasks) <= 1.1 * sum(seconds) / slots + 2 * max(seconds)
+    assert simulated.makespan(tasks) <= sum(seconds) / slots + 1.5 * max(seconds)
 
 
 def test_streams_cost_a_fraction_of_single_tasks() -> None:
