@@ -47,7 +47,7 @@ class Settings(BaseSettings):
     """Memory of a worker process that has done nothing yet; part of every price."""
     max_running_jobs: int = Field(default=4, ge=1)
     """Jobs that one scheduler runs at once."""
-    max_parts_in_flight: int = Field(default=256, ge=1)
+    max_parts_in_flight: int = Field(default=1024, ge=1)
     """Part tasks of one job that are handed to Ray at once; Ray runs as many as fit."""
     lease_seconds: float = Field(default=15.0, gt=0)
     """How long a scheduler owns a job without a sign of life."""
