@@ -217,8 +217,8 @@ def test_small_neighbours_share_a_part_and_a_part_aims_at_its_size() -> None:
     assert len(sizes) == 5  # the header makes the first part 63 tensors long
     assert all(63 * MIB < size <= 64 * MIB for size in sizes[:-1])
     assert (
-        plan.price.requests == 5 * (2 * 8 + 1) - 2 * 7
-    )  # 64 MiB of neighbours in 8 MiB reads, twice; and a put
+        plan.price.requests == 5 * (2 * 4 + 1) - 2 * 3
+    )  # 64 MiB of neighbours in 16 MiB reads, twice; and a put
 
 
 def test_small_tensors_share_a_part_up_to_its_inputs_and_tiny_ones_up_to_its_minimum() -> None:
