@@ -1,7 +1,7 @@
 """What kernels compute, said as data: one generalised task arithmetic, and the statistics that it needs.
 
 Every merge method is a :class:`Formula` once its survey is done. Two implementations give the same bits for it:
-:mod:`workers.kernels.reference` (torch, on any device: the meaning) and :mod:`workers.kernels.cpu` (fused and
+:mod:`workers.kernels.torch_kernels` (on any device: the meaning) and :mod:`workers.kernels.cpu` (fused and
 compiled). Inputs come in their own dtypes; all arithmetic is float32, one operation at a time, in the order
 written here, and is rounded to the output dtype once.
 
