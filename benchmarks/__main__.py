@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import fcntl
 import os
 import shutil
 import sys
@@ -167,11 +168,11 @@ def run(arguments: argparse.Namespace) -> None:
         )
     console = Console()
     console.width = max(console.width, TABLE_WIDTH)
-    console.print(f"Making the inputs of size {size.name}, unless they are there.")
-    inputs = make_inputs(size, build / "inputs")
-    warm_up = make_inputs(SIZES[WARM_UP], build / "inputs")
     scratch = build / "scratch"
-    with interruptible():
+    with interruptible(), alone(build):
+        console.print(f"Making the inputs of size {size.name}, unless they are there.")
+        inputs = make_inputs(size, build / "inputs")
+        warm_up = make_inputs(SIZES[WARM_UP], build / "inputs")
         try:
             for name in arguments.stores:
                 shutil.rmtree(scratch, ignore_errors=True)
@@ -191,6 +192,21 @@ def run(arguments: argparse.Namespace) -> None:
                 report.show(results, console)
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def alone(build: Path) -> Iterator[None]:
+    """Refuse to share the directory, and so the machine, with another benchmark.
+
+    :raises SystemExit: one is running.
+    """
+    build.mkdir(parents=True, exist_ok=True)
+    with (build / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise SystemExit(f"another benchmark is running in {build}") from None
+        yield
 
 
 def _results(bench: Bench, oracle: Path | None, before: float) -> Results:
