@@ -73,7 +73,7 @@ class PriceInfo(_Model):
     """What a merge will cost, before it runs."""
 
     bytes_read: int
-    """Input bytes fetched, surveys included."""
+    """Input bytes fetched, every pass of the surveys included; passes that turn out needless fetch nothing."""
     bytes_written: int
     """Output bytes of all shards."""
     bytes_copied: int
@@ -87,11 +87,11 @@ class PriceInfo(_Model):
     parts: int
     """Part tasks."""
     survey_tasks: int
-    """Survey tasks over all passes."""
+    """Survey tasks over all passes, none of them left out."""
     surveyed_tensors: int
-    """Tensors that are read more than once because no task can hold them."""
+    """Tensors that are read more than once: because no task can hold them, or as part of the whole model's survey."""
     most_reads: int
-    """How often the most often read byte is read."""
+    """How often the most often read byte is read, when no pass of a survey turns out needless."""
     peak_bytes: int
     """Peak memory of a worker process, its baseline included."""
     arena_bytes: int

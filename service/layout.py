@@ -14,7 +14,6 @@ from service.checkpoint import StoredTensor
 from service.matching import OutputTensor
 from service.price import DESCRIPTIONS, MIN_PART_BYTES, description_bytes, merge_bytes
 from workers.binding import bind
-from workers.errors import PlanError
 from workers.task import (
     BLOCK_BYTES,
     DTYPE_BYTES,
@@ -34,12 +33,6 @@ GRAIN_ELEMENTS = math.lcm(SURVEY_ELEMENTS, BLOCK_BYTES // 2, BLOCK_BYTES // 4)
 
 PART_REFS = 1024
 """Input ranges that a part aims at, at most: what describes it stays small beside what it holds."""
-
-TRIM_SCOPE_MODEL = (
-    "trim_scope 'model' (one threshold over the whole model) is not supported yet; "
-    "set trim_scope: tensor to trim each tensor by itself"
-)
-"""Why a survey of the whole model is refused."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,29 +73,41 @@ def shard_name(number: int, count: int) -> str:
     return f"model-{number:05d}-of-{count:05d}.safetensors"
 
 
+def model_survey(tensors: Iterable[OutputTensor], semantics_version: int) -> str | None:
+    """Id of the survey that is taken of all tensors together; ``None`` when there is none.
+
+    A tensor that is tied to another one has no elements of its own, and no part in it.
+    """
+    of = [
+        arithmetic_json(tensor.source)
+        for tensor in tensors
+        if isinstance(tensor.source, Arithmetic) and tensor.is_counted and _with_others(tensor.source)
+    ]
+    return survey_id(of, semantics_version) if of else None
+
+
 def pieces_of(
-    tensor: OutputTensor, limits: Limits, semantics_version: int
+    tensor: OutputTensor, limits: Limits, semantics_version: int, together: str | None = None
 ) -> tuple[list[Piece], Survey | None]:
     """Cut one output tensor into pieces that a task can hold, with the survey that they then need.
 
-    :raises PlanError: the survey would be one of the whole model.
+    :param together: id of the survey of the whole model, which pieces refer to that are to be surveyed with others.
     """
     if tensor.numel == 0:
         return [], None
     if isinstance(tensor.source, StoredTensor):
         return list(_copies(tensor, tensor.source, min(limits.part_bytes, limits.packed_bytes // 2))), None
     whole = tensor.source
-    if whole.parameters.get("trim_scope") == "model" and bind(whole).parameters.survey_scope == "model":
-        raise PlanError(TRIM_SCOPE_MODEL)
+    shared = together if together is not None and _with_others(whole) else None
     held = merge_bytes(whole, DTYPE_BYTES[tensor.dtype])
-    alone = MergePiece("merge", whole, tensor.dtype, None)
+    alone = MergePiece("merge", whole, tensor.dtype, shared)
 
     def fits(output_bytes: int, held_bytes: int) -> bool:
         return tensor.nbytes <= output_bytes and held <= held_bytes
 
     if fits(min(limits.part_bytes, limits.whole_bytes), limits.packed_bytes):
         return [alone], None  # with a survey or without: asking the method would be half of planning
-    passes = len(bind(whole).passes)
+    passes = 0 if shared else len(bind(whole).passes)
     if passes and fits(limits.whole_bytes, limits.held_bytes):
         return [alone], None
     step = _step(whole, tensor.dtype, limits)
@@ -114,9 +119,33 @@ def pieces_of(
         return [alone], None
     survey = None
     if passes:
-        identity = digest([semantics_version, arithmetic_json(whole)])[:32]
-        survey = Survey(identity, passes, tuple(runs))
-    return [MergePiece("merge", run, tensor.dtype, survey.id if survey else None) for run in runs], survey
+        identity = survey_id(arithmetic_json(whole), semantics_version)
+        survey = Survey(identity, passes, tuple((run,) for run in runs), whole.numel)
+        shared = survey.id
+    return [MergePiece("merge", run, tensor.dtype, shared) for run in runs], survey
+
+
+def survey_together(identity: str, pieces: Iterable[MergePiece], limits: Limits) -> Survey:
+    """The survey of all tensors that ``pieces`` merge: a task sees about as many neighbours as a part has."""
+    groups = pack(pieces, limits.part_bytes, limits.packed_bytes, held_by, minimum=1)
+    tasks = tuple(
+        tuple(piece.arithmetic for piece in group if isinstance(piece, MergePiece)) for group in groups
+    )
+    numel = sum(run.last - run.first for task in tasks for run in task)
+    return Survey(identity, len(bind(tasks[0][0]).passes), tasks, numel)
+
+
+def survey_id(of: object, semantics_version: int) -> str:
+    """Id of the survey of what this JSON identifies."""
+    return digest([semantics_version, of])[:32]
+
+
+def _with_others(whole: Arithmetic) -> bool:
+    """Whether a tensor is surveyed together with all others, and not by itself."""
+    if whole.parameters.get("trim_scope") != "model":  # binding every tensor would be half of planning
+        return False
+    bound = bind(whole)
+    return bound.parameters.survey_scope == "model" and bool(bound.passes)
 
 
 def slice_arithmetic(whole: Arithmetic, first: int, last: int) -> Arithmetic:

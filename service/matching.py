@@ -6,7 +6,7 @@ All problems are found before anything is said, so that a user mends a recipe on
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from service.checkpoint import TIED_NAMES, Checkpoint, StoredTensor
 from service.recipe import Recipe
@@ -44,6 +44,13 @@ class OutputTensor:
     """A stored tensor to copy byte for byte, or the arithmetic over the whole tensor."""
     numel: int
     """Number of elements."""
+    is_tied: bool = False
+    """Whether its elements are another output tensor's once more, stored for each name that is tied to it."""
+
+    @property
+    def is_counted(self) -> bool:
+        """Whether it has elements of its own, which a statistic of the whole model counts."""
+        return self.numel > 0 and not self.is_tied
 
     @property
     def nbytes(self) -> int:
@@ -125,7 +132,32 @@ class _Matcher:
         outputs = [self._tensor(tensor) for tensor in self.reference.tensors.values()]
         problems = tuple(self._sentences())
         fitting = tuple(output for output in outputs if output and output.name not in self.misfits)
-        return Match(fitting, problems, tuple(self.notices))
+        return Match(self._tied(fitting), problems, tuple(self.notices))
+
+    def _tied(self, outputs: tuple[OutputTensor, ...]) -> tuple[OutputTensor, ...]:
+        """The outputs, with those marked that are an embedding's elements once more, in the base and every model:
+        because ``tie_word_embeddings`` says so (what is stored for the tied name is then not read), or because the
+        same bytes stand for both."""
+        embeddings = [output for output in outputs if output.name in EMBEDDING_NAMES]
+
+        def repeats(output: OutputTensor, of: OutputTensor) -> bool:
+            one, two = output.source, of.source
+            if not isinstance(one, Arithmetic) or not isinstance(two, Arithmetic):
+                return False
+            if of is output or (one.method, output.shape) != (two.method, of.shape):
+                return False
+            owners = ([self.reference] if one.base else []) + [checkpoint for _, checkpoint, _ in self.models]
+            return all(
+                checkpoint.is_tied or ref == other
+                for checkpoint, ref, other in zip(owners, one.refs, two.refs, strict=True)
+            )
+
+        return tuple(
+            replace(output, is_tied=any(repeats(output, of) for of in embeddings))
+            if output.name in TIED_NAMES
+            else output
+            for output in outputs
+        )
 
     def _problem(self, what: str, model: str, remedy: str, tensor: str, how: str = "") -> None:
         self.found.setdefault((what, model, remedy), []).append(tensor + how)

@@ -12,13 +12,23 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
-from service.layout import PART_REFS, Limits, held_by, pack, pieces_of, shard_name, shards_of
+from service.layout import (
+    PART_REFS,
+    Limits,
+    held_by,
+    model_survey,
+    pack,
+    pieces_of,
+    shard_name,
+    shards_of,
+    survey_together,
+)
 from service.matching import Inputs, Match, match
 from service.price import BASELINE_BYTES, MAX_PARTS, MIN_PART_BYTES, Price, price, workspace_bytes
 from service.recipe import Recipe
 from workers.errors import PlanError
 from workers.safetensors_format import encode, layout
-from workers.task import HeaderPiece, Part, Piece, Survey, digest, part_id
+from workers.task import HeaderPiece, MergePiece, Part, Piece, Survey, digest, part_id
 
 SEMANTICS_VERSION = 1
 """Version of the mathematics and of the layout: changes whenever the same plan could give other bytes."""
@@ -130,6 +140,8 @@ def _laid_out(
     parts: list[Part] = []
     surveys: list[Survey] = []
     weight_map: dict[str, str] = {}
+    together = model_survey(matched.tensors, SEMANTICS_VERSION)
+    counted: list[MergePiece] = []
     for number, group in enumerate(groups, start=1):
         name = shard_name(number, len(groups))
         header = HeaderPiece(
@@ -142,13 +154,17 @@ def _laid_out(
         fitted = replace(limits, part_bytes=max(limits.part_bytes, -(-size // pairs)))
         pieces: list[Piece] = [header]
         for tensor in group:
-            cut, survey = pieces_of(tensor, fitted, SEMANTICS_VERSION)
+            cut, survey = pieces_of(tensor, fitted, SEMANTICS_VERSION, together)
             pieces.extend(cut)
+            if together and tensor.is_counted:
+                counted += [p for p in cut if isinstance(p, MergePiece) and p.survey == together]
             surveys.extend([survey] if survey else [])
             weight_map[tensor.name] = name
         made = _parts(name, pieces, fitted, options)
         shards.append(Shard(name, size, header.text, len(made)))
         parts.extend(made)
+    if together:
+        surveys.append(survey_together(together, counted, limits))
     if recipe.profile is not None:
         notices: tuple[str, ...] = (f"semantics follow the profile `{recipe.profile}`", *matched.notices)
     else:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -26,6 +26,7 @@ from workers.task import (
     Piece,
     Survey,
     TensorRef,
+    refs_of,
 )
 
 BASELINE_BYTES = 384 << 20
@@ -69,7 +70,7 @@ class Price:
     """What a merge will cost, before it runs."""
 
     bytes_read: int
-    """Input bytes fetched, surveys included."""
+    """Input bytes fetched, every pass of the surveys included; passes that turn out needless fetch nothing."""
     bytes_written: int
     """Output bytes of all shards."""
     bytes_copied: int
@@ -84,11 +85,11 @@ class Price:
     parts: int
     """Part tasks."""
     survey_tasks: int
-    """Survey tasks over all passes."""
+    """Survey tasks over all passes, none of them left out."""
     surveyed_tensors: int
-    """Tensors that are read more than once because no task can hold them."""
+    """Tensors that are read more than once: because no task can hold them, or as part of the whole model's survey."""
     most_reads: int
-    """How often the most often read byte is read."""
+    """How often the most often read byte is read, when no pass of a survey turns out needless."""
     peak_bytes: int
     """Peak memory of a worker process, its baseline included: what each task of the job reserves."""
     arena_bytes: int
@@ -160,9 +161,9 @@ def part_peak_bytes(part: Part, baseline_bytes: int = BASELINE_BYTES) -> int:
     return baseline_bytes + _alone(_part_load(part))
 
 
-def survey_peak_bytes(arithmetic: Arithmetic, baseline_bytes: int = BASELINE_BYTES) -> int:
+def survey_peak_bytes(arithmetics: Sequence[Arithmetic], baseline_bytes: int = BASELINE_BYTES) -> int:
     """Peak memory of a worker that does this survey task and nothing else."""
-    return baseline_bytes + _alone(_survey_load(arithmetic))
+    return baseline_bytes + _alone(_survey_load(arithmetics))
 
 
 def price(
@@ -177,7 +178,7 @@ def price(
     :param worker_memory_bytes: what a worker may hold: reading ahead stays below it. ``None`` is no limit.
     """
     made = [_part_load(part) for part in parts]
-    surveyed = [(survey.passes, _survey_load(piece)) for survey in surveys for piece in survey.pieces]
+    surveyed = [(survey.passes, _survey_load(task)) for survey in surveys for task in survey.tasks]
     loads = [*made, *(load for _, load in surveyed)]
     input_bytes = sum(
         load.read for load in made
@@ -195,7 +196,7 @@ def price(
         shards=shards,
         parts=len(parts),
         survey_tasks=sum(passes for passes, _ in surveyed),
-        surveyed_tensors=len(surveys),
+        surveyed_tensors=sum(len(survey.names) for survey in surveys),
         most_reads=1 + max((survey.passes for survey in surveys), default=0),
         peak_bytes=fixed + arena,
         arena_bytes=arena,
@@ -218,10 +219,14 @@ def needs(price: Price, gpu_memory_bytes: int = 0) -> Needs:
 
 def part_label(part: Part) -> str:
     """A part's tensors, for people: ``model.norm.weight and 3 more``."""
-    names = list(dict.fromkeys(piece.name for piece in part.pieces if not isinstance(piece, HeaderPiece)))
-    if not names:
-        return f"header of {part.shard}"
-    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
+    names = [piece.name for piece in part.pieces if not isinstance(piece, HeaderPiece)]
+    return label_of(names) if names else f"header of {part.shard}"
+
+
+def label_of(names: Iterable[str]) -> str:
+    """One or more tensors, for people."""
+    first, *others = dict.fromkeys(names)
+    return f"{first} and {len(others)} more" if others else first
 
 
 def _part_load(part: Part) -> _Load:
@@ -240,17 +245,19 @@ def _part_load(part: Part) -> _Load:
     )
 
 
-def _survey_load(arithmetic: Arithmetic) -> _Load:
-    arrangement = Arrangement(arithmetic.refs)
-    described = PIECE_BYTES + TEXT_COPIES * len(json.dumps(arithmetic.name)) + _refs_bytes(arithmetic.refs)
+def _survey_load(arithmetics: Sequence[Arithmetic]) -> _Load:
+    arrangement = Arrangement(refs_of(arithmetics))
+    texts = sum(len(json.dumps(arithmetic.name)) for arithmetic in arithmetics)
+    described = PIECE_BYTES * len(arithmetics) + TEXT_COPIES * texts
+    described += sum(_refs_bytes(arithmetic.refs) for arithmetic in arithmetics)
     return _Load(
-        label=arithmetic.name,
+        label=label_of(arithmetic.name for arithmetic in arithmetics),
         read=arrangement.bytes_read,
         reads=_requests(arrangement),
         inputs=padded(arrangement.nbytes),
         output=0,
-        workspace=workspace_bytes(len(arithmetic.refs)),
-        description=_steps_bytes(arithmetic) + described,
+        workspace=workspace_bytes(max(len(arithmetic.refs) for arithmetic in arithmetics)),
+        description=sum(map(_steps_bytes, arithmetics)) + described,
         computes=True,
     )
 

@@ -18,13 +18,13 @@ from service.driver import Driver, TaskRequest
 from service.jobs import JobRecord
 from service.jobstore import JobStore, Lease
 from service.planning import Planned
-from service.price import needs, part_label
+from service.price import label_of, needs, part_label
 from service.settings import Settings
 from workers.binding import bind
 from workers.entry import TASKS_ENTRY
 from workers.errors import StoreError
-from workers.methods.base import Summary
-from workers.methods.evaluate import conclude_pass
+from workers.methods.base import Summary, SurveyPass
+from workers.methods.evaluate import Tally, conclude_pass, next_pass
 from workers.ranges import Arrangement
 from workers.store.base import ObjectStore
 from workers.store.settings import StoreSettings
@@ -39,6 +39,7 @@ from workers.task import (
     PartResult,
     Survey,
     SurveyTask,
+    refs_of,
 )
 
 log = structlog.get_logger(__name__)
@@ -68,8 +69,8 @@ class _Pass:
     index: int
     facts: Facts
     missing: int
-    found: Summary | None = None
-    """The summaries that came so far, combined."""
+    tally: Tally
+    """The summaries that came so far."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,11 +128,6 @@ class Work:
             if result.part not in self._results:  # Redis lost it, the object store did not
                 self._tools.jobs.record_part(self._lease, result)
                 self._results[result.part] = result
-        recorded = self._tools.jobs.surveys(self._record.id)
-        for survey in self._plan.surveys:
-            last = (survey.id, survey.passes - 1)
-            if last in recorded:
-                self._facts[survey.id] = recorded[last]
 
     def _missing(self) -> list[Part]:
         """Parts without a record, or whose record the store does not bear out."""
@@ -151,12 +147,8 @@ class Work:
     def _make(self, missing: Iterable[Part]) -> None:
         wanted: set[str] = set()
         for part in missing:
-            unknown = [survey for survey in part.surveys if survey not in self._facts]
-            if unknown:
-                wanted.update(unknown)
-                self._waiting.setdefault(unknown[0], []).append(part)
-            else:
-                self._ready.append(self._part(part))
+            wanted.update(survey for survey in part.surveys if survey not in self._facts)
+            self._queue(part)
         recorded = self._tools.jobs.surveys(self._record.id)
         for survey in self._plan.surveys:
             if survey.id in wanted:
@@ -164,6 +156,14 @@ class Work:
                 index = 1 + max(begun, default=-1)
                 self._survey(survey, index, recorded[survey.id, index - 1] if index else {})
         self._loop()
+
+    def _queue(self, part: Part) -> None:
+        """Queue a part once the surveys that it needs are done."""
+        unknown = next((survey for survey in part.surveys if survey not in self._facts), None)
+        if unknown is None:
+            self._ready.append(_Task(partial(self._part_request, part), self._part_done))
+        else:
+            self._waiting.setdefault(unknown, []).append(part)
 
     def _loop(self) -> None:
         flying: dict[Future[JSONValue], _Task] = {}
@@ -182,9 +182,6 @@ class Work:
         finally:
             for future in flying:
                 self._tools.driver.cancel(future)
-
-    def _part(self, part: Part) -> _Task:
-        return _Task(partial(self._part_request, part), self._part_done)
 
     def _part_request(self, part: Part) -> TaskRequest:
         upload = self._output.upload(part.shard, self._record.uploads)
@@ -219,39 +216,43 @@ class Work:
         self._results[result.part] = result
 
     def _survey(self, survey: Survey, index: int, facts: Facts) -> None:
-        """Queue one pass, before any part: parts wait for surveys, not the other way round."""
-        state = _Pass(survey, index, facts, len(survey.pieces))
-        done = partial(self._summary_done, state)
-        tasks = [_Task(partial(self._survey_request, state, piece), done) for piece in survey.pieces]
-        self._ready.extendleft(reversed(tasks))
+        """Go on with a survey whose passes before ``index`` found ``facts``.
 
-    def _survey_request(self, state: _Pass, piece: Arithmetic) -> TaskRequest:
+        A pass is recorded once it is done as a whole, so a job that is resumed within one begins that one anew. A
+        pass that is not needed any more is recorded with what is known.
+        """
+        passes = _passes_of(survey)
+        wanted = next_pass(passes, index, facts)
+        for needless in range(index, wanted):
+            self._tools.jobs.record_survey(self._lease, survey.id, needless, facts, 0)
+        if wanted == survey.passes:
+            self._facts[survey.id] = facts
+            for part in self._waiting.pop(survey.id, []):
+                self._queue(part)
+            return
+        state = _Pass(survey, wanted, facts, len(survey.tasks), Tally(passes[wanted]))
+        done = partial(self._summary_done, state)
+        tasks = [_Task(partial(self._survey_request, state, runs), done) for runs in survey.tasks]
+        self._ready.extendleft(reversed(tasks))  # before any part: parts wait for surveys
+
+    def _survey_request(self, state: _Pass, runs: tuple[Arithmetic, ...]) -> TaskRequest:
         survey, allow_nonfinite = state.survey, self._plan.parts[0].allow_nonfinite
-        task = SurveyTask(survey.id, state.index, piece, state.facts, allow_nonfinite)
+        task = SurveyTask(survey.id, state.index, runs, state.facts, allow_nonfinite)
         payload = {"survey": SURVEY_TASK.dump_json(task, ensure_ascii=True).decode()}
-        label = f"survey of {piece.name}, pass {state.index + 1} of {survey.passes}"
+        label = f"survey of {label_of(run.name for run in runs)}, pass {state.index + 1} of {survey.passes}"
         return self._request(payload, label)
 
     def _summary_done(self, state: _Pass, summary: Summary) -> None:
-        survey, piece = state.survey, state.survey.pieces[0]
-        survey_pass = bind(piece).passes[state.index]
-        state.found = summary if state.found is None else survey_pass.combine([state.found, summary])
+        survey = state.survey
+        state.tally.add(summary)
         state.missing -= 1
         if state.missing:
             return
-        facts = conclude_pass(survey_pass, [state.found], piece.numel, state.facts)
-        read = sum(Arrangement(each.refs).bytes_read for each in survey.pieces)
+        survey_pass = _passes_of(survey)[state.index]
+        facts = conclude_pass(survey_pass, [state.tally.total], survey.numel, state.facts)
+        read = sum(Arrangement(refs_of(runs)).bytes_read for runs in survey.tasks)
         self._tools.jobs.record_survey(self._lease, survey.id, state.index, facts, read)
-        if state.index + 1 < survey.passes:
-            self._survey(survey, state.index + 1, facts)
-            return
-        self._facts[survey.id] = facts
-        for part in self._waiting.pop(survey.id, []):
-            unknown = [other for other in part.surveys if other not in self._facts]
-            if unknown:
-                self._waiting.setdefault(unknown[0], []).append(part)
-            else:
-                self._ready.append(self._part(part))
+        self._survey(survey, state.index + 1, facts)
 
     def _save_progress(self) -> None:
         """Now and then, and never for more than a small share of the time, write the records beside the output."""
@@ -264,6 +265,11 @@ class Work:
         self._output.save_progress(self._plan.digest, self._record.uploads, self._results.values())
         self._saved_count = len(self._results)
         self._saved_at = time.monotonic() + 20 * (time.monotonic() - now)
+
+
+def _passes_of(survey: Survey) -> tuple[SurveyPass, ...]:
+    """What a survey's passes do: all of its runs share a method and parameters."""
+    return bind(survey.tasks[0][0]).passes
 
 
 def _failed(future: Future[JSONValue]) -> bool:

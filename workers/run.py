@@ -23,7 +23,7 @@ from workers.kernels import kernels_of
 from workers.kernels.base import Kernels, Operands
 from workers.kernels.reference import TORCH_DTYPES
 from workers.methods.base import Summary
-from workers.methods.evaluate import survey
+from workers.methods.evaluate import Tally, survey
 from workers.nonfinite import NonFinite
 from workers.pipeline import Pipeline
 from workers.safetensors_format import prefix
@@ -117,10 +117,10 @@ class Task(ABC):
 
 
 class SurveyRun(Task):
-    """One pass over one run of a tensor's elements."""
+    """One pass over some runs of elements."""
 
     def __init__(self, task: SurveyTask, tools: Tools) -> None:
-        super().__init__(tools, Inputs(task.arithmetic.refs), 0)
+        super().__init__(tools, Inputs(task.refs), 0)
         self._task = task
         self._summary: Summary = None
 
@@ -132,11 +132,15 @@ class SurveyRun(Task):
     def merge(self) -> None:
         """See :meth:`Task.merge`."""
         task, kernels = self._task, self._tools.kernels
-        operands = kernels.place(self._inputs.operands(task.arithmetic))
-        if task.index == 0:
-            self._problems.add_inputs(task.arithmetic.name, task.arithmetic.refs, kernels.nonfinite(operands))
-            self._refuse_nonfinite(task.allow_nonfinite)
-        self._summary = bind(task.arithmetic).passes[task.index].accumulate(kernels, operands, task.facts)
+        survey_pass = bind(task.arithmetics[0]).passes[task.index]
+        tally = Tally(survey_pass)
+        for arithmetic in task.arithmetics:
+            operands = kernels.place(self._inputs.operands(arithmetic))
+            if task.index == 0:
+                self._problems.add_inputs(arithmetic.name, arithmetic.refs, kernels.nonfinite(operands))
+            tally.add(survey_pass.accumulate(kernels, operands, task.facts))
+        self._refuse_nonfinite(task.allow_nonfinite)
+        self._summary = tally.total
         self.release()
 
     def write(self) -> None:
@@ -296,12 +300,12 @@ def run_part(
 
 
 def run_survey(task: SurveyTask, store: ObjectStore, device: str = "cpu") -> Summary:
-    """Summarise one pass over one run of a tensor's elements, in an arena of its own.
+    """Summarise one pass over some runs of elements, in an arena of its own.
 
     :raises NonFiniteError: an input holds NaN or Inf and the task does not allow it.
     :raises StoreError: reading failed.
     """
-    run = SurveyRun(task, Tools(store, Arena(Inputs(task.arithmetic.refs).nbytes), kernels_of(device)))
+    run = SurveyRun(task, Tools(store, Arena(Inputs(task.refs).nbytes), kernels_of(device)))
     _alone(run)
     return run.value
 

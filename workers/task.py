@@ -1,7 +1,7 @@
 """What a worker is handed, and what it hands back: frozen, and JSON round-trips.
 
 A :class:`Part` is one contiguous byte range of one output shard with all that is needed to make it; a
-:class:`SurveyTask` is one piece of one survey pass. Neither names a job, an upload or a credential, so a
+:class:`SurveyTask` is a share of one survey pass. Neither names a job, an upload or a credential, so a
 part's id (:func:`part_id`) depends on the bytes that it makes and on nothing else.
 """
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Literal
 
@@ -35,7 +36,7 @@ JSONValue = Any
 """A value that :mod:`json` reads and writes."""
 
 Facts = dict[str, JSONValue]
-"""What a survey found out about one tensor (thresholds, norms): small, JSON, exact."""
+"""What a survey found out about one tensor, or a model (thresholds, norms): small, JSON, exact."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +107,11 @@ class Arithmetic:
         """All byte ranges that it reads: the base first, then the models."""
         base = () if self.base is None else (self.base,)
         return base + tuple(model.ref for model in self.models)
+
+
+def refs_of(arithmetics: Iterable[Arithmetic]) -> tuple[TensorRef, ...]:
+    """All byte ranges that some runs read."""
+    return tuple(ref for arithmetic in arithmetics for ref in arithmetic.refs)
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,30 +247,43 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class Survey:
-    """A statistic of one tensor that is too big to be held by one task: passes over a grid of pieces."""
+    """A statistic of one tensor that is too big to be held by one task, or of all tensors of a model together."""
 
     id: str
-    """Hash of the arithmetic over the whole tensor."""
+    """Hash of the arithmetic over all that it is taken of."""
     passes: int
-    """How often every byte is read before the merge itself."""
-    pieces: tuple[Arithmetic, ...]
-    """Runs of elements, on multiples of :data:`SURVEY_ELEMENTS`, that cover the tensor."""
+    """How often every byte is read before the merge itself, at most: a pass that turns out needless is left out."""
+    tasks: tuple[tuple[Arithmetic, ...], ...]
+    """What each task of a pass sees: runs of elements, on multiples of :data:`SURVEY_ELEMENTS`; every element of the
+    tensors is in exactly one."""
+    numel: int
+    """Elements in all of them."""
+
+    @property
+    def names(self) -> frozenset[str]:
+        """Names of the tensors."""
+        return frozenset(run.name for task in self.tasks for run in task)
 
 
 @dataclass(frozen=True, slots=True)
 class SurveyTask:
-    """One pass over one piece of a survey."""
+    """One pass over some of a survey's runs of elements."""
 
     survey: str
     """Id of the survey."""
     index: int
     """Which pass, from 0."""
-    arithmetic: Arithmetic
-    """The run of elements to summarise."""
+    arithmetics: tuple[Arithmetic, ...]
+    """The runs of elements to summarise together; they share their method and parameters."""
     facts: Facts
     """What the passes before this one found."""
     allow_nonfinite: bool = False
     """Leave NaN and Inf out of the statistic instead of failing."""
+
+    @property
+    def refs(self) -> tuple[TensorRef, ...]:
+        """All byte ranges that it reads."""
+        return refs_of(self.arithmetics)
 
 
 @dataclass(frozen=True, slots=True)

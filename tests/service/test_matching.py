@@ -298,3 +298,46 @@ def test_parameters_are_resolved_for_each_model() -> None:
         {"density": 0.1, "weight": 1.0}, {"density": 0.4, "weight": 1.0},
     ]  # fmt: skip
     assert found.parameters["lambda"] == 0.8
+
+
+BOTH = {EMBEDDING: ("BF16", (9, 2)), HEAD: ("BF16", (9, 2)), "w": ("BF16", (9, 2))}
+ALONE = {EMBEDDING: ("BF16", (9, 2)), "w": ("BF16", (9, 2))}
+
+
+@pytest.mark.parametrize(
+    ("method", "base", "m0", "tied"),
+    [
+        ("ties", made("base", BOTH, config=TIED), made("m0", BOTH, config=TIED), {HEAD}),
+        # A model's own bytes stand for both, whatever its config does not say:
+        ("ties", made("base", BOTH, config=TIED), made("m0", ALONE, config={}), {HEAD}),
+        ("linear", made("base", BOTH), made("m0", BOTH, config=TIED), {HEAD}),
+        ("ties", made("base", BOTH, config=UNTIED), made("m0", BOTH, config=TIED), set()),
+        ("ties", made("base", BOTH, config=TIED), made("m0", BOTH, config=UNTIED), set()),
+        ("ties", made("base", BOTH, config={}), made("m0", BOTH, config={}), set()),
+        ("ties", made("base", BOTH), made("m0", BOTH), set()),
+    ],
+)  # fmt: skip
+def test_a_stored_head_is_the_embedding_once_more_only_where_all_models_tie_it(
+    method: str, base: Checkpoint, m0: Checkpoint, tied: set[str]
+) -> None:
+    found = by_name(matched(recipe_of(method, 1), base=base, m0=m0))
+    assert {name for name, tensor in found.items() if tensor.is_tied} == tied
+    assert all(tensor.is_counted is not tensor.is_tied for tensor in found.values())
+
+
+def test_what_is_tied_to_nothing_that_is_merged_counts() -> None:
+    lone = {HEAD: ("BF16", (9, 2))}
+    other = {EMBEDDING: ("BF16", (9, 3)), HEAD: ("BF16", (9, 2))}
+    integers = {EMBEDDING: ("I64", (9, 2)), HEAD: ("BF16", (9, 2))}
+    for spec in (lone, other, integers):
+        base, m0 = (made(name, spec, config=TIED, digests={EMBEDDING: "d"}) for name in ("base", "m0"))
+        found = by_name(matched(recipe_of("ties", 1), base=base, m0=m0))
+        assert found[HEAD].is_counted
+
+
+def test_of_two_names_that_are_tied_to_an_embedding_both_repeat_it() -> None:
+    names = ("shared.weight", "model.decoder.embed_tokens.weight", HEAD)
+    spec = dict.fromkeys(names, ("BF16", (9, 2)))
+    base, m0 = (made(name, spec, config=TIED) for name in ("base", "m0"))
+    found = by_name(matched(recipe_of("ties", 1), base=base, m0=m0))
+    assert [found[name].is_tied for name in names] == [False, True, True]

@@ -52,7 +52,8 @@ SMALL = MergePiece("merge", arithmetic("small", 5_000_011, 1009), "F32", None)
 FIRST = Part("model-00001-of-00002.safetensors", 1, 0, (HEADER, COPY, SMALL), 1)
 BIG = MergePiece("merge", arithmetic("big", 10_000_019, 13 * MIB + 1), "F16", "s")
 SECOND = Part("model-00002-of-00002.safetensors", 1, 0, (BIG,), 1)
-SURVEY = Survey("s", 3, (arithmetic("big", 10_000_019, 11 * MIB), arithmetic("big", 90_000_049, 2 * MIB + 1)))
+RUNS = arithmetic("big", 10_000_019, 11 * MIB), arithmetic("big", 90_000_049, 2 * MIB + 1)
+SURVEY = Survey("s", 3, ((RUNS[0],), (RUNS[1],)), 13 * MIB + 1)
 
 HELD_BIG = padded(Arrangement(BIG.refs).nbytes)
 
@@ -126,15 +127,35 @@ def test_a_description_counts_pieces_refs_and_texts_as_json_has_them() -> None:
 
 def test_the_peak_of_a_survey_task_has_no_output() -> None:
     described = description_bytes(BIG) + 44 * 3 * STEP_BYTES_PER_INPUT
-    held = Arrangement(SURVEY.pieces[0].refs).nbytes
+    held = Arrangement(RUNS[0].refs).nbytes
     assert 8 * 11 * MIB <= held < 8 * 11 * MIB + 3 * ALIGNMENT
     expected = BASELINE + padded(held) + workspace_bytes(3) + DESCRIPTIONS * described
-    assert survey_peak_bytes(SURVEY.pieces[0], BASELINE) == expected
+    assert survey_peak_bytes(SURVEY.tasks[0], BASELINE) == expected
+
+
+def test_a_survey_task_of_several_tensors_joins_their_reads_and_holds_all_of_them() -> None:
+    small = arithmetic("small", 64, 1009), arithmetic("smaller", 64 + 4 * 1009, 503), RUNS[1]
+    survey = Survey("all", 2, (small, (RUNS[0],)), 13 * MIB + 1 + 1009 + 503)
+    found = price([FIRST, SECOND], [survey], 2, BASELINE)
+    without = price([FIRST, SECOND], [], 2, BASELINE)
+    assert found.bytes_read - without.bytes_read == 2 * 8 * survey.numel
+    assert (found.survey_tasks, found.surveyed_tensors, found.most_reads) == (4, 3, 3)
+    # Bases of the two small tensors touch: one read. Their models' do not: two each. Then 8 and 4 MiB of RUNS[1].
+    assert found.requests - without.requests == 2 * ((1 + 2 * 2 + 3) + (3 + 2 + 2))
+    arrangement = Arrangement([ref for run in small for ref in run.refs])
+    alone = [
+        survey_peak_bytes((run,), 0) - padded(Arrangement(run.refs).nbytes) - workspace_bytes(3)
+        for run in small
+    ]
+    assert survey_peak_bytes(small, BASELINE) == (
+        BASELINE + padded(arrangement.nbytes) + workspace_bytes(3) + sum(alone)
+    )
+    assert price([FIRST], [replace(survey, tasks=(small,))], 1, BASELINE, 1).worst == "small and 2 more"
 
 
 def test_a_survey_can_be_the_worst_task() -> None:
     found = price([FIRST], [SURVEY], 1, BASELINE, 1)
-    assert found.peak_bytes == survey_peak_bytes(SURVEY.pieces[0], BASELINE)
+    assert found.peak_bytes == survey_peak_bytes(SURVEY.tasks[0], BASELINE)
     assert found.worst == "big"
 
 

@@ -71,16 +71,20 @@ def run(planned: Planned, output: Path, store: ObjectStore | None = None, order:
     facts: dict[str, Facts] = {}
     for survey in found.surveys:
         known: Facts = {}
-        for index in range(survey.passes):
+        passes = bind(survey.tasks[0][0]).passes
+        assert len(passes) == survey.passes
+        for index, survey_pass in enumerate(passes):
+            if not survey_pass.needed(known):
+                continue
             tasks = [
-                SurveyTask(survey.id, index, p, known, found.parts[0].allow_nonfinite) for p in survey.pieces
+                SurveyTask(survey.id, index, runs, known, found.parts[0].allow_nonfinite)
+                for runs in survey.tasks
             ]
             shuffle(tasks)
             summaries = [
                 run_survey(SURVEY_TASK.validate_json(SURVEY_TASK.dump_json(t)), store) for t in tasks
             ]
-            bound = bind(survey.pieces[0])
-            known = conclude_pass(bound.passes[index], summaries, survey.pieces[0].numel, known)
+            known = conclude_pass(survey_pass, summaries, survey.numel, known)
         facts[survey.id] = known
     target = from_path(str(output))
     uploads = {s.name: store.open_upload(join(target, s.name), s.size, {}) for s in found.shards}

@@ -296,7 +296,7 @@ def test_a_survey_finds_it_too(tmp_path: Path) -> None:
     poisoned(tmp_path)
     planned = plan(tmp_path, "ties", NAMES, {"density": 0.3}, SPLIT)
     (survey,) = planned.plan.surveys
-    task = SurveyTask(survey.id, 0, survey.pieces[0], {})
+    task = SurveyTask(survey.id, 0, survey.tasks[0], {})
     with pytest.raises(NonFiniteError, match="holds 1 NaN"):
         run_survey(task, LocalStore())
 

@@ -79,7 +79,9 @@ def test_a_run_of_elements_is_measured_in_its_own_dtype() -> None:
 
 
 def test_tasks_and_results_round_trip_through_json() -> None:
-    survey = SurveyTask("s1", 1, ARITHMETIC, {"trim_high": [[7, 1], None], "x": 0.1}, allow_nonfinite=True)
+    runs = (ARITHMETIC, replace(ARITHMETIC, name="v"))
+    survey = SurveyTask("s1", 1, runs, {"trim_high": [[7, 1], None], "x": 0.1}, allow_nonfinite=True)
+    assert survey.refs == (REF,) * 4
     result = PartResult(
         "id",
         "shard",

@@ -46,6 +46,10 @@ Terms = Callable[[Facts], tuple[Term, ...]]
 class SurveyPass(ABC):
     """One pass over all elements of a tensor, or of a model. Immutable; holds its parameters."""
 
+    def needed(self, facts: Facts) -> bool:
+        """Whether this has something to find, given what the passes before it found."""
+        return True
+
     @abstractmethod
     def accumulate(self, kernels: Kernels, operands: Operands, facts: Facts) -> Summary:
         """The statistic of one run of elements; ``facts`` are those of the passes before."""

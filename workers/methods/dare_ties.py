@@ -11,7 +11,8 @@ from workers.kernels.base import Formula
 from workers.methods.base import Method, SurveyPass, SurveyScope
 from workers.methods.common import Fraction01, Rescale, SparseModel, densities_of, terms_of
 from workers.methods.drop import Drop
-from workers.methods.elect import consensus, election_passes
+from workers.methods.elect import consensus
+from workers.methods.majority import trim_and_election_passes
 from workers.methods.trim import Trim, TrimmingParameters
 from workers.task import Facts
 
@@ -48,7 +49,7 @@ def _steps(parameters: DareTiesParameters, models: Sequence[SparseModel]) -> tup
 def survey(parameters: DareTiesParameters, models: Sequence[SparseModel]) -> tuple[SurveyPass, ...]:
     """The passes for norms, thresholds and the majority sign, each only where it is asked for."""
     drop, trim = _steps(parameters, models)
-    return drop.passes() + trim.passes() + election_passes(parameters, trim.terms)
+    return drop.passes() + trim_and_election_passes(parameters, trim)
 
 
 def formula(parameters: DareTiesParameters, models: Sequence[SparseModel], facts: Facts) -> Formula:

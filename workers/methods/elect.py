@@ -22,13 +22,17 @@ class ElectingParameters(TaskVectorParameters):
 
 @dataclass(frozen=True, slots=True)
 class ElectedSigns(SurveyPass):
-    """The balance of the elected signs. Adds ``zero_sign``: 1, or -1 on a tie as the authors do.
+    """The balance of the elected signs. Adds ``zero_sign``: 1, or -1 on a tie as the authors do. Not needed when an
+    earlier pass could tell.
 
     A summary is the number of elements that elect ``+`` less those that elect ``-``.
     """
 
     terms: Terms
     """The terms that elect."""
+
+    def needed(self, facts: Facts) -> bool:
+        return "zero_sign" not in facts
 
     def accumulate(self, kernels: Kernels, operands: Operands, facts: Facts) -> Summary:
         return kernels.elected(operands, Formula(self.terms(facts), task_vectors=True))
@@ -38,11 +42,6 @@ class ElectedSigns(SurveyPass):
 
     def conclude(self, summary: Summary, numel: int, facts: Facts) -> Facts:
         return {"zero_sign": 1 if summary > 0 else -1}
-
-
-def election_passes(parameters: ElectingParameters, terms: Terms) -> tuple[SurveyPass, ...]:
-    """The pass that finds the sign of zero sums; none when it is always ``+``."""
-    return (ElectedSigns(terms),) if parameters.zero_sign == "majority" else ()
 
 
 def consensus(terms: tuple[Term, ...], parameters: ElectingParameters, facts: Facts) -> Formula:

@@ -19,10 +19,37 @@ from workers.task import Facts
 TORCH: Kernels = TorchKernels()
 """What computes unless other kernels are given."""
 
+_HELD_SUMMARIES = 8
+"""Summaries of a survey that wait to be combined, at most: of 16 models they may have 2 MB each."""
+
 
 def conclude_pass(survey_pass: SurveyPass, summaries: Sequence[Summary], numel: int, facts: Facts) -> Facts:
     """The facts after a pass, given the summaries of all pieces of what is surveyed, in any order."""
     return facts | survey_pass.conclude(survey_pass.combine(summaries), numel, facts)
+
+
+def next_pass(passes: Sequence[SurveyPass], number: int, facts: Facts) -> int:
+    """The first pass from ``number`` on that is needed, given the facts so far; ``len(passes)`` when none is."""
+    return next((at for at in range(number, len(passes)) if passes[at].needed(facts)), len(passes))
+
+
+class Tally:
+    """The summaries of a pass, combined as they come, a few at a time: so few are held, and each is opened once."""
+
+    def __init__(self, survey_pass: SurveyPass) -> None:
+        self._pass = survey_pass
+        self._summaries: list[Summary] = []
+
+    def add(self, summary: Summary) -> None:
+        """Take in one more."""
+        self._summaries.append(summary)
+        if len(self._summaries) > _HELD_SUMMARIES:
+            self._summaries = [self.total]
+
+    @property
+    def total(self) -> Summary:
+        """One summary for all that came, of at least one."""
+        return self._pass.combine(self._summaries)
 
 
 def survey(passes: Sequence[SurveyPass], operands: Operands, kernels: Kernels = TORCH) -> Facts:
@@ -35,8 +62,9 @@ def survey_all(passes: Sequence[SurveyPass], tensors: Sequence[Operands], kernel
     numel = sum(tensor.numel for tensor in tensors)
     facts: Facts = {}
     for survey_pass in passes:
-        summaries = [survey_pass.accumulate(kernels, tensor, facts) for tensor in tensors]
-        facts = conclude_pass(survey_pass, summaries, numel, facts)
+        if survey_pass.needed(facts):
+            summaries = [survey_pass.accumulate(kernels, tensor, facts) for tensor in tensors]
+            facts = conclude_pass(survey_pass, summaries, numel, facts)
     return facts
 
 

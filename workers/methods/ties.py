@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from workers.kernels.base import Formula
 from workers.methods.base import Method, SurveyPass
 from workers.methods.common import SparseModel, densities_of, terms_of
-from workers.methods.elect import consensus, election_passes
+from workers.methods.elect import consensus
+from workers.methods.majority import trim_and_election_passes
 from workers.methods.trim import Trim, TrimmingParameters
 from workers.task import Facts
 
@@ -26,8 +27,7 @@ def _trim(parameters: TiesParameters, models: Sequence[SparseModel]) -> Trim:
 
 def survey(parameters: TiesParameters, models: Sequence[SparseModel]) -> tuple[SurveyPass, ...]:
     """The passes for the thresholds, and for the majority sign where that is asked for."""
-    trim = _trim(parameters, models)
-    return trim.passes() + election_passes(parameters, trim.terms)
+    return trim_and_election_passes(parameters, _trim(parameters, models))
 
 
 def formula(parameters: TiesParameters, models: Sequence[SparseModel], facts: Facts) -> Formula:

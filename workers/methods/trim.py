@@ -25,7 +25,8 @@ from workers.methods.common import EqualMagnitudes
 from workers.methods.elect import ElectingParameters
 from workers.task import Facts, JSONValue
 
-_BINS = 1 << 16
+BINS = 1 << 16
+"""Values of 16 bits."""
 
 
 class TrimmingParameters(ElectingParameters):
@@ -116,7 +117,7 @@ class _Histogram(SurveyPass):
 
     def accumulate(self, kernels: Kernels, operands: Operands, facts: Facts) -> Summary:
         formula = self.trim.surveyed(facts)
-        counts = np.zeros((len(formula.terms), _BINS), dtype=np.int64)
+        counts = np.zeros((len(formula.terms), BINS), dtype=np.int64)
         kernels.histogram(operands, formula, self._high(formula, facts), counts)
         packed = {term.model: _pack(counted) for term, counted in zip(formula.terms, counts, strict=True)}
         return [packed.get(model) for model in range(len(self.trim.densities))]
@@ -204,7 +205,7 @@ def _pack(counts: Counts) -> str:
     return base64.b64encode(zlib.compress(raw, level=1)).decode("ascii")
 
 
-def _unpack(histogram: str) -> tuple[Counts, Counts]:
+def counts_of(histogram: str) -> tuple[Counts, Counts]:
     """The filled bins of a packed histogram, ascending, and their counts."""
     raw = zlib.decompress(base64.b64decode(histogram))
     filled = len(raw) // 10
@@ -214,18 +215,18 @@ def _unpack(histogram: str) -> tuple[Counts, Counts]:
 
 def _add(histograms: Sequence[str | None]) -> str | None:
     """One packed histogram for several."""
-    total = np.zeros(_BINS, dtype=np.int64)
+    total = np.zeros(BINS, dtype=np.int64)
     for histogram in histograms:
         if histogram is None:
             return None
-        bins, counts = _unpack(histogram)
+        bins, counts = counts_of(histogram)
         total[bins] += counts
     return _pack(total)
 
 
 def _select(histogram: str, rank: int) -> list[int]:
     """The bin of the ``rank``-th largest value (from 1), and the rank of that value within its bin."""
-    bins, counts = (found[::-1] for found in _unpack(histogram))
+    bins, counts = (found[::-1] for found in counts_of(histogram))
     totals = np.cumsum(counts)
     at = int(np.searchsorted(totals, rank))
     if at == len(totals):
