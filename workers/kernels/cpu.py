@@ -1,0 +1,157 @@
+"""The kernels fused and compiled for processors: each input is read once, a tile at a time, and no temporary is
+larger than a tile. The same bits as :class:`workers.kernels.torch_kernels.TorchKernels`, which says what they mean.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from workers.kernels import cpu_dtypes as dtypes
+from workers.kernels import cpu_passes as passes
+from workers.kernels.base import Counts, Divisor, Formula, Found, Operands, Sums, Term
+from workers.kernels.cpu_compile import Records
+from workers.kernels.reference import float32
+from workers.task import SURVEY_ELEMENTS
+
+_CODES = {
+    torch.float32: dtypes.FLOAT32,
+    torch.bfloat16: dtypes.BFLOAT16,
+    torch.float16: dtypes.FLOAT16,
+}
+
+
+class FusedKernels:
+    """The compiled implementation of :class:`workers.kernels.base.Kernels`, for tensors in main memory.
+
+    It has no state, and may be used by several threads at once; each call keeps one core busy, without the
+    interpreter's lock, and takes a few hundred KiB of workspace.
+    """
+
+    def place(self, operands: Operands) -> Operands:
+        """The operands as they are: in main memory."""
+        return operands
+
+    def merge(self, operands: Operands, formula: Formula, out: torch.Tensor) -> Found:
+        """Write the merged elements to ``out``, and say what was found."""
+        election = formula.election
+        found = np.zeros(len(operands.inputs) + 1, dtype=np.int64)
+        passes.merge(
+            _places(*operands.inputs, out),
+            _terms(operands, formula),
+            operands.first,
+            operands.numel,
+            _task_vectors(operands, formula),
+            0 if election is None else int(election.zero_sign),
+            formula.divide is not None,
+            np.float32(1.0 if formula.divide is None else float32(formula.divide)),
+            np.float32(float32(formula.lambda_)),
+            found,
+        )
+        *counts, overflowed = found.tolist()
+        return Found(tuple(counts), overflowed)
+
+    def nonfinite(self, operands: Operands) -> tuple[int, ...]:
+        """NaN and infinities of each input, the base first."""
+        found = np.zeros(len(operands.inputs), dtype=np.int64)
+        passes.nonfinite(_places(*operands.inputs), operands.numel, found)
+        return tuple(found.tolist())
+
+    def histogram(
+        self, operands: Operands, formula: Formula, high: Sequence[int] | None, counts: Counts
+    ) -> None:
+        """Count the high 16 magnitude bits of each term, or the low ones within its bin ``high``, into ``counts``."""
+        bins = np.full(len(formula.terms), -1, dtype=np.int64) if high is None else _integers(high)
+        passes.histogram(*_run(operands, formula), bins, counts)
+
+    def equal_counts(self, operands: Operands, formula: Formula, thresholds: Sequence[int]) -> Counts:
+        """How many elements of each term have the magnitude bits of its threshold: ``[blocks, terms]``."""
+        counts = np.zeros((_blocks(operands), len(formula.terms)), dtype=np.int64)
+        passes.equal_counts(*_run(operands, formula), _integers(thresholds), counts)
+        return counts
+
+    def elected(self, operands: Operands, formula: Formula) -> int:
+        """Elements whose terms' weighted sum is above zero, less those where it is below."""
+        found = np.zeros(1, dtype=np.int64)
+        passes.elected(*_run(operands, formula), found)
+        return int(found[0])
+
+    def norms(self, operands: Operands, formula: Formula) -> Sums:
+        """L1 norms of each term before its drop and after, unscaled: ``[blocks, terms, 2]``."""
+        sums = np.empty((_blocks(operands), len(formula.terms), 2), dtype=np.float64)
+        passes.norms(*_run(operands, formula), sums)
+        return sums
+
+    def products(self, operands: Operands) -> Sums:
+        """Both squared norms of two models and their dot product: ``[blocks, 3]``."""
+        sums = np.empty((_blocks(operands), 3), dtype=np.float64)
+        passes.products(_places(*operands.models), operands.numel, sums)
+        return sums
+
+
+def _run(operands: Operands, formula: Formula) -> tuple[Records, Records, int, int, bool]:
+    """What every pass over a formula's terms takes first."""
+    return (
+        _places(*operands.inputs),
+        _terms(operands, formula),
+        operands.first,
+        operands.numel,
+        _task_vectors(operands, formula),
+    )
+
+
+def _places(*tensors: torch.Tensor) -> Records:
+    """Where the tensors' elements are."""
+    numel = tensors[0].numel()
+    for tensor in tensors:
+        if tensor.device.type != "cpu" or not tensor.is_contiguous() or tensor.numel() != numel:
+            raise ValueError("compiled kernels take contiguous tensors of one length, in main memory")
+    places = [(tensor.data_ptr(), _CODES[tensor.dtype], tensor.element_size()) for tensor in tensors]
+    return np.array(places, dtype=passes.PLACE)
+
+
+def _terms(operands: Operands, formula: Formula) -> Records:
+    divisor = None if formula.election is None else formula.election.divisor
+    shift = len(operands.inputs) - len(operands.models)
+    terms = []
+    for term in formula.terms:
+        drawn = 0 < term.keep_below <= 0xFFFFFFFF
+        cut_block, take = (-1, 0) if term.cut is None else term.cut
+        terms.append(
+            (
+                shift + term.model,
+                operands.mask_keys[term.model] if drawn else 0,
+                term.keep_below,
+                term.threshold,
+                cut_block,
+                take,
+                float32(term.factor),
+                float32(term.weight),
+                float32(_share(term, divisor)),
+            )
+        )
+    return np.array(terms, dtype=passes.TERM)
+
+
+def _share(term: Term, divisor: Divisor | None) -> float:
+    """What a term adds to the divisor where it agrees; of a divisor of zero 1 is made."""
+    if divisor is None:
+        return 0.0
+    return {"abs_weights": abs(term.weight), "count": 1.0, "weights": term.weight}[divisor]
+
+
+def _task_vectors(operands: Operands, formula: Formula) -> bool:
+    if formula.task_vectors and operands.base is None:
+        raise ValueError("task vectors need the base model's elements")
+    return formula.task_vectors
+
+
+def _integers(values: Sequence[int]) -> Counts:
+    return np.array(values, dtype=np.int64)
+
+
+def _blocks(operands: Operands) -> int:
+    return math.ceil(operands.numel / SURVEY_ELEMENTS)
