@@ -51,7 +51,7 @@ class Settings(BaseSettings):
     """Part tasks of one job that are handed to Ray at once; Ray runs as many as fit."""
     lease_seconds: float = Field(default=15.0, gt=0)
     """How long a scheduler owns a job without a sign of life."""
-    poll_seconds: float = Field(default=0.5, gt=0)
+    poll_seconds: float = Field(default=0.1, gt=0)
     """How often a scheduler looks for work and for cancelled jobs."""
     progress_seconds: float = Field(default=5.0, gt=0)
     """How often finished parts are also written beside the output, in case Redis is lost."""
