@@ -101,7 +101,7 @@ def picture(found: Sequence[Results]) -> str:
 def _bars(title: str, rows: Sequence[Line], top: float) -> tuple[list[str], float]:
     """One panel of bars, and where it ends."""
     values = [bound for row in rows for bound in (row.wall.least, row.wall.most)]
-    axis = decades(values, LEFT, WIDTH - 60)
+    axis = decades([min(values) / 2, *values], LEFT, WIDTH - 60)  # the shortest bar has a length too
     body = [_text(10, top + 14, title, weight="bold")]
     body += _legend(dict.fromkeys(row.what for row in rows), top + 14)
     y = top + 28
