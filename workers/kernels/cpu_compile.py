@@ -32,7 +32,6 @@ Floats = npt.NDArray[np.float32]
 Doubles = npt.NDArray[np.float64]
 Integers = npt.NDArray[np.int64]
 Words = npt.NDArray[np.uint32]
-Flags = npt.NDArray[np.uint8]
 Raw = npt.NDArray[Any]
 """Elements of an input or output as unsigned integers of their width."""
 Records = npt.NDArray[np.void]
@@ -110,6 +109,19 @@ def _pointer(typing_context: Any, address: Any) -> Any:
     return types.voidptr(types.int64), generate
 
 
+def _prefetch(typing_context: Any, address: Any) -> Any:
+    def generate(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Sequence[ir.Value]) -> Any:
+        bytes_, flag = ir.IntType(8).as_pointer(), ir.IntType(32)
+        what = ir.FunctionType(ir.VoidType(), [bytes_, flag, flag, flag])
+        function = builder.module.declare_intrinsic("llvm.prefetch.p0", (), what)
+        to_read, into_second_level, data = flag(0), flag(2), flag(1)
+        at = builder.inttoptr(arguments[0], bytes_)
+        builder.call(function, [at, to_read, into_second_level, data])
+        return context.get_dummy_value()
+
+    return types.void(types.int64), generate
+
+
 bits_of = cast(Callable[[np.float32], np.uint32], intrinsic(_bits_of))
 """The bits of a float32."""
 
@@ -118,3 +130,6 @@ float_of = cast(Callable[[np.uint32], np.float32], intrinsic(_float_of))
 
 pointer = cast(Callable[[int], Any], intrinsic(_pointer))
 """An address as a pointer, for ``carray``."""
+
+prefetch = cast(Callable[[int], None], intrinsic(_prefetch))
+"""Ask for the cache line of an address, whether or not it may be read."""

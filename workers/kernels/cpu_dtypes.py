@@ -18,6 +18,7 @@ from workers.kernels.cpu_compile import (
     float_of,
     inlined,
     pointer,
+    prefetch,
 )
 
 FLOAT32, BFLOAT16, FLOAT16 = 0, 1, 2
@@ -34,6 +35,8 @@ _NAN = np.uint32(0x7FC00000)
 ZERO = np.float32(0.0)
 ONE = np.float32(1.0)
 _TWO = np.float32(2.0)
+
+_CACHE_LINE = 64
 
 
 @inlined
@@ -122,6 +125,7 @@ def load(
     place: np.void, start: int, less: Floats, threshold: np.uint32, weight: np.float32, row: Floats
 ) -> np.uint32:
     """Widen a place's elements from ``start`` on, subtract ``less``, trim and weigh; returns the non-finite ones."""
+    _ask_for_next(place, start, row.size)
     address = pointer(place["address"] + start * place["width"])
     if place["dtype"] == BFLOAT16:
         return _load_bfloat16(carray(address, (row.size,), np.uint16), less, threshold, weight, row)
@@ -134,6 +138,14 @@ def load(
 def widen(place: np.void, start: int, less: Floats, row: Floats) -> np.uint32:
     """As :func:`load`, neither trimmed nor weighed."""
     return load(place, start, less, np.uint32(0), ONE, row)
+
+
+@inlined
+def _ask_for_next(place: np.void, start: int, size: int) -> None:
+    """Have the place's next tile fetched meanwhile: what looks ahead by itself stops at the end of every page."""
+    first = place["address"] + (start + size) * place["width"]
+    for line in range(first, first + size * place["width"], _CACHE_LINE):
+        prefetch(line)
 
 
 def _storer(narrow: Narrow, infinity: np.unsignedinteger) -> Callable[..., np.uint32]:

@@ -221,8 +221,7 @@ def histogram(
     """Count the high 16 bits of each term, or where ``high`` is not negative, the low ones within that bin."""
     rows = _rows(1, numel)
     words = np.zeros(TILE, np.uint32)
-    flags = np.empty(TILE, np.uint8)
-    table = np.zeros(BINS * COLUMNS, np.uint32)
+    table = np.zeros((BINS + 1) * COLUMNS, np.uint32)
     for number in range(terms.size):
         for start in range(0, numel, TILE):
             size = min(TILE, numel - start)
@@ -231,10 +230,9 @@ def histogram(
             tiles.sparse(places, terms[number], first, start, less, words, row)
             if high[number] < 0:
                 tiles.high_bits(row, words[:size])
-                tiles.count(words[:size], table)
             else:
-                wanted = tiles.low_bits(row, np.uint32(high[number]), words, flags)
-                tiles.count(words[:wanted], table)
+                tiles.low_bits(row, np.uint32(high[number]), words[:size])
+            tiles.count(words[:size], table)
         tiles.move(table, counts[number])
 
 

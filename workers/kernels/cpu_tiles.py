@@ -11,7 +11,6 @@ import numpy as np
 
 from workers.kernels.cpu_compile import (
     Doubles,
-    Flags,
     Floats,
     Integers,
     Records,
@@ -168,29 +167,20 @@ def high_bits(row: Floats, bins: Words) -> None:
 
 
 @inlined
-def low_bits(row: Floats, high: np.uint32, bins: Words, flags: Flags) -> int:
-    """Gather the low 16 bits of the elements whose high magnitude bits are ``high``; returns how many they are.
+def low_bits(row: Floats, high: np.uint32, bins: Words) -> None:
+    """The low 16 bits of the elements whose high magnitude bits are ``high``; 65536 for the others.
 
-    ``flags`` has room for a byte an element, to a multiple of 8. Few elements are wanted: eight that are not are
-    passed over at once.
+    Those are many, but in bfloat16 so may the wanted ones be: to count all costs less than to pick them out.
     """
-    size = row.size
-    for i in range(size):
-        flags[i] = np.uint8((finite_bits(row[i]) >> np.uint32(16)) == high)
-    flags[size : (size + 7) // 8 * 8] = 0
-    eights = flags.view(np.uint64)
-    found = 0
-    for eight in range((size + 7) // 8):
-        if eights[eight] != 0:
-            for i in range(8 * eight, min(8 * eight + 8, size)):
-                bins[found] = finite_bits(row[i]) & np.uint32(0xFFFF)
-                found += int(flags[i])
-    return found
+    for i in range(row.size):
+        magnitude = finite_bits(row[i])
+        wanted = (magnitude >> np.uint32(16)) == high
+        bins[i] = magnitude & np.uint32(0xFFFF) if wanted else np.uint32(0x10000)
 
 
 @inlined
 def count(bins: Words, table: Words) -> None:
-    """Add to ``table``, shape ``[65536 * 4]``: consecutive elements to different columns.
+    """Add to ``table``, shape ``[65537 * 4]``: consecutive elements to different columns.
 
     Elements of equal bins would else wait for each other's stores.
     """
