@@ -89,6 +89,7 @@ def copy(request: Request) -> Reply:
     is_local = request.store is None
     with get_context("fork").Pool(request.processes, _connect, (request,)) as pool:
         pool.map(_idle, range(request.processes), chunksize=1)
+        _connect(request)
         begun, used = time.perf_counter(), time.process_time()
         cpu_s = copy_files(request, pool.imap) if is_local else copy_objects(request, pool.imap)
         return Reply(time.perf_counter() - begun, cpu_s + time.process_time() - used)

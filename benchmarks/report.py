@@ -86,7 +86,7 @@ def scale_cells(scale: Scale) -> list[str]:
 
 def show(results: Results, console: Console) -> None:
     """Print the results."""
-    for store in dict.fromkeys(run.store for run in results.runs):
+    for store in dict.fromkeys(line.store for line in lines(results)):
         table = Table(title=f"{results.size} on {store}: median (least–most)", title_justify="left")
         for number, column in enumerate(COLUMNS):
             table.add_column(column, justify="left" if number < 2 else "right", no_wrap=True)
