@@ -17,7 +17,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from functools import cache
 from multiprocessing import get_context
@@ -95,7 +95,7 @@ def copy(request: Request) -> Reply:
         return Reply(time.perf_counter() - begun, cpu_s + time.process_time() - used)
 
 
-Map = Callable[[Callable[[Part], tuple[float, Any]], list[Part]], Any]
+Map = Callable[[Callable[[Part], tuple[float, Any]], list[Part]], Iterable[tuple[float, Any]]]
 
 
 def copy_files(request: Request, run: Map) -> float:
