@@ -70,6 +70,8 @@ class _Kept:
     def of(self, nbytes: int) -> Iterator[Arena]:
         if self._timer is not None:
             self._timer.cancel()
+            self._timer.join()  # it holds the arena, too
+            self._timer = None
         if self._arena is None or self._arena.nbytes != padded(nbytes):
             self._arena = None  # before there is another
             reset_peak_bytes()

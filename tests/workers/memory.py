@@ -1,7 +1,7 @@
 """How much a worker grows by a task, measured in a process of its own that has a fleet's environment.
 
-Run as a program it is that worker: it takes the payloads of ``sys.argv[1]`` one after another, as
-:func:`service.fleet.run_entry` does, and prints how far above its start each one took it.
+Run as a program it is that worker: it takes the payloads of ``sys.argv[1]`` one after another, each as a stream of
+one task with an arena just for it, and prints how far above its start each one took it.
 """
 
 from __future__ import annotations
@@ -18,14 +18,13 @@ from typing import Any
 from service.fleet_process import WORKER_ENV
 from workers import entry
 
-Task = tuple[str, Any]
-"""The function of :mod:`workers.entry`, and its payload."""
+Task = dict[str, Any]
+"""A payload of :func:`workers.entry.tasks`."""
 
 
 def growth(tasks: Sequence[Task], scratch: Path) -> list[int]:
     """The most resident bytes during each task, less those of the worker that had imported all and done nothing."""
-    lines = [json.dumps([name, json.dumps(payload)]) for name, payload in tasks]
-    scratch.write_text("\n".join(lines))
+    scratch.write_text("\n".join(json.dumps(payload) for payload in tasks))
     command = [sys.executable, "-m", __name__, str(scratch)]
     done = subprocess.run(
         command, env={**os.environ, **WORKER_ENV}, stdout=subprocess.PIPE, check=True, timeout=100
@@ -45,12 +44,15 @@ def main() -> None:
     start, found = status("VmRSS"), []
     with Path(sys.argv[1]).open(encoding="utf-8") as lines:
         for line in lines:
-            name, payload = json.loads(line)
+            payload = json.loads(line)
             del line
             Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # VmHWM begins anew
-            answer = json.dumps({"value": getattr(entry, name)(json.loads(payload))})
+            ((_, value),) = entry.tasks([payload])
+            if isinstance(value, Exception):
+                raise value
+            answer = json.dumps({"value": value})
             found.append(status("VmHWM") - start)
-            del answer, payload
+            del answer, payload, value
             ctypes.CDLL(None).malloc_trim(0)
     sys.stdout.write(json.dumps(found))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +10,14 @@ import pytest
 import torch
 
 from service.plan import Plan, PlanOptions
-from service.price import part_peak_bytes, survey_peak_bytes, workspace_bytes
+from service.price import part_peak_bytes, price, survey_peak_bytes, workspace_bytes
 from tests.checkpoints import Tensors, write_checkpoint
 from tests.workers.execute import plan
 from tests.workers.memory import Task, growth
 from workers.binding import bind
 from workers.methods.evaluate import conclude_pass
 from workers.run import run_survey
+from workers.store import StoreSettings
 from workers.store.local import LocalStore
 from workers.store.uris import from_path, join
 from workers.task import PART, SURVEY_ELEMENTS, SURVEY_TASK, Facts, SurveyTask
@@ -29,6 +31,7 @@ CASES: list[tuple[str, str, dict[str, Any]]] = [
     ("dare_ties", "narrow", {"density": 0.9, "rescale": "l1", "retrim": True, **ALL}),
 ]
 """Method, model and parameters, with every pass that a survey can have."""
+SHARED = {"store": StoreSettings().model_dump(mode="json"), "device": "cpu"}
 
 
 @pytest.fixture(scope="module")
@@ -61,25 +64,26 @@ def part_tasks(root: Path, name: str, found: Plan) -> list[tuple[Task, int]]:
         for part in found.parts:
             if part.shard == shard.name:
                 text = PART.dump_json(part, ensure_ascii=True).decode()
-                payload = {"part": text, "upload": {"uri": upload.uri, "id": upload.id}}
-                task = ("part", payload | {"facts": {}, "store": {}, "device": "cpu"})
-                tasks.append((task, part_peak_bytes(part, 0)))
+                payload = {"part": text, "upload": {"uri": upload.uri, "id": upload.id}, "facts": {}}
+                shared = SHARED | {"arena_bytes": price([part], [], 1).arena_bytes}
+                tasks.append((payload | shared, part_peak_bytes(part, 0)))
     return tasks
 
 
 def survey_tasks(found: Plan) -> list[tuple[Task, int]]:
     """The first task of every pass of a plan's only survey, each with its price."""
     (survey,) = found.surveys
-    assert len(survey.pieces) > 1
+    assert len(survey.tasks) > 1
     tasks: list[tuple[Task, int]] = []
     facts: Facts = {}
-    for index, survey_pass in enumerate(bind(survey.pieces[0]).passes):
-        pieces = [SurveyTask(survey.id, index, piece, facts) for piece in survey.pieces]
-        text = SURVEY_TASK.dump_json(pieces[0], ensure_ascii=True).decode()
-        task = ("survey", {"task": text, "store": {}, "device": "cpu"})
-        tasks.append((task, survey_peak_bytes(survey.pieces[0], 0)))
-        summaries = [run_survey(piece, LocalStore()) for piece in pieces]
-        facts = conclude_pass(survey_pass, summaries, ELEMENTS, facts)
+    alone = replace(survey, tasks=survey.tasks[:1])
+    shared = SHARED | {"arena_bytes": price([], [alone], 0).arena_bytes}
+    for index, survey_pass in enumerate(bind(survey.tasks[0][0]).passes):
+        runs = [SurveyTask(survey.id, index, runs, facts) for runs in survey.tasks]
+        text = SURVEY_TASK.dump_json(runs[0], ensure_ascii=True).decode()
+        tasks.append(({"survey": text} | shared, survey_peak_bytes(survey.tasks[0], 0)))
+        summaries = [run_survey(task, LocalStore()) for task in runs]
+        facts = conclude_pass(survey_pass, summaries, survey.numel, facts)
     return tasks
 
 
@@ -92,6 +96,25 @@ def test_surveys(models: Path, tmp_path: Path, count: int) -> None:
         tasks += part_tasks(tmp_path, f"{method}-{model}", found.plan)
     split = PlanOptions(worker_memory_bytes=1 << 40, whole_tensor_bytes=5 * MIB, part_bytes=5 * MIB)
     tasks += survey_tasks(plan(models, "ties", ["low"] * count, CASES[0][2], split).plan)
+    check(tasks, tmp_path)
+
+
+@pytest.mark.parametrize("count", [1, 8])
+def test_a_survey_task_of_a_crowd_of_tensors(tmp_path: Path, count: int) -> None:
+    """Of a whole model: each tensor's histograms are as full as they can be."""
+    generator = torch.Generator().manual_seed(0)
+
+    def drawn(bits: int, below: int) -> Tensors:
+        found = torch.randint(0, below, (60, 1 << 15), generator=generator, dtype=torch.int32) + bits
+        return {f"t{number}": row.clone() for number, row in enumerate(found.view(torch.float32))}
+
+    write_checkpoint(tmp_path / "base", {f"t{number}": torch.zeros(1 << 15) for number in range(60)})
+    tasks: list[tuple[Task, int]] = []
+    options = PlanOptions(worker_memory_bytes=1 << 40, part_bytes=5 * MIB)
+    for name, bits, below in (("low", 0x3F80_0000, 1 << 16), ("high", 0, 0x7000_0000)):
+        write_checkpoint(tmp_path / name, drawn(bits, below))
+        found = plan(tmp_path, "ties", [name] * count, {"density": 0.5}, options, profile="paper")
+        tasks += survey_tasks(found.plan)
     check(tasks, tmp_path)
 
 
