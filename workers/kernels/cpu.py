@@ -92,6 +92,23 @@ class FusedKernels:
         return sums
 
 
+def prepare() -> None:
+    """Load every kernel, and compile and keep those that never were here: seconds that a first call would take.
+
+    For a container's build, and for a service before its workers start.
+    """
+    one = torch.zeros(1)
+    operands, formula = Operands(0, one, (one, one), ()), Formula((Term(0),), task_vectors=True)
+    kernels = FusedKernels()
+    kernels.merge(operands, formula, torch.empty(1))
+    kernels.nonfinite(operands)
+    kernels.histogram(operands, formula, None, np.zeros((1, passes.BINS), dtype=np.int64))
+    kernels.equal_counts(operands, formula, [0])
+    kernels.elected(operands, formula)
+    kernels.norms(operands, formula)
+    kernels.products(operands)
+
+
 def _run(operands: Operands, formula: Formula) -> tuple[Records, Records, int, int, bool]:
     """What every pass over a formula's terms takes first."""
     return (

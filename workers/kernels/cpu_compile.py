@@ -20,6 +20,7 @@ from typing import Any, TypeVar, cast
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from llvmlite import ir
 from numba import njit, typeof, types
 from numba.extending import intrinsic
@@ -36,6 +37,8 @@ Raw = npt.NDArray[Any]
 """Elements of an input or output as unsigned integers of their width."""
 Records = npt.NDArray[np.void]
 
+_SUBNORMAL, _ONE = 5e-324, 1.0
+
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 _OPTIONS: dict[str, Any] = {"nogil": True, "fastmath": False, "error_model": "numpy"}
@@ -50,8 +53,20 @@ _DIGEST = hashlib.sha256(b"\0".join([_CONSTANTS, *(path.read_bytes() for path in
 """Of all that the compiled code is made from."""
 
 
-def inlined(function: _F) -> _F:
-    """Compile a function for the use of other compiled ones; it is kept as a part of theirs."""
+_names: set[str] = set()
+
+
+def inlined(function: _F, name: str | None = None) -> _F:
+    """Compile a function for the use of other compiled ones; it is kept as a part of theirs.
+
+    Kernels that different processes compiled meet in a third one, where functions of one name and signature are
+    one: of those that a factory makes each needs a ``name`` of its own.
+    """
+    function.__qualname__ = name or function.__qualname__
+    symbol = f"{function.__module__}.{function.__qualname__}"
+    if symbol in _names:
+        raise ValueError(f"another compiled function is called {symbol}")
+    _names.add(symbol)
     return cast(_F, njit(**_OPTIONS, **_NO_WRAPPERS)(function))
 
 
@@ -68,10 +83,17 @@ class Kernel:
         self._compiled: Callable[..., None] | None = None
         self._first = threading.Lock()
 
+    @property
+    def ready(self) -> bool:
+        """Whether it was loaded or compiled."""
+        return self._compiled is not None
+
     def __call__(self, *arguments: object) -> None:
         if self._compiled is None:
             with self._first:
                 self._compiled = self._compiled or self._compile(arguments)
+        if _SUBNORMAL * _ONE == 0:  # some library has this thread flush them: they are part of the result
+            torch.set_flush_denormal(False)
         self._compiled(*arguments)
 
     def _compile(self, arguments: tuple[object, ...]) -> Callable[..., None]:

@@ -101,8 +101,7 @@ def finite_bits(x: np.float32) -> np.uint32:
     return magnitude if magnitude < INFINITY else np.uint32(0)
 
 
-def _loader(widen: Widen) -> Callable[[Raw, Floats, np.uint32, np.float32, Floats], np.uint32]:
-    @inlined
+def _loader(name: str, widen: Widen) -> Callable[[Raw, Floats, np.uint32, np.float32, Floats], np.uint32]:
     def loader(raw: Raw, less: Floats, threshold: np.uint32, weight: np.float32, row: Floats) -> np.uint32:
         bad = np.uint32(0)
         for i in range(row.size):
@@ -112,12 +111,12 @@ def _loader(widen: Widen) -> Callable[[Raw, Floats, np.uint32, np.float32, Float
             row[i] = (x if (bits_of(x) & MAGNITUDE) >= threshold else ZERO) * weight
         return bad
 
-    return loader
+    return inlined(loader, name)
 
 
-_load_float32 = _loader(_widen_float32)
-_load_bfloat16 = _loader(_widen_bfloat16)
-_load_float16 = _loader(_widen_float16)
+_load_float32 = _loader("load_float32", _widen_float32)
+_load_bfloat16 = _loader("load_bfloat16", _widen_bfloat16)
+_load_float16 = _loader("load_float16", _widen_float16)
 
 
 @inlined
@@ -148,8 +147,7 @@ def _ask_for_next(place: np.void, start: int, size: int) -> None:
         prefetch(line)
 
 
-def _storer(narrow: Narrow, infinity: np.unsignedinteger) -> Callable[..., np.uint32]:
-    @inlined
+def _storer(name: str, narrow: Narrow, infinity: np.unsignedinteger) -> Callable[..., np.uint32]:
     def storer(raw: Raw, row: Floats, factor: np.float32, plus: Floats) -> np.uint32:
         bad = np.uint32(0)
         for i in range(row.size):
@@ -158,12 +156,12 @@ def _storer(narrow: Narrow, infinity: np.unsignedinteger) -> Callable[..., np.ui
             raw[i] = rounded
         return bad
 
-    return storer
+    return inlined(storer, name)
 
 
-_store_float32 = _storer(_narrow_float32, INFINITY)
-_store_bfloat16 = _storer(_narrow_bfloat16, np.uint16(0x7F80))
-_store_float16 = _storer(_narrow_float16, np.uint16(0x7C00))
+_store_float32 = _storer("store_float32", _narrow_float32, INFINITY)
+_store_bfloat16 = _storer("store_bfloat16", _narrow_bfloat16, np.uint16(0x7F80))
+_store_float16 = _storer("store_float16", _narrow_float16, np.uint16(0x7C00))
 
 
 @inlined

@@ -29,7 +29,8 @@ from tests.workers.kernels.formulas import (
 )
 from workers.kernels import cpu_passes
 from workers.kernels.base import Divisor, Election, Formula, Operands, Term
-from workers.kernels.cpu import FusedKernels
+from workers.kernels.cpu import FusedKernels, prepare
+from workers.kernels.cpu_compile import Kernel
 from workers.kernels.torch_kernels import TorchKernels
 from workers.task import SURVEY_ELEMENTS
 
@@ -227,6 +228,31 @@ def test_subnormals_are_not_flushed() -> None:
     assert torch.equal(out.view(torch.int16), half.view(torch.int16))
 
 
+def test_subnormals_stay_where_a_library_has_the_thread_flush_them() -> None:
+    tiny = [1e-45, -3e-39]
+
+    def flushing() -> tuple[bool, list[float]]:
+        return torch.set_flush_denormal(True), merge_one([tiny], Formula((Term(0, weight=0.5),)))
+
+    with ThreadPoolExecutor(1) as thread:  # the flag is the thread's own
+        could, found = thread.submit(flushing).result()
+    assert found == (torch.tensor(tiny) * 0.5).tolist()
+    assert found[1] != 0 or not could
+
+
+def test_zeros_keep_their_signs() -> None:
+    minus = [-0.0] * 40
+    for formula in (Formula((Term(0),)), Formula((Term(0), Term(0), Term(0, 0.5))), Formula((Term(0),) * 9)):
+        assert [np.signbit(x) for x in merge_one([minus], formula)] == [True] * 40
+    assert not np.signbit(merge_one([minus], Formula((Term(0),), election=Election()))).any()
+
+
+@pytest.mark.parametrize("numel", [1, cpu_passes.TILE, SURVEY_ELEMENTS - 1, SURVEY_ELEMENTS])
+def test_a_sum_of_minus_zeros_is_the_trees(numel: int) -> None:
+    run = Operands(0, None, (torch.zeros(numel), torch.full((numel,), -1.0)), ())
+    assert FUSED.products(run).tobytes() == TORCH.products(run).tobytes()
+
+
 def test_overflow_is_told_from_bad_input() -> None:
     run = Operands(0, None, (torch.tensor([6e4, 1.0, float("inf"), float("nan"), -6e4] * 500),), ())
     out = torch.empty(run.numel, dtype=torch.float16)
@@ -235,6 +261,13 @@ def test_overflow_is_told_from_bad_input() -> None:
     assert found.overflowed == 1000
     assert out[:5].tolist()[0] == float("inf")
     assert out.view(torch.int16)[3] == 0x7E00
+
+
+def test_every_kernel_can_be_made_ready_beforehand() -> None:
+    prepare()
+    kernels = [kernel for kernel in vars(cpu_passes).values() if isinstance(kernel, Kernel)]
+    assert len(kernels) == 7
+    assert all(kernel.ready for kernel in kernels)
 
 
 def test_what_cannot_be_computed_is_refused() -> None:
