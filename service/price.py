@@ -238,7 +238,7 @@ def _part_load(part: Part) -> _Load:
         read=arrangement.bytes_read,
         reads=_requests(arrangement),
         inputs=padded(arrangement.nbytes),
-        output=0 if part.source else padded(part.nbytes),
+        output=0 if part.source else padded(part.lead + part.nbytes),
         workspace=workspace_bytes(max((len(arithmetic.refs) for arithmetic in merges), default=1)),
         description=steps + sum(map(description_bytes, part.pieces)),
         computes=bool(merges),

@@ -12,8 +12,8 @@ import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-ALIGNMENT = 64
-"""Extents begin on a multiple of it: a cache line, and the widest vector."""
+ALIGNMENT = 4096
+"""Extents begin on a multiple of it: a page, so that files can be written from them directly."""
 
 
 def padded(nbytes: int) -> int:

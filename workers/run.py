@@ -155,7 +155,7 @@ class PartRun(Task):
         :param facts: what the surveys in ``part.surveys`` found, by survey id.
         """
         # Only what is merged needs room of its own: a copy is written from where it was read.
-        super().__init__(tools, Inputs(part.refs), 0 if part.source else part.nbytes)
+        super().__init__(tools, Inputs(part.refs), 0 if part.source else part.lead + part.nbytes)
         self._part = part
         self._upload = upload
         self._facts = facts
@@ -221,7 +221,7 @@ class PartRun(Task):
     @property
     def _output(self) -> memoryview:
         source = self._part.source
-        return self._inputs.view(source) if source else self._extents[0].view
+        return self._inputs.view(source) if source else self._extents[0].view[self._part.lead :]
 
     def _copy(self, piece: CopyPiece, target: memoryview) -> None:
         if not self._part.source:
@@ -293,7 +293,7 @@ def run_part(
     :raises NonFiniteError: an input holds NaN or Inf and the part does not allow it, or an output overflowed.
     :raises StoreError: reading or uploading failed.
     """
-    arena = Arena(padded(Inputs(part.refs).nbytes) + padded(part.nbytes))
+    arena = Arena(padded(Inputs(part.refs).nbytes) + padded(part.lead + part.nbytes))
     run = PartRun(part, upload, facts, Tools(store, arena, kernels_of(device)))
     _alone(run)
     return run.result

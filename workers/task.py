@@ -19,6 +19,9 @@ from pydantic import Field, TypeAdapter
 BLOCK_BYTES = 1 << 20
 """Digest blocks, in bytes of output; big tensors are only ever split on a multiple of it."""
 
+PAGE_BYTES = 4096
+"""A page, of memory and of files."""
+
 SURVEY_ELEMENTS = 1 << 18
 """Survey blocks, in elements: the fixed grid of every statistic, and the step of every merge."""
 
@@ -225,6 +228,11 @@ class Part:
     def refs(self) -> tuple[TensorRef, ...]:
         """All byte ranges that it reads."""
         return tuple(ref for piece in self.pieces for ref in piece.refs)
+
+    @property
+    def lead(self) -> int:
+        """Bytes left free before a buffer's part, so that its pages lie in memory as they do in the file."""
+        return self.offset % PAGE_BYTES
 
     @property
     def source(self) -> TensorRef | None:

@@ -16,6 +16,8 @@ from workers.arena import ALIGNMENT, Arena, Extent, padded
 
 pytestmark = pytest.mark.fast
 
+PAGE = ALIGNMENT
+
 
 def spans(extents: Sequence[Extent]) -> list[tuple[int, int]]:
     return sorted((extent.start, extent.start + padded(len(extent.view))) for extent in extents)
@@ -23,10 +25,12 @@ def spans(extents: Sequence[Extent]) -> list[tuple[int, int]]:
 
 @settings(deadline=None, max_examples=50)
 @given(
-    st.lists(st.tuples(st.lists(st.integers(0, 700), min_size=1, max_size=3), st.integers(0, 5)), max_size=30)
+    st.lists(
+        st.tuples(st.lists(st.integers(0, 11 * PAGE), min_size=1, max_size=3), st.integers(0, 5)), max_size=30
+    )
 )
 def test_extents_in_use_never_overlap_and_are_aligned(orders: list[tuple[list[int], int]]) -> None:
-    arena = Arena(4096)
+    arena = Arena(64 * PAGE)
     out: list[Extent] = []
     for sizes, returned in orders:
         for _ in range(min(returned, len(out))):
@@ -42,7 +46,7 @@ def test_extents_in_use_never_overlap_and_are_aligned(orders: list[tuple[list[in
 
 
 def test_what_is_written_into_one_extent_is_not_seen_in_another() -> None:
-    arena = Arena(1000)
+    arena = Arena(2 * PAGE)
     first, second = arena.take([100, 300])
     first.view[:] = b"a" * 100
     second.view[:] = b"b" * 300
@@ -60,24 +64,24 @@ def test_the_same_bytes_are_handed_out_again() -> None:
 
 
 def test_sizes_are_taken_together_or_not_at_all() -> None:
-    arena = Arena(256)
-    (held,) = arena.take([128])
+    arena = Arena(4 * PAGE)
+    (held,) = arena.take([2 * PAGE])
     got: list[Extent] = []
-    waiter = threading.Thread(target=lambda: got.extend(arena.take([64, 128])))
+    waiter = threading.Thread(target=lambda: got.extend(arena.take([PAGE, 2 * PAGE])))
     waiter.start()
     waiter.join(0.05)
     assert waiter.is_alive()
-    (small,) = arena.take([64])  # what the waiter cannot use yet is not kept for it
+    (small,) = arena.take([PAGE])  # what the waiter cannot use yet is not kept for it
     arena.give_back(small)
     arena.give_back(held)
     waiter.join(10)
     assert not waiter.is_alive()
-    assert [len(extent.view) for extent in got] == [64, 128]
+    assert [len(extent.view) for extent in got] == [PAGE, 2 * PAGE]
 
 
 def test_more_than_there_is_is_refused_at_once() -> None:
     with pytest.raises(ValueError, match="were asked of an arena"):
-        Arena(256).take([128, 129])
+        Arena(2 * PAGE).take([PAGE, PAGE + 1])
 
 
 def test_empty_extents_take_no_room() -> None:

@@ -33,7 +33,8 @@ class LocalStore:
     """The :class:`~workers.store.base.ObjectStore` of ``file:`` URIs."""
 
     def __init__(self, settings: StoreSettings | None = None) -> None:
-        self._uploads = LocalUploads((settings or StoreSettings()).file_lock_timeout_s)
+        settings = settings or StoreSettings()
+        self._uploads = LocalUploads(settings.file_lock_timeout_s, settings.file_direct_io)
 
     def head(self, uri: str) -> ObjectInfo:
         """See :meth:`ObjectStore.head`."""

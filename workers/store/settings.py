@@ -46,5 +46,7 @@ class StoreSettings(BaseModel):
     """Bigger reads are split into parallel requests of this many bytes."""
     s3_read_threads: int = Field(default=4, ge=1)
     """How many of those run at once in one process."""
+    file_direct_io: bool = True
+    """Write the parts of ``file:`` uploads past the page cache, where the file system can."""
     file_lock_timeout_s: float = Field(default=60.0, gt=0)
     """Seconds to wait for another process that is writing the same part of a ``file:`` upload."""
