@@ -36,6 +36,8 @@ COLUMNS = 4
 _PAD = 32
 """Floats between rows, so that they do not all fall into the same sets of the cache."""
 
+_ZERO, _MINUS_ZERO = np.float32(0.0), np.float32(-0.0)
+
 _ZEROS, _MINUS_ZEROS, _BASE, _TOTAL, _MERGED, _DIVISORS, _TERMS = range(7)
 
 
@@ -46,8 +48,8 @@ def _rows(terms: int, numel: int) -> Floats:
     floats = np.empty((_TERMS + terms) * width + 16, np.float32)
     aligned = (64 - floats.ctypes.data % 64) % 64 // 4
     rows = floats[aligned : aligned + (_TERMS + terms) * width].reshape(_TERMS + terms, width)
-    rows[_ZEROS] = np.float32(0.0)
-    rows[_MINUS_ZEROS] = -np.float32(0.0)
+    rows[_ZEROS] = _ZERO
+    rows[_MINUS_ZEROS] = _MINUS_ZERO
     return rows
 
 
@@ -109,9 +111,7 @@ def merge(
     for start in range(0, numel, TILE):
         size = min(TILE, numel - start)
         total = rows[_TOTAL, :size]
-        total[:] = -np.float32(
-            0.0
-        )  # what may be added to -0.0 is then itself, as the first of a sum has to be
+        total[:] = _MINUS_ZERO  # to which a sum's first term is added unchanged, -0.0 too
         bad[:] = -1
         less = rows[_ZEROS, :size]
         if task_vectors:
@@ -162,8 +162,8 @@ def _consensus(terms: Records, zero_sign: int, rows: Floats, size: int) -> Float
     """Elect signs by the total, and merge what agrees."""
     signs, merged, divisors = rows[_TOTAL, :size], rows[_MERGED, :size], rows[_DIVISORS, :size]
     tiles.elect(signs, zero_sign)
-    merged[:] = np.float32(0.0)
-    divisors[:] = np.float32(0.0)
+    merged[:] = _ZERO
+    divisors[:] = _ZERO
     shares = np.empty(4, np.float32)
     for four in range(0, terms.size, 4):
         last = min(3, terms.size - 1 - four)
@@ -271,7 +271,7 @@ def elected(
         size = min(TILE, numel - start)
         less = _base(places, task_vectors, start, rows, size)
         total = rows[_TOTAL, :size]
-        total[:] = -np.float32(0.0)
+        total[:] = _MINUS_ZERO
         for number in range(terms.size):
             row = rows[_TERMS, :size]
             tiles.sparse(places, terms[number], first, start, less, words, row)
