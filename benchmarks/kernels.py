@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -120,10 +121,10 @@ def main(numel: int) -> None:
         for case in found:
             if number == 1:
                 case.seconds.clear()
-            case.time("copy", lambda case=case: target[: case.nbytes].copy_(source[: case.nbytes]))
-            case.time("fused", lambda case=case: case.call(fused))
+            case.time("copy", partial(target[: case.nbytes].copy_, source[: case.nbytes]))
+            case.time("fused", partial(case.call, fused))
             if number <= REFERENCE_ROUNDS:
-                case.time("torch", lambda case=case: case.call(reference))
+                case.time("torch", partial(case.call, reference))
     lines = [f"{numel:,} elements, bfloat16, one thread, best of {ROUNDS}; copy: of the bytes read"]
     lines.append(
         f"{'kernel':<24}{'ms':>8}{'ns/element':>12}{'Gelem/s':>9}{'GB/s':>8}{'÷ copy':>8}{'torch ÷':>9}"

@@ -28,7 +28,7 @@ class FusedKernels:
     """The compiled implementation of :class:`workers.kernels.base.Kernels`, for tensors in main memory.
 
     It has no state, and may be used by several threads at once; each call keeps one core busy, without the
-    interpreter's lock, and takes a few hundred KiB of workspace.
+    interpreter's lock, and takes up to 1.5 MiB of workspace, however long the run.
     """
 
     def place(self, operands: Operands) -> Operands:

@@ -26,7 +26,7 @@ TERM = np.dtype(
 )  # fmt: skip
 """A :class:`workers.kernels.base.Term`: ``place`` of its model, ``cut_block`` -1 for no cut, ``share`` in a divisor."""
 
-TILE = 1 << 11
+TILE = 1 << 10
 """Elements of a tile: a few rows of them stay in the first-level cache."""
 
 BINS = 1 << 16
