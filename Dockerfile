@@ -65,9 +65,13 @@ ENV NVIDIA_VISIBLE_DEVICES=all \
     NVIDIA_DRIVER_CAPABILITIES=compute,utility
 USER 10001:10001
 WORKDIR /home/mergemill
+# Compiled for the processor that builds the image; on another kind workers compile again, once.
+RUN python -c 'from workers.kernels.cpu import prepare; prepare()'
 
 FROM runtime AS cpu
 COPY --from=dependencies-cpu /opt/venv /opt/venv
 RUN --mount=type=bind,from=wheel,source=/wheels,target=/wheels pip install --no-cache-dir --no-deps /wheels/*.whl && pip check
 USER 10001:10001
 WORKDIR /home/mergemill
+# Compiled for the processor that builds the image; on another kind workers compile again, once.
+RUN python -c 'from workers.kernels.cpu import prepare; prepare()'

@@ -97,6 +97,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python $(PIP_INSTALL) -c constraints.txt '$(TORCH)'
 	$(BIN)/python $(PIP_INSTALL) -c constraints.txt -e '.[demo,dev]'
+	$(BIN)/python -c 'from workers.kernels.cpu import prepare; prepare()'
 	@touch $@
 
 # mergekit's pins clash with ours, so it lives apart; its version is the one that the profile `mergekit` reproduces.

@@ -3,7 +3,7 @@
 The memory model is a promise (measured peak <= priced peak is a test), and adds up what a worker holds, copy
 by copy: the arena with the inputs and outputs of the tasks that are under way, the workspace of the arithmetic,
 and the tasks' own descriptions, on top of the baseline of a worker process that has imported everything and
-done nothing. The figures were measured; ``docs/decisions/2026-11-22-what-a-task-holds.md`` has them.
+done nothing. The figures were measured; ``docs/decisions/2026-11-22-what-a-worker-holds.md`` has them.
 """
 
 from __future__ import annotations
@@ -29,14 +29,15 @@ from workers.task import (
     refs_of,
 )
 
-BASELINE_BYTES = 384 << 20
-"""VmHWM of a Ray worker that has imported torch, boto3 and `workers`, before its first byte."""
+BASELINE_BYTES = 512 << 20
+"""VmHWM of a Ray worker that has imported torch, numba, boto3 and `workers` and compiled all kernels, before its first
+byte; one that finds them compiled takes less."""
 
-WORKSPACE_BYTES = 64 << 20
-"""Float32 blocks, masks and digests of the step being merged, and allocator slack."""
+WORKSPACE_BYTES = 16 << 20
+"""Tiles, digests, what is told, and allocator slack."""
 
-WORKSPACE_BYTES_PER_INPUT = 6 << 20
-"""The part of the workspace that grows with the number of inputs: float32 blocks and histograms."""
+WORKSPACE_BYTES_PER_INPUT = 2 << 20
+"""The part of the workspace that grows with the number of inputs: histograms, as counts and packed."""
 
 STEP_BYTES_PER_INPUT = 256
 """What stays of a block of :data:`SURVEY_ELEMENTS` once it is done: sums of a survey, digests of the output."""

@@ -17,13 +17,14 @@ from typing import Any
 
 from service.fleet_process import WORKER_ENV
 from workers import entry
+from workers.kernels.cpu import prepare
 
 Task = dict[str, Any]
 """A payload of :func:`workers.entry.tasks`."""
 
 
 def growth(tasks: Sequence[Task], scratch: Path) -> list[int]:
-    """The most resident bytes during each task, less those of the worker that had imported all and done nothing."""
+    """The most resident bytes during each task, less those of the worker that had imported and compiled all."""
     scratch.write_text("\n".join(json.dumps(payload) for payload in tasks))
     command = [sys.executable, "-m", __name__, str(scratch)]
     done = subprocess.run(
@@ -41,6 +42,7 @@ def status(key: str) -> int:
 
 def main() -> None:
     """Do the tasks of a file; each line holds a function's name and the text of its payload."""
+    prepare()
     start, found = status("VmRSS"), []
     with Path(sys.argv[1]).open(encoding="utf-8") as lines:
         for line in lines:
