@@ -1,10 +1,16 @@
-"""Measured peak ≤ priced peak ≤ budget, where the inputs, and one single tensor of them, are bigger than the budget."""
+"""Measured peak ≤ priced peak ≤ budget, with workers that cannot have more than the budget.
+
+The model is many times larger than the budget, and so is one single tensor of it.
+"""
 
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import struct
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -25,21 +31,31 @@ COLUMNS = 2048
 PATTERN_ROWS = 4096  # of random numbers, 16 MiB; the tensor repeats them
 REPEATS = BUDGET // (PATTERN_ROWS * COLUMNS * 2) + 2
 NAME = "model.embed_tokens.weight"
+ZEROS = 3
+"""More tensors as big, of zeros."""
+LIMITS = Path(__file__).parent.parent / "servers" / "limits"
 DENSITY = 0.3
 
 
 def write_repeated(path: Path, pattern: torch.Tensor) -> None:
-    """A checkpoint of one tensor that repeats ``pattern``, without ever holding it whole."""
+    """A checkpoint of one tensor that repeats ``pattern``, and of zeros that take no disk; never held whole."""
     path.mkdir()
     data = pattern.view(torch.int16).numpy().tobytes()
     size = len(data) * REPEATS
     assert size > BUDGET
-    entry = {"dtype": "BF16", "shape": [PATTERN_ROWS * REPEATS, COLUMNS], "data_offsets": [0, size]}
-    header = json.dumps({NAME: entry}).encode()
+    shape = [PATTERN_ROWS * REPEATS, COLUMNS]
+    names = [NAME, *(f"model.layers.{number}.mlp.up_proj.weight" for number in range(ZEROS))]
+    header = json.dumps(
+        {
+            name: {"dtype": "BF16", "shape": shape, "data_offsets": [number * size, (number + 1) * size]}
+            for number, name in enumerate(names)
+        }
+    ).encode()
     with (path / "model.safetensors").open("wb") as file:
         file.write(struct.pack("<Q", len(header)) + header)
         for _ in range(REPEATS):
             file.write(data)
+        file.truncate(8 + len(header) + len(names) * size)
 
 
 def expected_pattern(base: torch.Tensor, one: torch.Tensor) -> torch.Tensor:
@@ -52,7 +68,27 @@ def expected_pattern(base: torch.Tensor, one: torch.Tensor) -> torch.Tensor:
     return torch.where(kept_here, one, base)
 
 
-def test_a_tensor_bigger_than_the_budget(valkey_url: str, tmp_path: Path) -> None:
+@pytest.fixture
+def limited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Every Ray worker that starts meanwhile can have no more memory than the budget; where they note how."""
+    notes = tmp_path / "limits"
+    notes.mkdir()
+    monkeypatch.setenv("MERGEMILL_TEST_LIMITS", f"{notes}:{BUDGET}")
+    monkeypatch.setenv(
+        "PYTHONPATH", os.pathsep.join([str(LIMITS), *os.environ.get("PYTHONPATH", "").split()])
+    )
+    yield notes
+    for note in notes.iterdir():
+        group = Path(note.read_text())
+        if group.is_dir():
+            deadline = time.monotonic() + 20
+            while (group / "cgroup.procs").read_text():
+                assert time.monotonic() < deadline, f"{group} still has processes"
+                time.sleep(0.05)
+            group.rmdir()
+
+
+def test_a_tensor_bigger_than_the_budget(valkey_url: str, limited: Path, tmp_path: Path) -> None:
     generator = torch.Generator().manual_seed(0)
     base = (torch.randn(PATTERN_ROWS, COLUMNS, generator=generator) * 0.02).bfloat16()
     noise = torch.randn(PATTERN_ROWS, COLUMNS, generator=generator) * 0.002
@@ -74,8 +110,12 @@ def test_a_tensor_bigger_than_the_budget(valkey_url: str, tmp_path: Path) -> Non
         ):
             done = service.merge(recipe, str(out))
             peaks = [result.peak_bytes for result in service.parts(done["id"]).values()]
+            how = [note.read_text() for note in limited.iterdir()]
         price = done["price"]
-        assert price["surveyed_tensors"] == 1
+        assert how
+        assert driver.retries == 0  # nobody was killed for it and replaced
+        assert price["surveyed_tensors"] == 1 + ZEROS
+        assert price["input_bytes"] > 8 * BUDGET
         assert price["most_reads"] > 1
         assert len(peaks) == price["parts"] > BUDGET // (64 * MIB)
         assert min(peaks) > BASELINE_BYTES // 2
@@ -90,5 +130,5 @@ def test_a_tensor_bigger_than_the_budget(valkey_url: str, tmp_path: Path) -> Non
         assert not torch.equal(wanted, one)
         assert not torch.equal(wanted, base)
     finally:
-        for path in tmp_path.iterdir():
-            shutil.rmtree(path)
+        for path in (tmp_path / "base", tmp_path / "one", out):
+            shutil.rmtree(path, ignore_errors=True)
