@@ -80,9 +80,11 @@ def test_a_node_that_dies_before_it_uploads_a_part(
         proxy.drop.set()
         done = service.wait(job)
         assert done["state"] == "succeeded", done["error"]
-        assert driver.retries == 1
+        assert driver.retries >= 1  # those that were in the dead worker's stream with it have uploaded nothing yet
         assert proxy.counts["UploadPart"] == parts + 1
-        assert proxy.counts["CreateMultipartUpload"] == proxy.counts["CompleteMultipartUpload"] == 2
+        # Some are opened and aborted at once, to see whether the output may be written.
+        opened = proxy.counts["CreateMultipartUpload"] - proxy.counts["AbortMultipartUpload"]
+        assert opened == proxy.counts["CompleteMultipartUpload"] == 2
         while driver.capacity().nodes != 2:
             assert time.monotonic() < deadline, "the node is still there"
             time.sleep(0.05)
