@@ -22,7 +22,7 @@ from workers.task import PART, SURVEY_TASK, JSONValue, canonical_json
 
 TASKS_ENTRY = "workers.entry:tasks"
 
-REST_SECONDS = 30.0
+REST_SECONDS = 300.0
 """How long a worker without work keeps the memory of its arena."""
 
 
