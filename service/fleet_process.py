@@ -30,7 +30,7 @@ WORKER_ENV: Mapping[str, str] = {
     "MALLOC_TRIM_THRESHOLD_": str(16 << 20),
 }
 """Environment of the workers. Buffers of 2 MiB and more go back to the system when freed, which glibc's
-sliding threshold would put off; the 1 MiB blocks of the arithmetic stay on the heap, free of page faults."""
+sliding threshold would put off; what is smaller stays on the heap, free of page faults."""
 
 LOCAL = "local"
 """The address that means a Ray of our own, as it does to Ray."""

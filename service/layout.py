@@ -31,6 +31,9 @@ from workers.task import (
 GRAIN_ELEMENTS = math.lcm(SURVEY_ELEMENTS, BLOCK_BYTES // 2, BLOCK_BYTES // 4)
 """Merged tensors are split on multiples of it: survey blocks and digest blocks of every output dtype at once."""
 
+FACTS_VERSION = 2
+"""Version of what a survey's passes tell each other: facts that another version recorded are never gone on with."""
+
 PART_REFS = 1024
 """Input ranges that a part aims at, at most: what describes it stays small beside what it holds."""
 
@@ -137,7 +140,7 @@ def survey_together(identity: str, pieces: Iterable[MergePiece], limits: Limits)
 
 def survey_id(of: object, semantics_version: int) -> str:
     """Id of the survey of what this JSON identifies."""
-    return digest([semantics_version, of])[:32]
+    return digest([semantics_version, FACTS_VERSION, of])[:32]
 
 
 def _with_others(whole: Arithmetic) -> bool:

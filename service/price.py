@@ -231,7 +231,7 @@ def label_of(names: Iterable[str]) -> str:
 
 
 def _part_load(part: Part) -> _Load:
-    arrangement = Arrangement(part.refs)
+    arrangement = Arrangement(part.reads)
     merges = [piece.arithmetic for piece in part.pieces if isinstance(piece, MergePiece)]
     steps = part.nbytes // BLOCK_BYTES * STEP_BYTES_PER_INPUT + sum(map(_steps_bytes, merges))
     return _Load(

@@ -7,6 +7,7 @@ priced with, and every byte that it reads or makes lies in it.
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import threading
 from collections.abc import Sequence
@@ -38,7 +39,8 @@ class Arena:
         self.nbytes = padded(max(1, nbytes))
         """Bytes in all."""
         self._memory = mmap.mmap(-1, self.nbytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        self._memory.madvise(mmap.MADV_HUGEPAGE)
+        with contextlib.suppress(OSError):  # a hint, and some kernels do not know it
+            self._memory.madvise(mmap.MADV_HUGEPAGE)
         self._view = memoryview(self._memory)
         self._taken: list[tuple[int, int]] = []
         self._changed = threading.Condition()
@@ -66,10 +68,13 @@ class Arena:
             self._changed.notify_all()
 
     def rest(self) -> None:
-        """Give the memory back to the system until it is used again; does nothing while an extent is out."""
+        """Let the system take the memory if it is short of it; does nothing while an extent is out.
+
+        What it does not take costs nothing to use again, where fresh memory is dear.
+        """
         with self._changed:
             if not self._taken:
-                self._memory.madvise(mmap.MADV_DONTNEED)
+                self._memory.madvise(mmap.MADV_FREE)
 
     def _fit(self, sizes: Sequence[int]) -> list[int] | None:
         taken = sorted(self._taken)

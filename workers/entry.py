@@ -6,7 +6,6 @@ part of thousands of small tensors would be most of a worker's memory.
 
 from __future__ import annotations
 
-import threading
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -21,9 +20,6 @@ from workers.store.base import ObjectStore, Upload
 from workers.task import PART, SURVEY_TASK, JSONValue, canonical_json
 
 TASKS_ENTRY = "workers.entry:tasks"
-
-REST_SECONDS = 300.0
-"""How long a worker without work keeps the memory of its arena."""
 
 
 def tasks(payloads: Sequence[JSONValue]) -> Iterator[tuple[int, JSONValue | MergemillError]]:
@@ -60,18 +56,13 @@ def _store(settings: str) -> ObjectStore:
 
 
 class _Kept:
-    """The process' arena: made once for all jobs that want the same size, emptied when there is nothing to do."""
+    """The process' arena: made once for all jobs that want the same size."""
 
     def __init__(self) -> None:
         self._arena: Arena | None = None
-        self._timer: threading.Timer | None = None
 
     @contextmanager
     def of(self, nbytes: int) -> Iterator[Arena]:
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer.join()  # it holds the arena, too
-            self._timer = None
         if self._arena is None or self._arena.nbytes != padded(nbytes):
             self._arena = None  # before there is another
             reset_peak_bytes()
@@ -79,9 +70,7 @@ class _Kept:
         try:
             yield self._arena
         finally:
-            self._timer = threading.Timer(REST_SECONDS, self._arena.rest)
-            self._timer.daemon = True
-            self._timer.start()
+            self._arena.rest()
 
 
 _ARENA = _Kept()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
@@ -12,7 +12,10 @@ from workers.kernels.reference import TORCH_DTYPES
 from workers.random import mask_key
 from workers.ranges import Arrangement
 from workers.store.base import ObjectStore
-from workers.task import Arithmetic, TensorRef
+from workers.task import DTYPE_BYTES, Arithmetic, TensorRef
+
+COPY_BYTES = 1 << 20
+"""How much is copied at a time of elements that are not aligned."""
 
 READ_THREADS = 4
 """Ranges read at once; more gain nothing on one worker's share of the network."""
@@ -62,6 +65,10 @@ class Inputs:
         """The elements of one range that is not empty, in its own dtype, shape ``[n]``; shares the bytes."""
         return torch.frombuffer(self.view(ref), dtype=TORCH_DTYPES[ref.dtype])
 
+    def release(self) -> None:
+        """Let go of the bytes: whoever asks for them now is wrong."""
+        self._view = memoryview(b"")
+
     def operands(self, arithmetic: Arithmetic) -> Operands:
         """What an arithmetic over one or more elements computes with; shares the bytes."""
         keys = (mask_key(arithmetic.seed, model.index, arithmetic.name) for model in arithmetic.models)
@@ -71,3 +78,16 @@ class Inputs:
             models=tuple(self.tensor(model.ref) for model in arithmetic.models),
             mask_keys=tuple(keys),
         )
+
+
+def aligned(view: memoryview, dtype: str) -> Iterator[torch.Tensor]:
+    """The elements of some bytes, in order, of a mergeable dtype: shared, or where they are not aligned, copied."""
+    width = DTYPE_BYTES[dtype]
+    if not view:
+        return
+    whole = torch.frombuffer(view, dtype=torch.uint8)
+    if whole.data_ptr() % width == 0:
+        yield whole.view(TORCH_DTYPES[dtype])
+        return
+    for start in range(0, len(view), COPY_BYTES):
+        yield torch.frombuffer(bytearray(view[start : start + COPY_BYTES]), dtype=TORCH_DTYPES[dtype])

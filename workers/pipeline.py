@@ -57,8 +57,12 @@ class Pipeline(Generic[T]):
                     except Exception as raised:  # noqa: BLE001 - it is this item's outcome, and no other's
                         error = raised
                 if sink is queues[-1]:
-                    self._finish(items[number])
+                    try:
+                        self._finish(items[number])
+                    except Exception as raised:  # noqa: BLE001 - told as well: who waits must not wait for ever
+                        error = error or raised
                 sink.put((number, error))
+                del failure, error  # its traceback holds this frame, and so what the item holds
             sink.put(None)
 
         with _threads(

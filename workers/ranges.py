@@ -62,7 +62,7 @@ class Arrangement:
             groups.setdefault(_shift(ref), []).append(ref)
         self.runs: list[tuple[Run, int]] = []
         """What is read, and where in the buffer it goes."""
-        self._starts: dict[tuple[int, int], tuple[list[tuple[str, str, int]], list[int]]] = {}
+        self._runs: dict[tuple[int, int], list[tuple[Run, int]]] = {}
         end = 0
         for shift, group in sorted(groups.items()):
             runs = coalesce(group)
@@ -71,8 +71,8 @@ class Arrangement:
                 position = end + (run.start - shift[0] - end) % ALIGNMENT
                 positions.append(position)
                 end = position + run.nbytes
-            self.runs += zip(runs, positions, strict=True)
-            self._starts[shift] = [(run.uri, run.etag, run.start) for run in runs], positions
+            self._runs[shift] = list(zip(runs, positions, strict=True))
+            self.runs += self._runs[shift]
         self.nbytes = end
         """Length of the buffer."""
 
@@ -82,12 +82,22 @@ class Arrangement:
         return sum(run.nbytes for run, _ in self.runs)
 
     def position(self, ref: TensorRef) -> int:
-        """Where in the buffer a range begins that was among ``refs``."""
+        """Where in the buffer a range begins.
+
+        :raises LookupError: it was not among ``refs``, nor within one of them.
+        """
         if not ref.nbytes:
             return 0
-        starts, positions = self._starts[_shift(ref)]
-        at = bisect_right(starts, (ref.uri, ref.etag, ref.start)) - 1
-        return positions[at] + ref.start - starts[at][2]
+        runs = self._runs.get(_shift(ref), [])
+        at = bisect_right(runs, (ref.uri, ref.etag, ref.start), key=_beginning) - 1
+        run, position = runs[at] if at >= 0 else (None, 0)
+        if run is None or (run.uri, run.etag) != (ref.uri, ref.etag) or ref.end > run.end:
+            raise LookupError(f"{ref} is not among the ranges that were arranged")
+        return position + ref.start - run.start
+
+
+def _beginning(placed: tuple[Run, int]) -> tuple[str, str, int]:
+    return placed[0].uri, placed[0].etag, placed[0].start
 
 
 def _shift(ref: TensorRef) -> tuple[int, int]:

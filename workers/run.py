@@ -7,6 +7,7 @@ read, merge and write, so that a worker can have one task in each of them (:func
 from __future__ import annotations
 
 import hashlib
+import logging
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
@@ -18,7 +19,8 @@ import torch
 
 from workers.arena import Arena, Extent, padded
 from workers.binding import bind
-from workers.inputs import Inputs
+from workers.errors import ObjectChangedError, StoreError, TruncatedReadError, UploadNotFoundError
+from workers.inputs import Inputs, aligned
 from workers.kernels import kernels_of
 from workers.kernels.base import Kernels, Operands
 from workers.kernels.reference import TORCH_DTYPES
@@ -44,6 +46,8 @@ from workers.task import (
     TensorDigest,
     part_id,
 )
+
+log = logging.getLogger(__name__)
 
 MIN_COPY_BYTES = 5 << 20
 """Shortest range that S3 copies by itself: of a source below 5 MiB it copies no range."""
@@ -102,6 +106,7 @@ class Task(ABC):
 
     def release(self) -> None:
         """Give back what is still held."""
+        self._inputs.release()
         while self._extents:
             self._tools.arena.give_back(self._extents.pop())
 
@@ -155,7 +160,7 @@ class PartRun(Task):
         :param facts: what the surveys in ``part.surveys`` found, by survey id.
         """
         # Only what is merged needs room of its own: a copy is written from where it was read.
-        super().__init__(tools, Inputs(part.refs), 0 if part.source else part.lead + part.nbytes)
+        super().__init__(tools, Inputs(part.reads), 0 if part.source else part.lead + part.nbytes)
         self._part = part
         self._upload = upload
         self._facts = facts
@@ -185,14 +190,24 @@ class PartRun(Task):
         with self._clock("digest"):
             self._digest()
         with self._clock("write"):
-            source = part.source
-            same_store = source is not None and scheme(source.uri) == scheme(self._upload.uri)
-            if source and same_store and part.nbytes >= MIN_COPY_BYTES:
-                self._uploaded = store.copy_part(
-                    self._upload, part.number, part.offset, source.uri, source.start, source.end, source.etag
-                )
-            else:
-                self._uploaded = store.put_part(self._upload, part.number, part.offset, self._output)
+            self._uploaded = self._copied() or store.put_part(
+                self._upload, part.number, part.offset, self._output
+            )
+
+    def _copied(self) -> UploadedPart | None:
+        """The part, copied by the store alone; ``None`` where it cannot, since its bytes are here as well."""
+        part, source, upload = self._part, self._part.source, self._upload
+        if source is None or part.nbytes < MIN_COPY_BYTES or scheme(source.uri) != scheme(upload.uri):
+            return None
+        try:
+            return self._tools.store.copy_part(
+                upload, part.number, part.offset, source.uri, source.start, source.end, source.etag
+            )
+        except (ObjectChangedError, TruncatedReadError, UploadNotFoundError):
+            raise
+        except StoreError as error:  # no such request, another region, a policy
+            log.warning("%s; the part is uploaded instead", error)
+            return None
 
     @property
     def value(self) -> str:
@@ -227,9 +242,13 @@ class PartRun(Task):
         if not self._part.source:
             target[:] = self._inputs.view(piece.ref)
         if piece.ref.dtype in MERGEABLE_DTYPES:
-            kernels = self._tools.kernels
-            operands = Operands(0, None, (self._inputs.tensor(piece.ref),), ())
-            self._problems.add(piece.name, piece.ref, sum(kernels.nonfinite(kernels.place(operands))))
+            kernels = kernels_of("cpu")  # a look at every byte is not worth a trip to a device
+            for elements in aligned(
+                self._inputs.view(piece.ref) if not self._part.source else target, piece.ref.dtype
+            ):
+                self._problems.add(
+                    piece.name, piece.ref, *kernels.nonfinite(Operands(0, None, (elements,), ()))
+                )
 
     def _merge(self, piece: MergePiece, target: memoryview) -> None:
         kernels, method = self._tools.kernels, bind(piece.arithmetic)
@@ -293,7 +312,7 @@ def run_part(
     :raises NonFiniteError: an input holds NaN or Inf and the part does not allow it, or an output overflowed.
     :raises StoreError: reading or uploading failed.
     """
-    arena = Arena(padded(Inputs(part.refs).nbytes) + padded(part.lead + part.nbytes))
+    arena = Arena(padded(Inputs(part.reads).nbytes) + padded(part.lead + part.nbytes))
     run = PartRun(part, upload, facts, Tools(store, arena, kernels_of(device)))
     _alone(run)
     return run.result

@@ -247,6 +247,11 @@ class Part:
         return TensorRef(first.ref.uri, first.ref.etag, first.ref.start, last.refs[-1].end, "U8")
 
     @property
+    def reads(self) -> tuple[TensorRef, ...]:
+        """What a worker fetches for it: a copy of one range as that range, else the ranges of all its pieces."""
+        return self.refs if self.source is None else (self.source,)
+
+    @property
     def surveys(self) -> tuple[str, ...]:
         """Ids of the surveys whose facts it needs."""
         wanted = (piece.survey for piece in self.pieces if isinstance(piece, MergePiece))

@@ -80,7 +80,9 @@ def test_a_node_that_dies_before_it_uploads_a_part(
         proxy.drop.set()
         done = service.wait(job)
         assert done["state"] == "succeeded", done["error"]
-        assert driver.retries >= 1  # those that were in the dead worker's stream with it have uploaded nothing yet
+        assert (
+            driver.retries >= 1
+        )  # those that were in the dead worker's stream with it have uploaded nothing yet
         assert proxy.counts["UploadPart"] == parts + 1
         # Some are opened and aborted at once, to see whether the output may be written.
         opened = proxy.counts["CreateMultipartUpload"] - proxy.counts["AbortMultipartUpload"]

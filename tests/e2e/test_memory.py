@@ -75,7 +75,7 @@ def limited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     notes.mkdir()
     monkeypatch.setenv("MERGEMILL_TEST_LIMITS", f"{notes}:{BUDGET}")
     monkeypatch.setenv(
-        "PYTHONPATH", os.pathsep.join([str(LIMITS), *os.environ.get("PYTHONPATH", "").split()])
+        "PYTHONPATH", os.pathsep.join([str(LIMITS), *filter(None, [os.environ.get("PYTHONPATH")])])
     )
     yield notes
     for note in notes.iterdir():

@@ -71,15 +71,19 @@ class Witness:
 def part(payload: dict[str, Any]) -> Any:
     """What the workers call in place of :func:`workers.entry.tasks`: a stream of one part, and a note."""
     directory, pid = Path(payload["witness"]["directory"]), os.getpid()
-    (directory / f"{pid}.here").touch()
+    mine = directory / f"{pid}.here"
+    is_first = not mine.exists()
+    mine.touch(exist_ok=True)
     deadline = time.monotonic() + PATIENCE_S
     while len(list(directory.glob("*.here"))) < payload["witness"]["processes"]:
         if time.monotonic() > deadline:
             raise TimeoutError(f"there are not {payload['witness']['processes']} processes that make parts")
         time.sleep(0.005)
-    began = time.monotonic()  # of the machine, so that processes can be compared
+    # All begin at once, with the arrival of the last: who is done before another has seen that was still beside it.
+    arrivals = [here.stat().st_ctime for here in directory.glob("*.here")]
+    began = max(arrivals) if is_first else time.time()
     ((_, answer),) = entry.tasks([payload])
-    note = {"pid": pid, "began": began, "ended": time.monotonic()}
+    note = {"pid": pid, "began": began, "ended": time.time()}
     (directory / f"{uuid.uuid4().hex}.made").write_text(json.dumps(note))
     if isinstance(answer, MergemillError):
         raise answer

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import threading
+import weakref
 
 import pytest
 
-from workers.pipeline import Pipeline, StoppedError
+from workers.pipeline import Pipeline
 
 pytestmark = pytest.mark.fast
 
@@ -94,17 +96,56 @@ def test_closing_ends_the_rest_and_releases_all() -> None:
             began.set()
             _wait(gate)
 
-    run = Pipeline({"read": slow, "write": lambda item: None}, finished.append).run(list(range(50)))
+    ends: list[Exception | None] = []
+
+    def write(item: int) -> None:
+        if item == 1:  # it was read before the pipeline was closed, and is not written any more
+            ends.append(None)
+
+    run = Pipeline({"read": slow, "write": write}, finished.append).run(list(range(50)))
     assert next(run) == (0, None)
     assert began.wait(20)
     closer = threading.Thread(target=run.close)
     closer.start()
-    gate.set()
+    while (
+        run.gi_frame is not None and not run.gi_running
+    ):  # closing has begun: it waits for the stage in hand
+        assert closer.is_alive()
+    threading.Timer(0.2, gate.set).start()
     closer.join(20)
     assert not closer.is_alive()
-    assert len(read) < 50
+    assert read == [0, 1]
+    assert ends == []
     assert finished == list(range(50))
-    assert isinstance(StoppedError(), Exception)
+
+
+def test_what_releasing_raises_is_the_outcome_and_stops_nobody() -> None:
+    def finish(item: int) -> None:
+        if item == 0:
+            raise ValueError("given back twice")
+
+    outcomes = dict(Pipeline({"only": lambda item: None}, finish).run([0, 1]))
+    assert str(outcomes[0]) == "given back twice"
+    assert outcomes[1] is None
+
+
+def test_a_failed_item_is_not_kept_alive() -> None:
+    class Big:
+        pass
+
+    def fail(item: Big) -> None:
+        raise ValueError("no")
+
+    item = Big()
+    alive = weakref.ref(item)
+    gc.disable()
+    try:
+        for _, error in Pipeline({"only": fail}, lambda item: None).run([item]):
+            assert isinstance(error, ValueError)
+        del item, error
+        assert alive() is None
+    finally:
+        gc.enable()
 
 
 def _wait(gate: threading.Event) -> None:

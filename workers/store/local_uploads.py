@@ -190,10 +190,10 @@ class LocalUploads:
 
 
 def _tag(view: memoryview) -> str:
-    """A short tag of some bytes: others have another one, but for a chance that matters to nobody.
+    """A short tag of some bytes, by which a part that was made again is known for the same.
 
-    It names a part's content, and guards nothing: sums of words of 8 bytes over runs of 64 KiB, hashed in their order.
-    A hash of the bytes themselves would cost as much as writing them.
+    It guards nothing, and words that change places within 64 KiB do not change it: sums of words of 8 bytes over runs
+    of 64 KiB, hashed in their order. A CRC-32 of all bytes takes 0.28 s a GiB.
     """
     words = np.frombuffer(view[: len(view) // 8 * 8], dtype="<u8")
     whole = len(words) // _TAG_WORDS * _TAG_WORDS

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -93,9 +94,17 @@ def test_damaged_code_is_compiled_anew(cache: Path, suffix: str, caplog: pytest.
 
 
 def test_threads_that_come_first_wait_for_one_compilation(cache: Path) -> None:
-    kernel = Kernel(double)
+    compiled: list[tuple[object, ...]] = []
+
+    class Counting(Kernel):
+        def _compile(self, arguments: tuple[object, ...]) -> Callable[..., None]:
+            compiled.append(arguments)
+            return super()._compile(arguments)
+
+    kernel = Counting(double)
     with ThreadPoolExecutor(4) as threads:
         assert all(threads.map(lambda _: doubles(kernel), range(8)))
+    assert len(compiled) == 1
     assert len(kept(cache)) == 2
 
 
