@@ -142,7 +142,7 @@ def service(setup: Setup, workers: int = 0) -> Iterator[Service]:
             with Client(said.partition(" is up at ")[2].split()[0]) as client:
                 yield Service(client, processes, workers)
         finally:
-            up.send_signal(signal.SIGINT)
+            up.send_signal(signal.SIGTERM)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 up.wait(STOP_TIMEOUT_S)
     shutil.rmtree(state, ignore_errors=True)
