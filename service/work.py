@@ -6,9 +6,12 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
-from concurrent.futures import FIRST_COMPLETED, Future, wait
+from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
+from queue import Empty, SimpleQueue
+from typing import TypeVar
 
 import structlog
 from pydantic import SecretStr
@@ -41,6 +44,8 @@ from workers.task import (
     SurveyTask,
     refs_of,
 )
+
+_T = TypeVar("_T")
 
 log = structlog.get_logger(__name__)
 
@@ -167,16 +172,20 @@ class Work:
 
     def _loop(self) -> None:
         flying: dict[Future[JSONValue], _Task] = {}
+        landed: SimpleQueue[Future[JSONValue]] = (
+            SimpleQueue()
+        )  # of thousands in flight, only these are looked at
         settings = self._tools.settings
         try:
             while self._ready or flying:
                 self._check()
                 while self._ready and len(flying) < settings.max_parts_in_flight:
                     task = self._ready.popleft()
-                    flying[self._tools.driver.submit(task.request())] = task
-                done, _ = wait(flying, timeout=settings.poll_seconds, return_when=FIRST_COMPLETED)
+                    future = self._tools.driver.submit(task.request())
+                    flying[future] = task
+                    future.add_done_callback(landed.put)
                 # What is finished is recorded before a failure ends it.
-                for future in sorted(done, key=_failed):
+                for future in sorted(_drain(landed, settings.poll_seconds), key=_failed):
                     flying.pop(future).finish(future.result())
                 self._save_progress()
         finally:
@@ -270,6 +279,16 @@ class Work:
 def _passes_of(survey: Survey) -> tuple[SurveyPass, ...]:
     """What a survey's passes do: all of its runs share a method and parameters."""
     return bind(survey.tasks[0][0]).passes
+
+
+def _drain(queue: SimpleQueue[_T], timeout_s: float) -> list[_T]:
+    """What is in a queue, or comes within the timeout."""
+    found: list[_T] = []
+    with suppress(Empty):
+        found.append(queue.get(timeout=timeout_s))
+        while True:
+            found.append(queue.get_nowait())
+    return found
 
 
 def _failed(future: Future[JSONValue]) -> bool:
