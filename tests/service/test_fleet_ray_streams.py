@@ -175,9 +175,11 @@ def test_cancelling_some_lets_the_others_go_on(streams: Streams) -> None:
     streams.begin(_3="wait")
     worker = streams.worker(3)
     for number in (3, 4, 40):
-        assert streams.driver.cancel(streams.futures[number])
-        with pytest.raises(CancelledError):
-            streams.futures[number].result()
+        is_cancelled = streams.driver.cancel(streams.futures[number])
+        assert is_cancelled or number == 40  # which another stream may have finished with by now
+        if is_cancelled:
+            with pytest.raises(CancelledError):
+                streams.futures[number].result()
     streams.gate.touch()
     others = [number for number in range(64) if number not in (3, 4, 40)]
     assert [streams.futures[number].result(60) for number in others] == [f"part-{n}" for n in others]
