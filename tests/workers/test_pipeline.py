@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import gc
+import sys
 import threading
+import time
+import traceback
 import weakref
 
 import pytest
@@ -107,11 +110,10 @@ def test_closing_ends_the_rest_and_releases_all() -> None:
     assert began.wait(20)
     closer = threading.Thread(target=run.close)
     closer.start()
-    while (
-        run.gi_frame is not None and not run.gi_running
-    ):  # closing has begun: it waits for the stage in hand
-        assert closer.is_alive()
-    threading.Timer(0.2, gate.set).start()
+    deadline = time.monotonic() + 20
+    while "join" not in calls_of(closer):  # what waits for the stages has told them to stop before
+        assert time.monotonic() < deadline
+    gate.set()
     closer.join(20)
     assert not closer.is_alive()
     assert read == [0, 1]
@@ -146,6 +148,12 @@ def test_a_failed_item_is_not_kept_alive() -> None:
         assert alive() is None
     finally:
         gc.enable()
+
+
+def calls_of(thread: threading.Thread) -> list[str]:
+    """The functions that a thread is in."""
+    frame = sys._current_frames().get(thread.ident or 0)
+    return [each.f_code.co_name for each, _ in traceback.walk_stack(frame)] if frame else []
 
 
 def _wait(gate: threading.Event) -> None:
