@@ -172,7 +172,11 @@ def _read_range(store: ObjectStore, info: ObjectInfo, start: int, end: int) -> b
     return bytes(buffer)
 
 
-def digest(store: ObjectStore, ref: TensorRef) -> str:
+def content_digest(store: ObjectStore, ref: TensorRef) -> str:
+    """Hex SHA-256 of a tensor's bytes, read a step at a time.
+
+    :raises StoreError: they cannot be read, or the object has changed.
+    """
     sha = hashlib.sha256()
     for start in range(ref.start, ref.end, _DIGEST_STEP):
         buffer = bytearray(min(_DIGEST_STEP, ref.end - start))
@@ -182,6 +186,7 @@ def digest(store: ObjectStore, ref: TensorRef) -> str:
 
 
 def parallel(work: Callable[[T], R], items: Sequence[T]) -> list[R]:
+    """``work`` of each item, in order, several at once; the first to raise ends it."""
     if len(items) <= 1:
         return [work(item) for item in items]
     with ThreadPoolExecutor(min(OPEN_THREADS, len(items))) as pool:

@@ -15,7 +15,7 @@ from urllib.parse import quote
 
 from service.checkpoint import Checkpoint
 from service.matching import Inputs, needs_digest
-from service.opening import digest, open_checkpoint, parallel
+from service.opening import content_digest, open_checkpoint, parallel
 from service.plan import Plan, PlanOptions, draft_plan
 from service.price import BASELINE_BYTES, Price
 from service.recipe import Recipe
@@ -243,7 +243,7 @@ def _with_digests(store: ObjectStore, recipe: Recipe, inputs: Inputs) -> Inputs:
                     "arithmetic (a quantised checkpoint?): dequantise it first, or set `buffers:` to the model "
                     "whose values win"
                 )
-            found = parallel(lambda tensor: digest(store, tensor.ref), tensors)
+            found = parallel(lambda tensor: content_digest(store, tensor.ref), tensors)
             digests = {tensor.name: value for tensor, value in zip(tensors, found, strict=True)}
             known[id(checkpoint)] = replace(checkpoint, digests=digests)
         return known[id(checkpoint)]

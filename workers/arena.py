@@ -13,7 +13,9 @@ import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-ALIGNMENT = 4096
+from workers.task import PAGE_BYTES
+
+ALIGNMENT = PAGE_BYTES
 """Extents begin on a multiple of it: a page, so that files can be written from them directly."""
 
 

@@ -106,11 +106,6 @@ def nan_mask(x: torch.Tensor) -> torch.Tensor:
     return torch.ne(x, x, out=_flags(x)).neg_()
 
 
-def zero_but_nan(x: torch.Tensor) -> torch.Tensor:
-    """Zeros, and NaN where ``x`` is NaN: a task vector of density 0."""
-    return select(x, nan_mask(x))
-
-
 # --- trim (TIES, 2306.01708, step 1) ----------------------------------------------------------------------
 
 
