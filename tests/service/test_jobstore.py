@@ -6,63 +6,31 @@ import time
 from collections.abc import Callable
 
 import pytest
-import redis
 
 from service import jobstore
 from service.jobs import (
     Cancelled,
     CancelRequested,
     CommitStarted,
-    Event,
     Failed,
-    JobRecord,
     JobState,
     PlanningStarted,
     Restarted,
     UploadsOpened,
     new_job_id,
 )
-from service.jobstore import JobStore, Lease
+from service.jobstore import JobStore
+from tests.service.held_jobs import claimed, lose
 from tests.service.job_steps import ERROR, PATHS, PLANNED, TO_COMMITTING, TO_RUNNING, UPLOADS, fresh, part
 from workers.errors import (
     ConflictError,
     IllegalTransitionError,
     JobNotFoundError,
-    JobStoreUnavailableError,
     LeaseLostError,
     OutputConflictError,
 )
 
-pytest_plugins = ["tests.servers.valkey"]
 pytestmark = pytest.mark.valkey
-
-Raw = redis.Redis
-
-
-@pytest.fixture
-def raw(valkey_url: str) -> object:
-    """A bare connection, to look behind the store's back."""
-    with redis.Redis.from_url(valkey_url, decode_responses=True) as client:
-        yield client
-
-
-def claimed(store: JobStore, *events: Event, ttl_s: float = 60) -> tuple[JobRecord, Lease]:
-    """A job of our own that the events have happened to."""
-    record = fresh(time.time())
-    store.create(record)
-    lease = store.acquire(record.id, "owner", ttl_s)
-    assert lease is not None
-    for event in events:
-        record = store.apply(record.id, event, lease.token)
-    return record, lease
-
-
-def lose(store: JobStore, lease: Lease) -> Lease:
-    """Let the lease run out, and somebody else take the job."""
-    store.release(lease)
-    other = store.acquire(lease.job, "usurper", 60)
-    assert other is not None
-    return other
 
 
 # Records
@@ -275,108 +243,6 @@ def test_a_page_has_room_for_one_job(job_store: JobStore, limit: int) -> None:
         job_store.list(limit)
 
 
-# Leases
-
-
-def test_the_oldest_free_unfinished_job_is_next(job_store: JobStore) -> None:
-    records = [fresh(1000.0 + n) for n in range(4)]
-    for record in reversed(records):
-        job_store.create(record)
-    job_store.apply(records[0].id, CancelRequested())
-    held = job_store.acquire(records[1].id, "other", 60)
-    assert held is not None
-    found = job_store.claim_next("me", 60)
-    assert found is not None
-    assert found[0] == records[2]
-    assert (found[1].job, found[1].owner, found[1].ttl_s) == (records[2].id, "me", 60)
-    job_store.release(held)
-    assert [job_store.claim_next("me", 60) is not None for _ in range(3)] == [True, True, False]
-
-
-@pytest.mark.parametrize("state", JobState)
-def test_jobs_in_every_unfinished_state_can_be_claimed(job_store: JobStore, state: JobState) -> None:
-    record, lease = claimed(job_store, *PATHS[state])
-    job_store.release(lease)
-    found = job_store.claim_next("me", 60)
-    assert (None if found is None else found[0]) == (None if state.is_terminal else record)
-
-
-def test_a_lease_has_one_holder_until_it_is_released(job_store: JobStore) -> None:
-    record, lease = claimed(job_store)
-    assert job_store.status(record.id).owner == "owner"
-    assert job_store.acquire(record.id, "other", 60) is None
-    job_store.release(lease)
-    assert job_store.status(record.id).owner is None
-    other = job_store.acquire(record.id, "other", 60)
-    assert other is not None
-    job_store.release(lease)  # not ours any more
-    assert job_store.status(record.id).owner == "other"
-
-
-def test_a_lease_expires_and_a_renewed_one_lasts(job_store: JobStore, raw: Raw) -> None:
-    _, kept = claimed(job_store, ttl_s=60)
-    record, lease = claimed(job_store, ttl_s=0.05)
-    key = f"{job_store._namespace}:job:{kept.job}:lease"
-    raw.pexpire(key, 1000)
-    job_store.renew(kept)
-    assert 50_000 < int(raw.pttl(key)) <= 60_000
-    deadline = time.monotonic() + 10
-    while job_store.acquire(record.id, "other", 60) is None:
-        assert time.monotonic() < deadline
-    with pytest.raises(LeaseLostError):
-        job_store.renew(lease)
-
-
-def test_tokens_differ_even_when_redis_forgets(job_store: JobStore, raw: Raw) -> None:
-    record, lease = claimed(job_store, *TO_RUNNING)
-    epoch, _, counter = lease.token.partition(":")
-    assert len(epoch) == 16
-    raw.delete(f"{job_store._namespace}:leases", f"{job_store._namespace}:job:{record.id}:lease")
-    again = job_store.acquire(record.id, "other", 60)
-    assert again is not None
-    assert again.token.partition(":")[2] == counter == "1"
-    assert again.token != lease.token
-    with pytest.raises(LeaseLostError):
-        job_store.renew(lease)
-
-
-FENCED: dict[str, Callable[[JobStore, Lease], object]] = {
-    "apply": lambda store, lease: store.apply(lease.job, CommitStarted(), lease.token),
-    "an illegal event": lambda store, lease: store.apply(lease.job, Cancelled(), lease.token),
-    "cancel": lambda store, lease: store.apply(lease.job, CancelRequested(), lease.token),
-    "renew": lambda store, lease: store.renew(lease),
-    "record_part": lambda store, lease: store.record_part(lease, part(2)),
-    "record_survey": lambda store, lease: store.record_survey(lease, "s", 0, {}, 1),
-    "claim_output": lambda store, lease: store.claim_output(lease, "file:///b"),
-    "release_output": lambda store, lease: store.release_output(lease, "file:///a"),
-}
-"""Everything that can be done with a lease, but to release it."""
-
-
-@pytest.mark.parametrize("held_by", ["usurper", None])
-@pytest.mark.parametrize("act", FENCED)
-def test_a_lost_lease_can_do_nothing(job_store: JobStore, raw: Raw, act: str, held_by: str | None) -> None:
-    record, lease = claimed(job_store, *TO_RUNNING)
-    job_store.record_part(lease, part(1))
-    job_store.claim_output(lease, "file:///a")
-    other = lose(job_store, lease)
-    if held_by is None:
-        job_store.release(other)
-    before = {key: raw.dump(key) for key in raw.keys(f"{job_store._namespace}:*")}
-    with pytest.raises(LeaseLostError, match=record.id):
-        FENCED[act](job_store, lease)
-    job_store.release(lease)
-    assert {key: raw.dump(key) for key in raw.keys(f"{job_store._namespace}:*")} == before
-
-
-def test_the_same_acts_with_a_good_lease_do_something(job_store: JobStore) -> None:
-    for act in set(FENCED) - {"an illegal event"}:
-        record, lease = claimed(job_store, *TO_RUNNING)
-        FENCED[act](job_store, lease)
-        assert job_store.get(record.id).state in {JobState.RUNNING, JobState.COMMITTING}
-        job_store.apply(record.id, Failed(ERROR), lease.token)
-
-
 # Finished work
 
 
@@ -481,78 +347,3 @@ def test_a_finished_job_claims_nothing(job_store: JobStore) -> None:
     job_store.release_output(lease, "s3://b/out")
     with pytest.raises(OutputConflictError):
         job_store.claim_output(claimed(job_store)[1], "s3://b/out")
-
-
-# The server
-
-
-def test_the_embedded_server_is_durable(job_store: JobStore) -> None:
-    job_store.ping()
-    assert job_store.durability_warnings() == ()
-
-
-def test_each_careless_setting_is_named(job_store: JobStore, raw: Raw) -> None:
-    careless = {"appendonly": "no", "appendfsync": "everysec", "maxmemory-policy": "allkeys-lru"}
-    good = {name: raw.config_get(name)[name] for name in careless}
-    try:
-        for name, value in careless.items():
-            raw.config_set(name, value)
-            assert job_store.durability_warnings() == (f"Redis has {name} {value}, not {good[name]}",)
-            raw.config_set(name, good[name])
-    finally:
-        for name, value in good.items():
-            raw.config_set(name, value)
-
-
-def test_a_redis_that_hides_its_settings_is_said_to(raw: Raw, valkey_url: str) -> None:
-    raw.acl_setuser("limited", enabled=True, passwords=["+pw"], keys=["*"], commands=["+@all", "-config"])
-    try:
-        with JobStore(valkey_url.replace("//:", "//limited:").replace(password(valkey_url), "pw")) as store:
-            (warning,) = store.durability_warnings()
-    finally:
-        raw.acl_deluser("limited")
-    assert "does not tell" in warning
-    assert "appendonly yes" in warning
-
-
-def password(url: str) -> str:
-    return url.partition("//:")[2].partition("@")[0]
-
-
-def test_an_old_redis_is_named(job_store: JobStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(jobstore, "OLDEST_REDIS", (99, 1))
-    (warning,) = job_store.durability_warnings()
-    assert "is older than 99.1" in warning
-
-
-def test_a_wrong_password_is_our_own_error(valkey_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(jobstore, "CONNECTION_TRIES", 0)
-    url = valkey_url.replace(password(valkey_url), "wrong")
-    with JobStore(url) as store, pytest.raises(JobStoreUnavailableError, match=r"WRONGPASS|password"):
-        store.ping()
-
-
-def test_a_key_of_another_kind_is_our_own_error(job_store: JobStore, raw: Raw) -> None:
-    record, _ = claimed(job_store)
-    raw.set(f"{job_store._namespace}:job:{record.id}:parts", "not a hash")
-    with pytest.raises(JobStoreUnavailableError, match="WRONGTYPE"):
-        job_store.status(record.id)
-
-
-def test_scripts_survive_their_flushing(job_store: JobStore, raw: Raw) -> None:
-    claimed(job_store, PlanningStarted())
-    raw.script_flush()
-    record, _ = claimed(job_store, PlanningStarted())
-    assert job_store.get(record.id).attempt == 1
-
-
-def test_every_key_is_in_the_table(job_store: JobStore, raw: Raw) -> None:
-    record, lease = claimed(job_store, *TO_RUNNING)
-    job_store.record_part(lease, part(1))
-    job_store.record_survey(lease, "s", 0, {}, 1)
-    job_store.claim_output(lease, "file:///out")
-    keys = {key.removeprefix(f"{job_store._namespace}:") for key in raw.keys(f"{job_store._namespace}:*")}
-    shown = {key.replace(record.id, "<id>").replace("file:///out", "<uri>") for key in keys}
-    assert len(shown) == 11
-    for key in shown:
-        assert f"``{key.replace('running', '<state>')}``" in (jobstore.__doc__ or "")

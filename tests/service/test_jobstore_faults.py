@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -31,10 +30,11 @@ from service.jobs import (
 )
 from service.jobstore import JobStore, Lease
 from service.valkey import EmbeddedValkey
+from tests.servers.redis_proxy import AnswerLosingProxy
+from tests.service.held_jobs import claimed
 from tests.service.job_steps import TO_RUNNING, fresh, part
 from workers.errors import IllegalTransitionError, JobStoreUnavailableError, LeaseLostError
 
-pytest_plugins = ["tests.servers.valkey"]
 pytestmark = pytest.mark.valkey
 
 THREADS = 8
@@ -43,13 +43,7 @@ T = TypeVar("T")
 
 def running(store: JobStore) -> Lease:
     """The lease of a job of our own that is running."""
-    record = fresh(time.time())
-    store.create(record)
-    lease = store.acquire(record.id, "owner", 60)
-    assert lease is not None
-    for event in TO_RUNNING:
-        store.apply(record.id, event, lease.token)
-    return lease
+    return claimed(store, *TO_RUNNING)[1]
 
 
 def at_once(*acts: Callable[[], T]) -> list[T | Exception]:
@@ -226,57 +220,9 @@ def test_an_owner_paused_past_its_lease_can_record_nothing(
 # Lost answers
 
 
-class AnswerLosingProxy:
-    """A TCP proxy that, when told to, drops a connection in place of the server's next answer to a script."""
-
-    def __init__(self, host: str, port: int) -> None:
-        self._server = (host, port)
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self.port = self._listener.getsockname()[1]
-        self.lose = 0
-        self.lost = 0
-        self._lock = threading.Lock()
-        self._threads = [threading.Thread(target=self._accept)]
-        self._threads[0].start()
-
-    def _accept(self) -> None:
-        while True:
-            try:
-                client, _ = self._listener.accept()
-            except OSError:  # closed
-                return
-            thread = threading.Thread(target=self._serve, args=(client,))
-            self._threads.append(thread)
-            thread.start()
-
-    def _serve(self, client: socket.socket) -> None:
-        # Requests are small here and clients wait for answers: one chunk is a request, the next its answer
-        with client, socket.create_connection(self._server) as server:
-            while request := client.recv(1 << 20):
-                server.sendall(request)
-                answer = server.recv(1 << 20)
-                # A script that the server does not know has not run: that answer is worth nothing
-                if b"EVALSHA" in request and not answer.startswith(b"-NOSCRIPT") and self._may_lose():
-                    return
-                client.sendall(answer)
-
-    def _may_lose(self) -> bool:
-        with self._lock:
-            if not self.lose:
-                return False
-            self.lose, self.lost = self.lose - 1, self.lost + 1
-            return True
-
-    def close(self) -> None:
-        self._listener.shutdown(socket.SHUT_RDWR)
-        self._listener.close()
-        for thread in self._threads:
-            thread.join(10)
-
-
 @pytest.fixture
 def lossy(valkey_url: str, valkey_namespace: str) -> Iterator[tuple[JobStore, AnswerLosingProxy]]:
-    """A store behind such a proxy."""
+    """A store behind a proxy that loses answers, and the proxy."""
     address = urlsplit(valkey_url)
     assert address.hostname
     assert address.port

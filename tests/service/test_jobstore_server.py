@@ -1,0 +1,87 @@
+"""The job store and its server: the settings that it names, the errors that it gives, and the keys that it keeps."""
+
+from __future__ import annotations
+
+import pytest
+import redis
+
+from service import jobstore
+from service.jobs import PlanningStarted
+from service.jobstore import JobStore
+from tests.service.held_jobs import claimed
+from tests.service.job_steps import TO_RUNNING, part
+from workers.errors import JobStoreUnavailableError
+
+pytestmark = pytest.mark.valkey
+
+
+def test_the_embedded_server_is_durable(job_store: JobStore) -> None:
+    job_store.ping()
+    assert job_store.durability_warnings() == ()
+
+
+def test_each_careless_setting_is_named(job_store: JobStore, raw: redis.Redis) -> None:
+    careless = {"appendonly": "no", "appendfsync": "everysec", "maxmemory-policy": "allkeys-lru"}
+    good = {name: raw.config_get(name)[name] for name in careless}
+    try:
+        for name, value in careless.items():
+            raw.config_set(name, value)
+            assert job_store.durability_warnings() == (f"Redis has {name} {value}, not {good[name]}",)
+            raw.config_set(name, good[name])
+    finally:
+        for name, value in good.items():
+            raw.config_set(name, value)
+
+
+def test_a_redis_that_hides_its_settings_is_said_to(raw: redis.Redis, valkey_url: str) -> None:
+    raw.acl_setuser("limited", enabled=True, passwords=["+pw"], keys=["*"], commands=["+@all", "-config"])
+    try:
+        with JobStore(valkey_url.replace("//:", "//limited:").replace(password(valkey_url), "pw")) as store:
+            (warning,) = store.durability_warnings()
+    finally:
+        raw.acl_deluser("limited")
+    assert "does not tell" in warning
+    assert "appendonly yes" in warning
+
+
+def password(url: str) -> str:
+    return url.partition("//:")[2].partition("@")[0]
+
+
+def test_an_old_redis_is_named(job_store: JobStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jobstore, "OLDEST_REDIS", (99, 1))
+    (warning,) = job_store.durability_warnings()
+    assert "is older than 99.1" in warning
+
+
+def test_a_wrong_password_is_our_own_error(valkey_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jobstore, "CONNECTION_TRIES", 0)
+    url = valkey_url.replace(password(valkey_url), "wrong")
+    with JobStore(url) as store, pytest.raises(JobStoreUnavailableError, match=r"WRONGPASS|password"):
+        store.ping()
+
+
+def test_a_key_of_another_kind_is_our_own_error(job_store: JobStore, raw: redis.Redis) -> None:
+    record, _ = claimed(job_store)
+    raw.set(f"{job_store._namespace}:job:{record.id}:parts", "not a hash")
+    with pytest.raises(JobStoreUnavailableError, match="WRONGTYPE"):
+        job_store.status(record.id)
+
+
+def test_scripts_survive_their_flushing(job_store: JobStore, raw: redis.Redis) -> None:
+    claimed(job_store, PlanningStarted())
+    raw.script_flush()
+    record, _ = claimed(job_store, PlanningStarted())
+    assert job_store.get(record.id).attempt == 1
+
+
+def test_every_key_is_in_the_table(job_store: JobStore, raw: redis.Redis) -> None:
+    record, lease = claimed(job_store, *TO_RUNNING)
+    job_store.record_part(lease, part(1))
+    job_store.record_survey(lease, "s", 0, {}, 1)
+    job_store.claim_output(lease, "file:///out")
+    keys = {key.removeprefix(f"{job_store._namespace}:") for key in raw.keys(f"{job_store._namespace}:*")}
+    shown = {key.replace(record.id, "<id>").replace("file:///out", "<uri>") for key in keys}
+    assert len(shown) == 11
+    for key in shown:
+        assert f"``{key.replace('running', '<state>')}``" in (jobstore.__doc__ or "")
