@@ -203,8 +203,9 @@ class JobRunner:
             )
         if wanted.gpus > 1:
             problems.append(
-                f"the biggest task ({price.worst}) needs {price.gpu_bytes} bytes of GPU memory, and each GPU has "
-                f"{self.tools.settings.gpu_memory_bytes} (MERGEMILL_GPU_MEMORY_BYTES): lower worker_memory_bytes"
+                f"a task needs up to {price.gpu_bytes} bytes of GPU memory, and each GPU has "
+                f"{self.tools.settings.gpu_memory_bytes} (MERGEMILL_GPU_MEMORY_BYTES): use bigger ones, or set it to 0 "
+                f"to compute on CPUs"
             )
         elif wanted.gpus > capacity.gpus:
             problems.append(

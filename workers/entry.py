@@ -13,7 +13,7 @@ from functools import lru_cache, partial
 
 from workers.arena import Arena, padded
 from workers.errors import FleetError, MergemillError
-from workers.kernels import kernels_of
+from workers.kernels import kernels_of, pin_of
 from workers.run import PartRun, SurveyRun, Task, Tools, reset_peak_bytes, run_tasks
 from workers.store import StoreSettings, open_stores
 from workers.store.base import ObjectStore, Upload
@@ -29,7 +29,7 @@ def tasks(payloads: Sequence[JSONValue]) -> Iterator[tuple[int, JSONValue | Merg
     ``{"survey"}``, whose value is the pass's summary; and ``{"store", "device", "arena_bytes"}``, the same for all.
     """
     shared = payloads[0]
-    with _ARENA.of(shared["arena_bytes"]) as arena:
+    with _ARENA.of(shared["arena_bytes"], shared["device"]) as arena:
         tools = Tools(_store(canonical_json(shared["store"])), arena, kernels_of(shared["device"]))
         for number, outcome in run_tasks([partial(_task, payload, tools) for payload in payloads]):
             yield number, _value(outcome)
@@ -56,17 +56,18 @@ def _store(settings: str) -> ObjectStore:
 
 
 class _Kept:
-    """The process' arena: made once for all jobs that want the same size."""
+    """The process' arena: made once for all jobs that want the same size, for the same device."""
 
     def __init__(self) -> None:
         self._arena: Arena | None = None
+        self._wanted: tuple[int, str] | None = None
 
     @contextmanager
-    def of(self, nbytes: int) -> Iterator[Arena]:
-        if self._arena is None or self._arena.nbytes != padded(nbytes):
+    def of(self, nbytes: int, device: str) -> Iterator[Arena]:
+        if self._arena is None or self._wanted != (padded(nbytes), device):
             self._arena = None  # before there is another
             reset_peak_bytes()
-            self._arena = Arena(nbytes)
+            self._arena, self._wanted = Arena(nbytes, pin_of(device)), (padded(nbytes), device)
         try:
             yield self._arena
         finally:

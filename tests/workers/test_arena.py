@@ -6,7 +6,7 @@ import errno
 import itertools
 import mmap
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from workers.arena import ALIGNMENT, Arena, Extent, padded
+from workers.errors import FleetError
 
 pytestmark = pytest.mark.fast
 
@@ -128,6 +129,49 @@ def test_a_kernel_without_huge_pages_will_do(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(mmap, "mmap", Plain)
     (extent,) = Arena(PAGE).take([PAGE])
     assert len(extent.view) == PAGE
+
+
+def test_pinned_memory_is_let_go_before_it_is_unmapped() -> None:
+    events: list[str] = []
+
+    def pin(memory: memoryview) -> Callable[[], None]:
+        assert len(memory) == 4 * PAGE
+        events.append("pinned")
+
+        def unpin() -> None:
+            assert bytes(memory[:2]) == b"xx"  # still there
+            events.append("unpinned")
+
+        return unpin
+
+    arena = Arena(3 * PAGE + 1, pin)
+    (extent,) = arena.take([PAGE])
+    extent.view[:] = b"x" * PAGE
+    arena.give_back(extent)
+    assert events == ["pinned"]
+    del arena, extent
+    assert events == ["pinned", "unpinned"]
+
+
+def test_pinned_memory_is_never_given_up() -> None:
+    size = 16 << 20
+    before = free_to_take()
+    arena = Arena(size, lambda memory: lambda: None)
+    (extent,) = arena.take([size])
+    extent.view[:] = b"x" * size
+    arena.give_back(extent)
+    arena.rest()
+    assert free_to_take() == before
+    (extent,) = arena.take([size])
+    assert bytes(extent.view[-64:]) == b"x" * 64
+
+
+def test_memory_that_cannot_be_pinned_is_no_arena() -> None:
+    def refuse(memory: memoryview) -> Callable[[], None]:
+        raise FleetError("CUDA would not pin it")
+
+    with pytest.raises(FleetError, match="would not"):
+        Arena(PAGE, refuse)
 
 
 def free_to_take() -> int:

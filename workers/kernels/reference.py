@@ -19,7 +19,7 @@ trim or a mask says; infinities follow arithmetic; and statistics read both as z
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from fractions import Fraction
 from functools import reduce
 from typing import Literal
@@ -27,8 +27,8 @@ from typing import Literal
 import numpy as np
 import torch
 
+from workers.canonical import SURVEY_ELEMENTS
 from workers.kernels.base import Divisor
-from workers.task import SURVEY_ELEMENTS
 
 TORCH_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """The torch dtype of each safetensors dtype that arithmetic is done on."""
@@ -53,9 +53,7 @@ def to_float32(raw: torch.Tensor) -> torch.Tensor:
 
 def round_to(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Round float32 to ``dtype``, to nearest even, once; NaN becomes 0x7FC0, 0x7E00 or 0x7FC00000."""
-    rounded = x.to(dtype)
-    nan = torch.isnan(x)
-    return rounded.masked_fill(nan, math.nan) if bool(nan.any()) else rounded
+    return x.to(dtype).masked_fill(torch.isnan(x), math.nan)
 
 
 def float32(value: float) -> float:
@@ -151,7 +149,7 @@ def drop(x: torch.Tensor, mask: torch.Tensor, factor: float) -> torch.Tensor:
 # --- sums over models -------------------------------------------------------------------------------------
 
 
-def weigh(vectors: Sequence[torch.Tensor], weights: Sequence[float]) -> list[torch.Tensor]:
+def weigh(vectors: Iterable[torch.Tensor], weights: Sequence[float]) -> list[torch.Tensor]:
     """Each vector times its weight."""
     return [scale(vector, weight) for vector, weight in zip(vectors, weights, strict=True)]
 
@@ -218,19 +216,27 @@ def consensus(
 # --- statistics -------------------------------------------------------------------------------------------
 
 
-def block_sum(x: torch.Tensor) -> float:
-    """The sum of at most ``SURVEY_ELEMENTS`` float64 values, by one fixed tree.
+def by_block(x: torch.Tensor) -> torch.Tensor:
+    """``x`` as rows of ``SURVEY_ELEMENTS``, the last one filled up with zeros; of any dtype."""
+    blocks = math.ceil(x.numel() / SURVEY_ELEMENTS)
+    if x.numel() == blocks * SURVEY_ELEMENTS:
+        return x.view(blocks, SURVEY_ELEMENTS)
+    rows = x.new_zeros(blocks, SURVEY_ELEMENTS)
+    rows.view(-1)[: x.numel()] = x
+    return rows
 
-    The block is padded with zeros to ``SURVEY_ELEMENTS``; then its second half is added to its first until
-    one value is left.
+
+def block_sums(x: torch.Tensor) -> torch.Tensor:
+    """The sum of each block of ``SURVEY_ELEMENTS`` float64 values, by one fixed tree: shape ``[blocks]``.
+
+    The last block is padded with zeros; then the second half of each is added to its first until one value is
+    left.
     """
-    width = SURVEY_ELEMENTS
-    sums = torch.zeros(width, dtype=torch.float64, device=x.device)
-    sums[: x.numel()] = x
+    sums, width = by_block(x), SURVEY_ELEMENTS
     while width > 1:
         width //= 2
-        sums[:width] += sums[width : 2 * width]
-    return float(sums[0])
+        sums = sums[:, :width] + sums[:, width:]
+    return sums[:, 0]
 
 
 def slerp_coefficients(t: float, first: float, second: float, dot: float) -> tuple[float, float]:

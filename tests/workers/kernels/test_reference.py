@@ -186,12 +186,16 @@ def halving(values: list[float]) -> float:
     return values[0]
 
 
-@pytest.mark.parametrize("n", [0, 1, 2, 1000, SURVEY_ELEMENTS - 1, SURVEY_ELEMENTS])
-def test_a_block_sum_is_the_written_tree(n: int) -> None:
+BLOCK = SURVEY_ELEMENTS
+
+
+@pytest.mark.parametrize("n", [0, 1, 2, 1000, BLOCK - 1, BLOCK, BLOCK + 1, 3 * BLOCK])
+def test_block_sums_are_the_written_tree_in_each_block(n: int) -> None:
     values = np.random.default_rng(n).normal(0, 1, n) * 10.0 ** np.random.default_rng(n).integers(-9, 9, n)
-    padded = [*values.tolist(), *[0.0] * (SURVEY_ELEMENTS - n)]
+    padded = [*values.tolist(), *[0.0] * (-n % BLOCK)]
     x = torch.from_numpy(values)
-    assert reference.block_sum(x) == halving(padded)
+    wanted = [halving(padded[at : at + BLOCK]) for at in range(0, n, BLOCK)]
+    assert reference.block_sums(x).tolist() == wanted
     assert x.tolist() == values.tolist()
 
 
