@@ -73,7 +73,7 @@ def test_a_kept_arena_of_the_job_before_is_not_in_a_workers_peak() -> None:
         "from workers.entry import _ARENA\n"
         "from workers.run import peak_bytes\n"
         "def fill(nbytes):\n"
-        "    with _ARENA.of(nbytes) as arena:\n"
+        "    with _ARENA.of(nbytes, 'cpu') as arena:\n"
         "        (extent,) = arena.take([nbytes])\n"
         "        extent.view[:] = bytes(nbytes)\n"
         "        arena.give_back(extent)\n"
