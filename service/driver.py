@@ -13,7 +13,7 @@ import shutil
 import threading
 import time
 from concurrent.futures import Future
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -123,14 +123,16 @@ class Driver:
         :raises FleetError: the driver is not started, or closed.
         :raises ValueError: the payload holds NaN or an infinity.
         """
-        payload = json.dumps(request.payload, allow_nan=False)
+        # Not `asdict`, which would copy the payload object by object.
+        message = {field.name: getattr(request, field.name) for field in fields(request)}
+        message["payload"] = json.dumps(request.payload, allow_nan=False)
         future: Future[JSONValue] = Future()
         with self._lock:
             if self._closed or self._thread is None:
                 raise FleetError("the fleet is closed" if self._closed else "the fleet is not started")
             number, self._next_id = self._next_id, self._next_id + 1
-            message = {"op": "submit", "id": number, **asdict(request), "payload": payload}
-            self._pending[number] = pending = _Pending(request.label, json.dumps(message), future)
+            line = json.dumps({"op": "submit", "id": number, **message})
+            self._pending[number] = pending = _Pending(request.label, line, future)
             if self._child is not None:
                 self._child.send(pending.line)
             self._demand()

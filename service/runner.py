@@ -121,7 +121,8 @@ class JobRunner:
         now = time.monotonic()
         if now - self._checked >= self.tools.settings.poll_seconds:
             self._checked = now
-            if self.tools.jobs.get(self.record.id).cancel_requested:
+            jobs, job = self.tools.jobs, self.record.id
+            if jobs.version(job) != self.record.version and jobs.get(job).cancel_requested:
                 raise CancelledError
 
     def _work(self) -> None:
