@@ -49,8 +49,8 @@ class TaskRequest:
     stream: str | None = None
     """Requests of one stream, with the same entry and needs, may go to one worker together, in order. Their entry
     is called with a list of payloads, and yields ``(index, value)`` or ``(index, MergemillError)`` for each, in any
-    order: each answer is its future's at once. Where a worker died, what it left unfinished goes again, each
-    request in a list of its own."""
+    order: each answer is its future's about a second later at most. Where a worker died, what it left unfinished
+    goes again, each request in a list of its own."""
 
 
 @dataclass(frozen=True, slots=True)

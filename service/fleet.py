@@ -8,8 +8,8 @@ result descriptor go ``nodes`` (every second: the sign of life), ``started``, ``
 before them ``vital``, the processes that we cannot do without. When stdin ends, so does this process. All else
 that is printed, by Ray or by us, goes to stderr.
 
-Everything is a Ray generator task, which answers for one request or, in a stream, for several: each result is
-sent on when it is there.
+Everything is a Ray generator task, which answers for one request or, in a stream, for several: results are sent
+on about every second, and when the task ends.
 """
 
 from __future__ import annotations

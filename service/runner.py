@@ -119,7 +119,7 @@ class JobRunner:
         if self.tools.stopping.is_set():
             raise StoppedError
         now = time.monotonic()
-        if now - self._checked >= self.tools.settings.poll_seconds:
+        if now - self._checked >= self.tools.settings.busy_poll_seconds:
             self._checked = now
             jobs, job = self.tools.jobs, self.record.id
             if jobs.version(job) != self.record.version and jobs.get(job).cancel_requested:
