@@ -19,8 +19,6 @@ from workers.store import StoreSettings, open_stores
 from workers.store.base import ObjectStore, Upload
 from workers.task import PART, SURVEY_TASK, JSONValue, canonical_json
 
-TASKS_ENTRY = "workers.entry:tasks"
-
 
 def tasks(payloads: Sequence[JSONValue]) -> Iterator[tuple[int, JSONValue | MergemillError]]:
     """Do tasks, of which each is read while the one before is merged; yields their numbers and values as they are done.

@@ -13,7 +13,8 @@ import torch
 from tests.workers.methods.cases import CASES, LONG, WIDE, Case, tensors
 from workers.kernels.base import Operands
 from workers.methods import METHODS
-from workers.methods.evaluate import TORCH, conclude_pass, merge_tensor, survey
+from workers.methods.evaluate import TORCH, merge_tensor
+from workers.methods.survey import conclude_pass, survey
 from workers.task import SURVEY_ELEMENTS, Facts, canonical_json
 
 pytestmark = pytest.mark.fast

@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from workers.kernels.base import Operands
 from workers.methods import METHODS
 from workers.methods.base import SurveyPass
-from workers.methods.evaluate import TORCH, conclude_pass, survey
+from workers.methods.evaluate import TORCH
 from workers.methods.resolve import resolve_parameters
+from workers.methods.survey import conclude_pass, survey
 from workers.task import Facts
 
 pytestmark = pytest.mark.fast
