@@ -35,7 +35,7 @@ def merge(of: Case, base: torch.Tensor | None, models: list[torch.Tensor]) -> to
 
 
 def facts_of(of: Case, base: torch.Tensor | None, models: list[torch.Tensor]) -> Facts:
-    return survey(of.method.survey(of.parameters, of.models), run(of, base, models))
+    return survey(of.method.survey(of.parameters, of.models), run(of, base, models), TORCH)
 
 
 def run(
