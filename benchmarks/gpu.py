@@ -29,11 +29,12 @@ from safetensors.torch import save_file
 from workers.arena import Arena, padded
 from workers.kernels import pin_of
 from workers.kernels.base import Counts, Election, Formula, Kernels, Operands, Term
-from workers.kernels.conveyor import CHUNK_ELEMENTS, Conveyor, Lanes
+from workers.kernels.conveyor import Conveyor, Lanes
 from workers.kernels.gpu import CudaLanes
-from workers.kernels.reference import keep_count, slerp_coefficients, weight_sum
+from workers.kernels.moves import CHUNK_ELEMENTS
+from workers.kernels.scalars import keep_bound, keep_count, slerp_coefficients, weight_sum
 from workers.kernels.torch_kernels import TorchKernels
-from workers.random import keep_bound, mask_key
+from workers.random import mask_key
 
 NO_GPU = 3
 """Exit code where there is no GPU."""

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from workers.arena import padded
-from workers.kernels.conveyor import device_bytes
+from workers.kernels.moves import device_bytes
 from workers.ranges import READ_BYTES, Arrangement
 from workers.task import (
     BLOCK_BYTES,

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import filterfalse
 from queue import Empty, SimpleQueue
-from typing import TypeVar
+from typing import Final, TypeVar
 
 import structlog
 from pydantic import SecretStr
@@ -26,10 +26,9 @@ from service.price import label_of, needs, part_label
 from service.progress import Progress
 from service.settings import Settings
 from workers.binding import bind
-from workers.entry import TASKS_ENTRY
 from workers.errors import StoreError
 from workers.methods.base import Summary, SurveyPass
-from workers.methods.evaluate import Tally, conclude_pass, next_pass
+from workers.methods.survey import Tally, conclude_pass, next_pass
 from workers.ranges import Arrangement
 from workers.store.base import ObjectStore
 from workers.store.settings import StoreSettings
@@ -46,6 +45,9 @@ from workers.task import (
     SurveyTask,
     refs_of,
 )
+
+TASKS_ENTRY: Final = "workers.entry:tasks"
+"""What workers call; not imported here, where it would bring torch and numba with it."""
 
 _T = TypeVar("_T")
 

@@ -39,7 +39,7 @@ class Extent:
 
 
 class Arena:
-    """A fixed number of bytes, handed out first fit. Thread safe."""
+    """So many bytes, handed out first fit. Thread safe."""
 
     def __init__(self, nbytes: int, pin: Pin | None = None) -> None:
         """
@@ -48,9 +48,7 @@ class Arena:
         self.nbytes = padded(max(1, nbytes))
         """Bytes in all."""
         self._memory = mmap.mmap(-1, self.nbytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        with contextlib.suppress(OSError):  # a hint, and some kernels do not know it
-            self._memory.madvise(mmap.MADV_HUGEPAGE)
-        self._view = memoryview(self._memory)
+        self._view = self._ready()
         self._pinned = pin is not None
         if pin is not None:
             weakref.finalize(self, pin(self._view))
@@ -79,6 +77,22 @@ class Arena:
             self._taken.remove((extent.start, padded(len(extent.view))))
             self._changed.notify_all()
 
+    def resize(self, nbytes: int) -> bool:
+        """Have ``nbytes`` from now on, in the same memory as far as it goes; whether that could be done.
+
+        Not while an extent is out or somebody still looks into one, and not with pinned memory.
+        """
+        with self._changed:
+            if self._taken or self._pinned:
+                return False
+            self._view.release()
+            size = padded(max(1, nbytes))
+            with contextlib.suppress(BufferError, OSError):
+                self._memory.resize(size)
+                self.nbytes = size
+            self._view = self._ready()
+            return self.nbytes == size
+
     def rest(self) -> None:
         """Let the system take the memory if it is short of it; does nothing while an extent is out.
 
@@ -88,6 +102,12 @@ class Arena:
         with self._changed:
             if not self._taken and not self._pinned:
                 self._memory.madvise(mmap.MADV_FREE)
+
+    def _ready(self) -> memoryview:
+        """The memory, which is to come in huge pages."""
+        with contextlib.suppress(OSError):  # a hint, and some kernels do not know it
+            self._memory.madvise(mmap.MADV_HUGEPAGE)
+        return memoryview(self._memory)
 
     def _fit(self, sizes: Sequence[int]) -> list[int] | None:
         taken = sorted(self._taken)

@@ -19,8 +19,6 @@ from workers.store import StoreSettings, open_stores
 from workers.store.base import ObjectStore, Upload
 from workers.task import PART, SURVEY_TASK, JSONValue, canonical_json
 
-TASKS_ENTRY = "workers.entry:tasks"
-
 
 def tasks(payloads: Sequence[JSONValue]) -> Iterator[tuple[int, JSONValue | MergemillError]]:
     """Do tasks, of which each is read while the one before is merged; yields their numbers and values as they are done.
@@ -56,22 +54,30 @@ def _store(settings: str) -> ObjectStore:
 
 
 class _Kept:
-    """The process' arena: made once for all jobs that want the same size, for the same device."""
+    """The process' arena: one for all jobs, of the size that each wants, as long as they want the same device."""
 
     def __init__(self) -> None:
         self._arena: Arena | None = None
-        self._wanted: tuple[int, str] | None = None
+        self._device = ""
 
     @contextmanager
     def of(self, nbytes: int, device: str) -> Iterator[Arena]:
-        if self._arena is None or self._wanted != (padded(nbytes), device):
-            self._arena = None  # before there is another
+        if self._arena is None or (self._arena.nbytes, self._device) != (padded(nbytes), device):
+            self._arena = self._changed(nbytes, device)
+            self._device = device
             reset_peak_bytes()
-            self._arena, self._wanted = Arena(nbytes, pin_of(device)), (padded(nbytes), device)
         try:
             yield self._arena
         finally:
             self._arena.rest()
+
+    def _changed(self, nbytes: int, device: str) -> Arena:
+        """One of another size: with the memory that is there, which is cheaper than fresh memory, where that can be."""
+        kept, self._arena = self._arena, None
+        if kept is not None and device == self._device and kept.resize(nbytes):
+            return kept
+        del kept  # before there is another
+        return Arena(nbytes, pin_of(device))
 
 
 _ARENA = _Kept()

@@ -12,11 +12,11 @@ uint32 or uint64 throughout. A product of two words may wrap there; its 64 bits 
 from __future__ import annotations
 
 import hashlib
-from fractions import Fraction
 
 import torch
 
 from workers.canonical import canonical_json
+from workers.kernels.scalars import keep_bound
 
 Words = torch.Tensor
 """32-bit words as int64 from 0 to 2**32 - 1."""
@@ -59,19 +59,11 @@ def _high(product: torch.Tensor) -> Words:
     return (product >> 32).bitwise_and_(_LOW)
 
 
-def keep_bound(density: float) -> int:
-    """What a 32-bit word must be below for its element to be kept: ``floor(density * 2**32)``.
-
-    ``density`` is read as the decimal that it prints as. Of 1 the bound is ``2**32``, above every word.
-    """
-    return min(1 << 32, int(Fraction(str(density)) * (1 << 32) // 1))
-
-
 def keep_mask(key: int, first: int, count: int, density: float) -> torch.Tensor:
     """Which of the flat elements ``[first, first + count)`` a DARE mask keeps: bool, shape ``[count]``.
 
-    An element is kept iff its 32-bit word is below :func:`keep_bound`. Density 1 keeps all and density 0 none,
-    without drawing.
+    An element is kept iff its 32-bit word is below :func:`~workers.kernels.scalars.keep_bound`. Density 1 keeps all
+    and density 0 none, without drawing.
     """
     return words_below(key, first, count, keep_bound(density))
 

@@ -25,7 +25,7 @@ from workers.kernels import kernels_of, pin_of
 from workers.kernels.base import Kernels, Operands
 from workers.kernels.reference import TORCH_DTYPES
 from workers.methods.base import Summary
-from workers.methods.evaluate import Tally, survey
+from workers.methods.survey import Tally, survey
 from workers.nonfinite import NonFinite
 from workers.pipeline import Pipeline
 from workers.safetensors_format import prefix

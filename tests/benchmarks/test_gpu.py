@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from benchmarks import gpu
-from workers.kernels.conveyor import Lane, Lanes
+from workers.kernels.conveyor import Lanes
+from workers.kernels.moves import Lane
 
 ROOT = Path(__file__).parents[2]
 SMALL = ["--elements", "600000", "--step", "262144", "--rounds", "1", "--copy-bytes", "1000000"]

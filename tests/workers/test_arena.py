@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import itertools
 import mmap
+import resource
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -117,6 +118,42 @@ def test_resting_lets_the_system_take_the_memory_unless_it_is_in_use() -> None:
     extent.view[:] = b"y" * size
     assert free_to_take() - before < size // 4
     assert bytes(extent.view[-64:]) == b"y" * 64
+
+
+@pytest.mark.parametrize("wanted", [8 << 20, 24 << 20])
+def test_of_another_size_it_keeps_the_memory_that_it_has(wanted: int) -> None:
+    size = 16 << 20
+    arena = Arena(size)
+    (extent,) = arena.take([size])
+    extent.view[:] = b"x" * size
+    arena.give_back(extent)
+    del extent
+    assert arena.resize(wanted - 1)
+    assert arena.nbytes == wanted
+    (extent,) = arena.take([wanted])
+    kept = min(size, wanted)
+    assert extent.view[:kept] == b"x" * kept
+    written = memoryview(b"y" * wanted)
+    faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    extent.view[:kept] = written[:kept]
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults < kept // PAGE // 2
+    extent.view[:] = written
+    with pytest.raises(ValueError, match="were asked of an arena"):
+        arena.take([wanted + 1])
+
+
+def test_its_size_stays_while_somebody_uses_it_and_when_it_is_pinned() -> None:
+    arena = Arena(4 * PAGE)
+    (extent,) = arena.take([PAGE])
+    assert not arena.resize(PAGE)
+    arena.give_back(extent)
+    assert not arena.resize(8 * PAGE)  # who gave it back still holds the view
+    (whole,) = arena.take([4 * PAGE])
+    whole.view[:] = b"x" * 4 * PAGE
+    arena.give_back(whole)
+    del extent, whole
+    assert arena.resize(8 * PAGE)
+    assert not Arena(PAGE, lambda memory: lambda: None).resize(2 * PAGE)
 
 
 def test_a_kernel_without_huge_pages_will_do(monkeypatch: pytest.MonkeyPatch) -> None:

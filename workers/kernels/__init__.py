@@ -7,14 +7,13 @@ from __future__ import annotations
 
 from functools import partial
 
-import torch
-
 from workers.arena import Pin
 from workers.kernels.base import Kernels
 
 __all__ = ["kernels_of", "pin_of"]
 
-# Modules are imported when they are chosen: numba is no use to a process that only plans, or computes on a GPU.
+# Modules are imported when they are chosen: torch is no use to a process that only plans, and numba none to one that
+# computes on a GPU.
 
 
 def kernels_of(device: str) -> Kernels:
@@ -23,6 +22,8 @@ def kernels_of(device: str) -> Kernels:
         from workers.kernels.cpu import FusedKernels  # noqa: PLC0415
 
         return FusedKernels()
+    import torch  # noqa: PLC0415
+
     from workers.kernels.conveyor import Conveyor  # noqa: PLC0415
     from workers.kernels.gpu import CudaLanes  # noqa: PLC0415
     from workers.kernels.torch_kernels import TorchKernels  # noqa: PLC0415
@@ -35,6 +36,8 @@ def pin_of(device: str) -> Pin | None:
     """What makes memory ready for copies to and from a torch device; ``None`` where nothing is copied."""
     if device == "cpu":
         return None
+    import torch  # noqa: PLC0415
+
     from workers.kernels.gpu import pin  # noqa: PLC0415
 
     return partial(pin, torch.device(device))

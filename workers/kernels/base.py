@@ -14,11 +14,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
-import torch
+
+if TYPE_CHECKING:  # whoever only plans needs no torch
+    import torch
 
 Divisor = Literal["abs_weights", "count", "weights"]
 """What a consensus is divided by, over the models that agree: their absolute weights, number or weights."""

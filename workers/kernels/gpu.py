@@ -13,7 +13,8 @@ from collections.abc import Callable, Sequence
 import torch
 
 from workers.errors import FleetError
-from workers.kernels.conveyor import Lane, Lanes
+from workers.kernels.conveyor import Lanes
+from workers.kernels.moves import Lane
 
 log = logging.getLogger(__name__)
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 
-from workers.kernels.conveyor import Lane, Lanes
+from workers.kernels.conveyor import Lanes
+from workers.kernels.moves import Lane
 
 
 class LateLanes(Lanes):

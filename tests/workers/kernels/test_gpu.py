@@ -17,9 +17,10 @@ from workers.arena import Arena
 from workers.canonical import SURVEY_ELEMENTS
 from workers.kernels import kernels_of, pin_of
 from workers.kernels.base import Election, Formula, Operands, Term
-from workers.kernels.conveyor import CHUNK_ELEMENTS, Conveyor, device_bytes
+from workers.kernels.conveyor import Conveyor
 from workers.kernels.cpu import FusedKernels
 from workers.kernels.gpu import CudaLanes
+from workers.kernels.moves import CHUNK_ELEMENTS, device_bytes
 from workers.kernels.torch_kernels import TorchKernels
 from workers.random import words_below
 

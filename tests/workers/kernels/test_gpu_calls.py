@@ -15,8 +15,9 @@ from workers.arena import Arena
 from workers.errors import FleetError
 from workers.kernels import kernels_of, pin_of
 from workers.kernels.base import Election, Formula, Term
-from workers.kernels.conveyor import Conveyor, device_bytes
+from workers.kernels.conveyor import Conveyor
 from workers.kernels.gpu import CudaLanes, pin
+from workers.kernels.moves import device_bytes
 
 FORMULA = Formula((Term(0, 0.5, 1 << 31, 2.0), Term(1, threshold=0x3C000000)), True, Election(1, "count"))
 

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from workers.kernels import reference
+from workers.kernels import reference, scalars
 from workers.kernels.base import Divisor
 from workers.task import SURVEY_ELEMENTS
 
@@ -173,10 +173,10 @@ def test_accumulate_adds_in_order(values: list[float]) -> None:
 
 
 def test_weights_that_vanish_divide_by_one() -> None:
-    assert reference.weight_sum([0.5, 1.0]) == 1.5
-    assert reference.weight_sum([-0.5]) == -0.5
-    assert reference.weight_sum([0.1, 0.2, -0.3]) == 1.0  # 2.8e-17
-    assert reference.weight_sum([0.0]) == 1.0
+    assert scalars.weight_sum([0.5, 1.0]) == 1.5
+    assert scalars.weight_sum([-0.5]) == -0.5
+    assert scalars.weight_sum([0.1, 0.2, -0.3]) == 1.0  # 2.8e-17
+    assert scalars.weight_sum([0.0]) == 1.0
 
 
 def halving(values: list[float]) -> float:
@@ -217,10 +217,10 @@ def test_consensus_keeps_nan_and_lets_infinity_win(divisor: Divisor | None) -> N
 
 
 def test_slerp_coefficients() -> None:
-    assert reference.slerp_coefficients(0.25, 1.0, 0.0, 0.0) == (0.75, 0.25)
-    assert reference.slerp_coefficients(0.25, 4.0, 9.0, 6.0) == (0.75, 0.25)
-    first, second = reference.slerp_coefficients(0.5, 4.0, 9.0, 0.0)
+    assert scalars.slerp_coefficients(0.25, 1.0, 0.0, 0.0) == (0.75, 0.25)
+    assert scalars.slerp_coefficients(0.25, 4.0, 9.0, 6.0) == (0.75, 0.25)
+    first, second = scalars.slerp_coefficients(0.5, 4.0, 9.0, 0.0)
     assert first == pytest.approx(0.5**0.5)
     assert second == pytest.approx(0.5**0.5)
     # Rounding may push a cosine beyond 1, where it has no angle.
-    assert reference.slerp_coefficients(0.5, 1.0, 1.0, 1.0000000000000002) == (0.5, 0.5)
+    assert scalars.slerp_coefficients(0.5, 1.0, 1.0, 1.0000000000000002) == (0.5, 0.5)
