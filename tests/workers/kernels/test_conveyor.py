@@ -6,6 +6,7 @@ import itertools
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -158,6 +159,23 @@ def test_any_step_any_device_and_the_compiled_kernels_agree(
         assert everything(carrier, run, formula, dtype) == wanted
 
 
+@pytest.mark.parametrize("step", [2, 3, 4])
+def test_equal_magnitudes_are_cut_off_in_the_middle_of_a_step(step: int) -> None:
+    rng = np.random.default_rng(0)
+    base, *models = (elements("coarse", 3 * BLOCK + 9, torch.bfloat16, rng) for _ in range(3))
+    run = Operands(BLOCK, base, tuple(models), ())
+    bits = int(torch.tensor(0.25).view(torch.int32))
+    formula = Formula(
+        (Term(0, threshold=bits, cut=(2, 1000)), Term(1, 0.5, threshold=bits, cut=(2, 1 << 20))), True
+    )
+    wanted = merged(FusedKernels(), run, formula, torch.float32)
+    elected = FusedKernels().elected(run, formula)
+    for carrier in (InPlace(step * BLOCK), Conveyor(CPU, LateLanes(step), step * BLOCK)):
+        kernels = TorchKernels(carrier)
+        assert merged(kernels, run, formula, torch.float32) == wanted
+        assert kernels.elected(run, formula) == elected
+
+
 @pytest.mark.parametrize("seed", range(6))
 def test_lanes_that_overtake_each_other_where_they_may_change_nothing(seed: int) -> None:
     run = long_run(7, 6, 99, 2, True)
@@ -268,3 +286,29 @@ def test_a_pass_takes_no_more_than_it_says(models: int, dtype: torch.dtype, bloc
     assert device_bytes(1 << 40, widths, 2, step) == device_bytes(
         step, widths, 2, step
     )  # however long the run
+
+
+@pytest.mark.parametrize("models", [1, 3, 16])
+def test_every_element_of_a_chunk_takes_no_more_than_it_says(models: int) -> None:
+    """What is said in any case, which hides the rest where chunks are small, cancels out between two sizes."""
+    rng = np.random.default_rng(0)
+    base, *rest = (elements("ordinary", 4 * BLOCK, torch.bfloat16, rng) for _ in range(models + 1))
+    every = tuple(Term(model, 0.3, 1 << 31, 1.7, 0x3C000000) for model in range(models))
+    formula = Formula(every, True, Election(1, "abs_weights"), 1.3, 0.7)
+    counts = np.zeros((models, 1 << 16), dtype=np.int64)
+    took: list[list[int]] = []
+    said = []
+    for blocks in (1, 2):
+        numel = 2 * blocks * BLOCK
+        run = Operands(0, base[:numel], tuple(model[:numel] for model in rest), tuple(range(models)))
+        out = torch.empty(numel, dtype=torch.bfloat16)
+        kernels = TorchKernels(Conveyor(CPU, Lanes(), blocks * BLOCK))
+        calls: list[Callable[[], object]] = [
+            partial(kernels.merge, run, formula, out),
+            partial(kernels.histogram, run, formula, None, counts),
+            partial(kernels.norms, run, formula),
+        ]
+        took.append([grown(call) for call in calls[: 1 if models > 3 else 3]])
+        said.append(device_bytes(numel, [2] * (models + 1), 2, blocks * BLOCK))
+    for one, two in zip(*took, strict=True):
+        assert 0 < two - one <= said[1] - said[0]
