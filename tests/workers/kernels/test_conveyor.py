@@ -20,18 +20,9 @@ from tests.workers.kernels.formulas import DTYPES, elements, merged, statistics,
 from tests.workers.kernels.lanes import LateLanes
 from workers.canonical import SURVEY_ELEMENTS
 from workers.kernels.base import Election, Formula, Operands, Term
-from workers.kernels.conveyor import (
-    MADE,
-    Carrier,
-    Conveyor,
-    InPlace,
-    Lane,
-    Lanes,
-    chunks,
-    device_bytes,
-    moves,
-)
+from workers.kernels.conveyor import Carrier, Conveyor, InPlace, Lanes
 from workers.kernels.cpu import FusedKernels
+from workers.kernels.moves import MADE, Lane, chunks, device_bytes, moves
 from workers.kernels.torch_kernels import TorchKernels
 
 CPU = torch.device("cpu")
