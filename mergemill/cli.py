@@ -292,8 +292,15 @@ def download(
     from mergemill import session
     from mergemill.show import byte_progress
 
-    with session.interruptible(), session.open_client(url) as client, byte_progress(_console(), job) as show:
-        client.download(job, directory, show)
+    console = _console()
+
+    def repaired(name: str) -> None:
+        console.print(
+            f"{directory / name} is not what the merge wrote: replacing it", soft_wrap=True, highlight=False
+        )
+
+    with session.interruptible(), session.open_client(url) as client, byte_progress(console, job) as show:
+        client.download(job, directory, show, repaired)
     typer.echo(f"{directory} holds the checkpoint of {job}, every digest checked")
 
 

@@ -177,12 +177,17 @@ class Client:
         """The files of a merged checkpoint.
 
         :raises NotReadyError: the job has not succeeded.
+        :raises OutputReplacedError: another job has written to the output since.
         """
         body = self._get(f"/v1/merges/{_segment(job)}/files")
         return [File(item["name"], item["size"], item["digest"], item["url"]) for item in body["files"]]
 
     def download(
-        self, job: str, directory: str | Path, on_progress: Callable[[int, int], None] | None = None
+        self,
+        job: str,
+        directory: str | Path,
+        on_progress: Callable[[int, int], None] | None = None,
+        on_repair: Callable[[str], None] | None = None,
     ) -> Path:
         """Download a merged checkpoint, several files at once, and check every digest.
 
@@ -190,13 +195,17 @@ class Client:
         index comes last, so that a checkpoint that can be loaded is whole.
 
         :param on_progress: called with the bytes that are here, and those of all files.
+        :param on_repair: called with the name of each file that is there already, is not what the merge wrote, and
+            is therefore replaced.
         :returns: the directory.
         :raises NotReadyError: the job has not succeeded.
+        :raises OutputReplacedError: another job has written to the output since.
         :raises AlreadyExistsError: the directory holds the weights of another model.
-        :raises StoreError: the store does not give a file, or the bytes are not those of the merge.
+        :raises StoreError: the store does not give a file, the bytes are not those of the merge, or the directory
+            cannot be written.
         """
         place = Path(directory)
-        download.download(self._http, self.url, lambda: self.files(job), place, on_progress)
+        download.download(self._http, self.url, lambda: self.files(job), place, on_progress, on_repair)
         return place
 
     def methods(self) -> builtins.list[dict[str, Any]]:

@@ -68,8 +68,8 @@ class SparseModel(WeightedModel):
     """Parameters of a model whose task vector is sparsified first."""
 
     density: Fraction01 = 1.0
-    """The fraction of the task vector's elements that is kept: the largest where it is trimmed (`ties`), random ones where
-    it is dropped (DARE)."""
+    """The fraction of the task vector's elements that is kept: the largest where it is trimmed (`ties`), random ones
+    where it is dropped (DARE)."""
 
 
 class TaskVectorParameters(Parameters):

@@ -22,8 +22,8 @@ class DareLinearParameters(TaskVectorParameters):
     """Global parameters of ``dare_linear``."""
 
     rescale: Rescale = "inverse"
-    """What makes up for the dropped elements: `inverse`, 1/density; `l1`, what gives the task vector the L1 norm that it had
-    before; `none` (or `false`), nothing."""
+    """What makes up for the dropped elements: `inverse`, 1/density; `l1`, what gives the task vector the L1 norm that
+    it had before; `none` (or `false`), nothing."""
 
 
 def _drop(parameters: DareLinearParameters, models: Sequence[SparseModel]) -> Drop:

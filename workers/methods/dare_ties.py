@@ -21,8 +21,8 @@ class DareTiesParameters(TrimmingParameters):
     """Global parameters of ``dare_ties``; those of the trim only have a meaning with ``retrim``."""
 
     rescale: Rescale = "inverse"
-    """What makes up for the dropped elements: `inverse`, 1/density; `l1`, what gives the task vector the L1 norm that it had
-    before; `none` (or `false`), nothing."""
+    """What makes up for the dropped elements: `inverse`, 1/density; `l1`, what gives the task vector the L1 norm that
+    it had before; `none` (or `false`), nothing."""
     retrim: bool = False
     """Whether TIES trims the dropped and rescaled task vectors again, as the authors do; the trim's own switches
     (`trim_scope`, `keep_count`, `equal_magnitudes`) have a meaning only then."""

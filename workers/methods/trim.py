@@ -39,8 +39,8 @@ class TrimmingParameters(ElectingParameters):
     """How many of n elements a density keeps: `exact`, floor(density·n) of the number as it is written, at least 1;
     `paper`, int(density·n) + 1 in floats; `mergekit`, max(1, int(density·n)) in floats."""
     equal_magnitudes: EqualMagnitudes = "keep"
-    """Of elements as large as the smallest that stays: `keep` all, or `exact_k`, those of the lowest index, so that no more
-    stay than `keep_count` says."""
+    """Of elements as large as the smallest that stays: `keep` all, or `exact_k`, those of the lowest index, so that no
+    more stay than `keep_count` says."""
 
     @property
     def survey_scope(self) -> SurveyScope:
