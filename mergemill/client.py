@@ -268,7 +268,7 @@ def _succeeded(job: Job) -> Job:
     if job.state == "cancelled":
         raise JobCancelledError(f"{job.id} was cancelled")
     cause = from_json(dict(job.error or {"type": "MergemillError", "detail": "it does not say why"}))
-    raise JobFailedError(f"{job.id} failed: {type(cause).__name__}: {cause}") from cause
+    raise JobFailedError(f"{job.id} failed: {cause}") from cause
 
 
 def _unreachable(url: str, error: httpx.HTTPError) -> ServiceUnavailableError:

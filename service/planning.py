@@ -74,6 +74,15 @@ class Outcome:
         return self.planned
 
 
+def is_hub_name(name: str) -> bool:
+    """Whether a model's name in a recipe is a hub's, such as ``org/name@revision``, not a place."""
+    return (
+        _HUB_NAME.fullmatch(name) is not None
+        and not name.startswith(".")
+        and ".." not in re.split("[/@]", name)
+    )
+
+
 def resolve_model(name: str, model_roots: Mapping[str, str]) -> str:
     """Where a model named in a recipe is: a normalised URI.
 
@@ -87,7 +96,7 @@ def resolve_model(name: str, model_roots: Mapping[str, str]) -> str:
             return normalise(name)
         except StoreError as error:
             raise PlanError(f"{name}: {error}") from error
-    if not _HUB_NAME.fullmatch(name) or name.startswith(".") or ".." in re.split("[/@]", name):
+    if not is_hub_name(name):
         raise PlanError(
             f"{name!r} is neither s3://bucket/prefix, file:///directory, an absolute path nor a hub name "
             "(a relative path would mean the server's disk)"

@@ -224,6 +224,19 @@ def parse_recipe(value: Any) -> Recipe:
     raise RecipeError(*_presentable(problems))
 
 
+def renamed(recipe: Recipe, names: Mapping[str, str]) -> Recipe:
+    """The recipe with its models called otherwise."""
+    fields = {
+        field: names.get(value, value)
+        for field in ("base_model", "tokenizer_source", "buffers")
+        if (value := getattr(recipe, field)) is not None
+    }
+    models = tuple(
+        entry.model_copy(update={"model": names.get(entry.model, entry.model)}) for entry in recipe.models
+    )
+    return recipe.model_copy(update={**fields, "models": models})
+
+
 def parse_yaml(text: str) -> Recipe:
     """Read a recipe from mergekit's YAML (or JSON, which is YAML).
 

@@ -156,7 +156,7 @@ class JobNotFoundError(JobError, LookupError):
 
 
 class IllegalTransitionError(JobError):
-    """The job's state does not allow this event; the message holds the record's history."""
+    """The job's state does not allow this event; a note holds the record's history."""
 
 
 class NotReadyError(JobError):
