@@ -106,8 +106,9 @@ def resolve_model(name: str, model_roots: Mapping[str, str]) -> str:
     key = next((key for key in (name, bare) if key in model_roots), max(prefixes, key=len, default=None))
     if key is None:
         raise PlanError(
-            f"{name!r} is a hub name that this service does not know: map it to where its files are with the setting "
-            f'model_roots, for example MERGEMILL_MODEL_ROOTS=\'{{"{bare}": "s3://bucket/{bare}"}}\''
+            f"{name!r} is a hub name that this service does not know, and nothing is downloaded from hubs: name "
+            "the place of its files, or have the service find it there, for example with "
+            f'MERGEMILL_MODEL_ROOTS=\'{{"{bare}": "s3://bucket/{bare}"}}\''
         )
     try:
         root = normalise(model_roots[key])
@@ -117,7 +118,7 @@ def resolve_model(name: str, model_roots: Mapping[str, str]) -> str:
             return f"{root}@{quote(revision) if root.startswith('file:') else revision}"
         return join(root, *name[len(key) :].split("/"))
     except StoreError as error:
-        raise PlanError(f"{name}: the setting model_roots maps {key!r} to no place: {error}") from error
+        raise PlanError(f"{name}: MERGEMILL_MODEL_ROOTS maps {key!r} to no place: {error}") from error
 
 
 def overlap(output: str, inputs: Iterable[str]) -> list[str]:

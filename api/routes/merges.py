@@ -12,7 +12,7 @@ from fastapi.responses import FileResponse, RedirectResponse
 
 from api.bodies import Body, BodyDep, Wanted, read
 from api.deps import JobsDep, PlanLimiterDep, SettingsDep, StoreDep
-from api.looking import plan_wanted
+from api.looking import plan_wanted, refuse_taken
 from api.openapi import problems, recipe_body
 from api.routing import readable
 from api.schemas import File, FileList, Job, JobList, MergeRequest, job_of
@@ -55,12 +55,15 @@ async def submit(
 ) -> Job:
     """Accept a merge. The recipe is checked now; models are opened, checked and priced when planning.
 
+    An output that holds a checkpoint is refused, unless `overwrite` is set.
     A recipe that is refused has its models and its output looked at now, so that all there is to mend is said.
     """
     wanted = await run_sync(_checked, body, settings)
     if wanted.problems:
         await run_sync(plan_wanted, wanted, settings, store, limiter=limiter)
     assert wanted.recipe is not None and wanted.output is not None  # noqa: S101 - it is a whole request
+    if not wanted.options.overwrite:
+        await refuse_taken(store, wanted.output, limiter)
     options = wanted.options.model_dump(mode="json")
     record = new_job(wanted.recipe.to_json(), wanted.output, options, time.time())
     await run_sync(jobs.create, record)

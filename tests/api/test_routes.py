@@ -13,6 +13,7 @@ import httpx
 import pytest
 import torch
 
+from api import looking
 from api.app import PLAN_THREADS, create_app
 from api.looking import plan_wanted
 from api.routes import plans
@@ -24,7 +25,7 @@ from service.settings import Settings
 from tests.api.conftest import serving
 from tests.checkpoints import fine_tune, write_checkpoint
 from tests.service.job_steps import ALL_COMPLETE, TO_RUNNING, fresh, part
-from workers.errors import JobStoreUnavailableError, OutputReplacedError
+from workers.errors import JobStoreUnavailableError, OutputReplacedError, StoreUnavailableError
 from workers.store import Stores
 from workers.store.base import ObjectInfo
 
@@ -83,6 +84,29 @@ class TestMerges:
         assert stored.output == "s3://bucket/out"
         assert stored.recipe == RECIPE
         assert (stored.options["overwrite"], stored.options["part_bytes"]) == (True, 16 << 20)
+
+    def test_an_output_that_is_taken_is_refused(
+        self, api: httpx.Client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """At once, where the store says so soon; the job finds out by itself where it does not."""
+        (tmp_path / "model.safetensors").touch()
+        body = {"recipe": RECIPE, "output": str(tmp_path)}
+        answer = api.post("/v1/merges", json=body)
+        assert (answer.status_code, answer.json()["type"]) == (422, "urn:mergemill:error:plan")
+        (said,) = answer.json()["errors"]
+        for way in ("--overwrite", "?overwrite=true", '"options": {"overwrite": true}'):
+            assert way in said
+        assert api.post("/v1/merges", json=body | {"options": {"overwrite": True}}).status_code == 202
+
+        def away(*_: Any) -> None:
+            raise StoreUnavailableError("away")
+
+        answered = threading.Event()
+        monkeypatch.setattr(looking, "LOOK_S", 0.05)
+        for broken in (away, lambda *_: answered.wait(30)):
+            monkeypatch.setattr(looking, "holds_checkpoint", broken)
+            assert api.post("/v1/merges", json=body).status_code == 202
+        answered.set()
 
     def test_a_page_is_one_read_and_tells_the_progress(
         self, api: httpx.Client, job_store: JobStore, monkeypatch: pytest.MonkeyPatch

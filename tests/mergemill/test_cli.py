@@ -10,9 +10,12 @@ from typing import Any
 import httpx
 import pytest
 import torch
+from annotated_types import Ge, Le
 from typer.testing import CliRunner, Result
 
 from mergemill import Client, cli, session
+from mergemill.arguments import BOUNDS
+from service.plan import PlanOptions
 from tests.checkpoints import write_checkpoint
 
 pytestmark = pytest.mark.fast
@@ -113,6 +116,30 @@ def test_every_command_has_help() -> None:
 )
 def test_wrong_usage_is_status_2(recipe: Path, arguments: list[str]) -> None:
     assert run(*arguments).exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("option", "size", "said"),
+    [
+        ("--part-size", "1MiB", "1MiB is less than the minimum, 5MiB"),
+        ("--part-size", "5GiB", "5GiB is more than the maximum, 4GiB"),
+        ("--shard-size", "6TiB", "6TiB is more than the maximum, 5TiB"),
+        ("--worker-memory", "x", "'x' is not a size"),
+    ],
+)
+def test_a_size_out_of_bounds_names_its_option(recipe: Path, option: str, size: str, said: str) -> None:
+    found = run("plan", recipe, option, size)
+    assert found.exit_code == 2
+    told = " ".join(found.stderr.replace("│", " ").split())
+    assert option in told and said in told
+
+
+def test_the_bounds_are_the_services() -> None:
+    assert {*BOUNDS} == {name for name in PlanOptions.model_fields if name in BOUNDS}
+    for name, bounds in BOUNDS.items():
+        limits = {type(limit): limit for limit in PlanOptions.model_fields[name].metadata}
+        least, most = limits[Ge].ge, limits[Le].le if Le in limits else None
+        assert bounds == (least, most), name
 
 
 def test_submit_sends_uris_and_bytes(recipe: Path, service: Service) -> None:

@@ -68,7 +68,7 @@ def test_a_place_is_not_writable_below_a_file_or_without_permission(
     try:
         for name in ("object", "new/object"):
             with pytest.raises(
-                AccessDeniedError, match="to the directory .*: Permission denied; check its permissions"
+                AccessDeniedError, match=r"to the directory .*: Permission denied; check its permissions"
             ):
                 store.check_writable(join(root, *name.split("/")))
     finally:
