@@ -147,11 +147,12 @@ class Client:
     ) -> Job:
         """Wait until a job has succeeded.
 
-        :param on_progress: called with the job after every look at it.
+        :param on_progress: called with the job whenever its state or progress has changed; ``print`` will do.
         :param timeout: the longest wait, in seconds.
         :raises JobFailedError: it failed (its own error is the ``__cause__``) or was cancelled.
         :raises JobTimeoutError: it has not ended in time.
         """
+        on_progress = _on_change(on_progress)
         begun = heard = time.monotonic()
         while True:
             try:
@@ -161,8 +162,7 @@ class Client:
                     raise
             else:
                 heard = time.monotonic()
-                if on_progress is not None:
-                    on_progress(found)
+                on_progress(found)
                 if found.is_terminal:
                     return _succeeded(found)
             waited = time.monotonic() - begun
@@ -254,6 +254,20 @@ def _request(
     given = {name: value for name, value in options.items() if value is not None}
     where = {} if output is None else {"output": output}
     return {"recipe": document, **where, "options": given}
+
+
+def _on_change(call: Callable[[Job], None] | None) -> Callable[[Job], None]:
+    """``call`` for a job that is not as it was the last time."""
+    last: object = None
+
+    def changed(job: Job) -> None:
+        nonlocal last
+        now = (job.state, job.cancel_requested, job.progress)
+        if call is not None and now != last:
+            call(job)
+        last = now
+
+    return changed
 
 
 def _segment(job: str) -> str:
