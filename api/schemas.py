@@ -73,7 +73,7 @@ class PriceInfo(_Model):
     """What a merge will cost, before it runs."""
 
     bytes_read: int
-    """Input bytes fetched, every pass of the surveys included; passes that turn out needless fetch nothing."""
+    """Input bytes fetched at most, every pass of the surveys included; passes that turn out needless fetch nothing."""
     bytes_written: int
     """Output bytes of all shards."""
     bytes_copied: int
@@ -93,13 +93,15 @@ class PriceInfo(_Model):
     most_reads: int
     """How often the most often read byte is read, when no pass of a survey turns out needless."""
     peak_bytes: int
-    """Peak memory of a worker process, its baseline included."""
+    """Peak memory of a worker process: the baseline that it has before the first byte (512 MiB unless the service sets
+    another), workspace and descriptions of tasks, and `arena_bytes`. What each task reserves on the cluster."""
     arena_bytes: int
-    """The part of it that holds inputs and outputs."""
+    """The part of it that holds tensors: room for the task that holds most, and, as far as the budget goes, for as big
+    a one that is read meanwhile and an output that is written."""
     gpu_bytes: int
-    """Peak device memory of a worker that computes on a GPU; 0 when there is nothing to compute."""
+    """Peak device memory of a worker; 0 when the service computes on CPUs, or there is nothing to compute."""
     worst: str
-    """The tensor (or tensors) of the task that holds most."""
+    """The tensor, or the first of the tensors, of the task that holds most: what a smaller budget has to split."""
 
 
 class ShardInfo(_Model):

@@ -185,6 +185,7 @@ def plan(
     recipe: RecipeFile,
     output: Annotated[str | None, typer.Argument(metavar="[OUTPUT]", help="Where it would go.")] = None,
     url: Url = None,
+    overwrite: Overwrite = False,
     shard_size: ShardSize = None,
     part_size: PartSize = None,
     worker_memory: WorkerMemory = None,
@@ -195,7 +196,7 @@ def plan(
     from mergemill.show import price_table
 
     document = _read_recipe(recipe)
-    options = merge_options(False, False, shard_size, part_size, worker_memory)
+    options = merge_options(overwrite, False, shard_size, part_size, worker_memory)
     place = None if output is None else recipes.output_uri(output, Path.cwd())
     with session.hub_names_explained(document):
         if url is not None:
@@ -292,8 +293,15 @@ def download(
     from mergemill import session
     from mergemill.show import byte_progress
 
-    with session.interruptible(), session.open_client(url) as client, byte_progress(_console(), job) as show:
-        client.download(job, directory, show)
+    console = _console()
+
+    def repaired(name: str) -> None:
+        console.print(
+            f"{directory / name} is not what the merge wrote: replacing it", soft_wrap=True, highlight=False
+        )
+
+    with session.interruptible(), session.open_client(url) as client, byte_progress(console, job) as show:
+        client.download(job, directory, show, repaired)
     typer.echo(f"{directory} holds the checkpoint of {job}, every digest checked")
 
 

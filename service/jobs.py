@@ -22,7 +22,7 @@ from enum import StrEnum
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from workers.errors import IllegalTransitionError
+from workers.errors import IllegalTransitionError, from_json
 from workers.task import JSONValue
 
 HISTORY_LIMIT = 100
@@ -257,6 +257,12 @@ TRANSITIONS: Mapping[type[Event], Mapping[JobState, JobState]] = {
 }
 """Where each event leads from each state; what is not here, or is named by :func:`_refusal`, is illegal."""
 
+_STANDS = {
+    _S.COMMITTING: "is committing its output",
+    _S.SUCCEEDED: "already succeeded",
+    _S.FAILED: "already failed",
+}
+
 _NO_PLAN: Mapping[str, object] = {
     "plan_digest": None,
     "semantics_version": None,
@@ -368,16 +374,22 @@ def _detail(event: Event, attempt: int) -> str:
         case ShardCompleted(shard):
             detail = shard
         case Failed(error):
-            detail = f"{error.get('type')}: {error.get('detail')}"
+            detail = str(from_json(dict(error)))
         case _:
             detail = ""
     return detail[:DETAIL_CHARS]
 
 
 def _illegal(record: JobRecord, event: Event, why: str) -> IllegalTransitionError:
+    """The error for people, with the record's history as a note for logs."""
     history = "; ".join(
         f"{entry.at:.3f} {entry.event} -> {entry.state}{f' ({entry.detail})' if entry.detail else ''}"
         for entry in record.history
     )
-    refused = f"{record.id}: {event_name(event)} is not possible, {why}"
-    return IllegalTransitionError(f"{refused}. History: {history}")
+    if isinstance(event, CancelRequested):
+        stands = _STANDS.get(record.state, f"is {record.state}")
+        error = IllegalTransitionError(f"{record.id} {stands}; it cannot be cancelled any more")
+    else:
+        error = IllegalTransitionError(f"{record.id}: {event_name(event)} is not possible, {why}")
+    error.add_note(f"History: {history}")
+    return error

@@ -242,7 +242,7 @@ class JobRunner:
     def _open(self, planned: Planned) -> None:
         plan = planned.plan
         passes = sum(survey.passes for survey in plan.surveys)
-        price = plan_summary(plan)["price"]
+        price = plan_summary(plan, self.tools.settings.gpu_memory_bytes)["price"]
         self._apply(
             PlanRecorded(
                 plan.digest,

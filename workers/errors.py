@@ -27,6 +27,7 @@
         ├── JobNotFoundError (LookupError)
         ├── IllegalTransitionError           the job's state does not allow this
         ├── NotReadyError                    the job has not made what is asked for
+        ├── OutputReplacedError              what the job made is not there any more
         ├── ConflictError                    somebody else changed the record first
         ├── LeaseLostError                   another scheduler owns the job now
         ├── OutputConflictError              the output is in use or holds a checkpoint
@@ -155,11 +156,15 @@ class JobNotFoundError(JobError, LookupError):
 
 
 class IllegalTransitionError(JobError):
-    """The job's state does not allow this event; the message holds the record's history."""
+    """The job's state does not allow this event; a note holds the record's history."""
 
 
 class NotReadyError(JobError):
     """The job has not made what is asked for: it goes on, or it ended otherwise."""
+
+
+class OutputReplacedError(JobError):
+    """The output holds what somebody else has written since, or nothing."""
 
 
 class ConflictError(JobError):
