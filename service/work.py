@@ -16,6 +16,7 @@ from typing import TypeVar
 import structlog
 from pydantic import SecretStr
 
+from service import metrics
 from service.commit import Output
 from service.driver import Driver, TaskRequest
 from service.jobs import JobRecord
@@ -221,6 +222,7 @@ class Work:
 
     def _part_done(self, answer: JSONValue) -> None:
         result = PART_RESULT.validate_json(answer)
+        metrics.part_done(result, self._plan.price.peak_bytes)
         self._tools.jobs.record_part(self._lease, result)
         self._results[result.part] = result
 
@@ -253,6 +255,7 @@ class Work:
 
     def _summary_done(self, state: _Pass, summary: Summary) -> None:
         survey = state.survey
+        metrics.SURVEY_TASKS.inc()
         state.tally.add(summary)
         state.missing -= 1
         if state.missing:
@@ -260,6 +263,7 @@ class Work:
         survey_pass = _passes_of(survey)[state.index]
         facts = conclude_pass(survey_pass, [state.tally.total], survey.numel, state.facts)
         read = sum(Arrangement(refs_of(runs)).bytes_read for runs in survey.tasks)
+        metrics.READ_BYTES.labels("survey").inc(read)
         self._tools.jobs.record_survey(self._lease, survey.id, state.index, facts, read)
         self._survey(survey, state.index + 1, facts)
 
