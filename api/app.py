@@ -16,6 +16,7 @@ from api.routes import health, merges, methods, metrics, plans
 from service.deployment import Deployment
 from service.jobstore import JobStore
 from service.settings import Settings
+from workers import tracing
 from workers.store import open_stores
 
 PLAN_THREADS = 4
@@ -27,6 +28,7 @@ def create_app(settings: Settings) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        tracing.configure("api")
         app.state.settings = settings
         app.state.plan_limiter = CapacityLimiter(PLAN_THREADS)
         with (

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import secrets
 import time
+from contextlib import nullcontext
 from typing import Any, Final
 
 import structlog
@@ -12,12 +13,16 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service import metrics
+from workers import tracing
 
 HEADER: Final = "X-Request-Id"
 """Names the request, in either direction."""
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,63}")
 """What a request id of somebody else's may look like: it goes into logs, records and answers."""
+
+MAX_PATH: Final = 200
+"""Longest path that is logged, in characters."""
 
 _METHODS: Final = frozenset(("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"))
 """Methods that are counted by name."""
@@ -41,8 +46,8 @@ def request_id() -> str | None:
 
 def origin() -> dict[str, str]:
     """What a job remembers of the request that it came from."""
-    identity = request_id()
-    return {} if identity is None else {"request": identity}
+    known = {"request": request_id(), "traceparent": tracing.traceparent()}
+    return {name: value for name, value in known.items() if value is not None}
 
 
 def accepted(given: str | None) -> str:
@@ -62,31 +67,44 @@ class Observing:
             await self._app(scope, receive, send)
             return
         begun = time.perf_counter()
-        identity = accepted(Headers(scope=scope).get(HEADER))
-        with structlog.contextvars.bound_contextvars(request=identity):
+        headers = Headers(scope=scope)
+        identity = accepted(headers.get(HEADER))
+        about, parent = {"mergemill.request": identity}, headers.get("traceparent")
+        quiet = scope["path"] in _QUIET
+        with (
+            structlog.contextvars.bound_contextvars(request=identity),
+            nullcontext(tracing.OFF)
+            if quiet
+            else tracing.span("request", about, parent, server=True) as span,
+        ):
 
             async def observed(message: Message) -> None:
                 if message["type"] == "http.response.start":
                     MutableHeaders(scope=message)[HEADER] = identity
-                    _answered(scope, message["status"], time.perf_counter() - begun)
+                    _answered(scope, message["status"], time.perf_counter() - begun, span)
                 await send(message)
 
             await self._app(scope, receive, observed)
 
 
-def _answered(scope: Scope, status: int, seconds: float) -> None:
-    """Count and log an answer that begins: the rest of it may take as long as its reader likes."""
+def _answered(scope: Scope, status: int, seconds: float, span: tracing.Span) -> None:
+    """Count, trace and log an answer that begins: the rest of it may take as long as its reader likes."""
     method = scope["method"] if scope["method"] in _METHODS else metrics.OTHER
     route = _template(scope)
     metrics.HTTP_REQUESTS.labels(method, route, str(status)).inc()
     metrics.HTTP_SECONDS.labels(method, route).observe(seconds)
+    told = {"http.request.method": method, "http.route": route, "http.response.status_code": status}
+    span.set(told, f"{method} {route}")
     if route in _QUIET and status < 400:
         return
     about: dict[str, Any] = {"job": job} if (job := scope.get("path_params", {}).get("job")) else {}
+    path = scope.get("raw_path", b"")[:MAX_PATH].decode(
+        "ascii", "replace"
+    )  # still escaped: one line is one event
     log.info(
         "request",
         method=method,
-        path=scope["path"],
+        path=path,
         route=route,
         status=status,
         seconds=round(seconds, 6),

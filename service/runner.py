@@ -42,6 +42,7 @@ from service.publish import publish, published
 from service.recipe import parse_recipe
 from service.sidecars import OutputFile
 from service.work import Tools, Work
+from workers import tracing
 from workers.errors import (
     FleetError,
     IllegalTransitionError,
@@ -86,10 +87,19 @@ class JobRunner:
         self.lost = threading.Event()
         self._output = Output(tools.store, record.output, record.id, self._guard)
         self._checked = 0.0
-        self._log = log.bind(job=record.id)
+        self._log = log
 
     def run(self) -> None:
         """Work until the job has ended, was cancelled, or belongs to somebody else."""
+        job, origin = self.record.id, self.record.origin
+        with (
+            structlog.contextvars.bound_contextvars(job=job, **origin),
+            tracing.span("job", {"mergemill.job": job}, origin.get("traceparent")) as span,
+        ):
+            self._run()
+            span.set({"mergemill.state": str(self.record.state)})
+
+    def _run(self) -> None:
         try:
             self._work()
         except LeaseLostError as error:
@@ -165,6 +175,7 @@ class JobRunner:
             self._apply(CommitStarted())
         self._commit(planned)
 
+    @tracing.traced("plan")
     def _plan(self) -> Planned:
         """Plan; in the planning state with everything that can be wrong about the output, too."""
         settings = self.tools.settings
@@ -280,6 +291,7 @@ class JobRunner:
         self._output.give_up()
         self._apply(Restarted(reason))
 
+    @tracing.traced("commit")
     def _commit(self, planned: Planned) -> None:
         plan = planned.plan
         results = self.tools.jobs.parts(self.record.id)

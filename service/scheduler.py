@@ -22,6 +22,7 @@ from service.metrics_server import MetricsServer
 from service.runner import JobRunner
 from service.settings import Settings
 from service.work import Tools
+from workers import tracing
 from workers.errors import FleetError, JobStoreUnavailableError, LeaseLostError
 from workers.store import open_stores
 
@@ -117,6 +118,7 @@ def main(settings: Settings, ready_file: Path | None = None) -> None:
         num_cpus=settings.ray_cpus,
         state_dir=settings.state_dir.expanduser(),
     )
+    tracing.configure("scheduler")
     token = settings.metrics_token
     with (
         JobStore(settings.redis_url, settings.namespace) as jobs,
