@@ -35,7 +35,7 @@ def readyz(jobs: JobsDep, deployment: DeploymentDep, store_probe: StoreProbeDep)
             503,
             "Not ready",
             "; ".join(f"{name}: {why}" for name, why in gone.items()),
-            "urn:mergemill:error:not_ready",
+            f"urn:mergemill:error:{'job_store_unavailable' if 'redis' in gone else 'store_unavailable'}",
             missing=gone,
             checks=checks,
         )

@@ -168,6 +168,7 @@ class TestRoutes:
         assert answer.status_code == 503
         assert answer.headers["retry-after"]
         assert set(answer.json()["missing"]) == {"store"}
+        assert answer.json()["type"] == "urn:mergemill:error:store_unavailable"
         assert answer.json()["checks"]["redis"]["state"] == "ok"
         assert str(tmp_path) not in answer.text
 

@@ -211,6 +211,7 @@ class TestHealth:
         assert answer.headers["content-type"] == PROBLEM
         assert answer.headers["retry-after"]
         assert "Connection" in answer.json()["missing"]["redis"]
+        assert answer.json()["type"] == "urn:mergemill:error:job_store_unavailable"
         assert answer.json()["checks"]["redis"]["state"] == "missing"
         assert answer.json()["checks"]["compute"]["state"] == "unknown"
         assert answer.json()["status"] == 503

@@ -8,12 +8,21 @@ import sys
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
 from typing import Any
 
 import pytest
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
-from workers import tracing
+from service.plan import PlanOptions
+from tests.checkpoints import fine_tune, llama_tensors
+from tests.workers.execute import plan, write_models
+from tests.workers.test_entry import payloads
+from workers import entry, tracing
+from workers.store.local import LocalStore
 
 pytestmark = pytest.mark.fast
 
@@ -77,6 +86,29 @@ def test_spans_reach_a_collector(collector: tuple[str, list[Any]]) -> None:
     )
 
 
+def test_a_task_s_stages_are_within_the_span_that_it_was_given(tmp_path: Path) -> None:
+    models = {"base": llama_tensors(1), "a": fine_tune(llama_tensors(1), 1)}
+    write_models(tmp_path, models)
+    planned = plan(tmp_path, "linear", ["a"], {}, PlanOptions(shard_bytes=60_000))
+    asked = payloads(LocalStore(), planned, tmp_path / "out")
+    for number, payload in enumerate(asked):
+        payload["ids"] = {"traceparent": f"00-{7:032x}-{number + 1:016x}-01"}
+    exporter, provider = InMemorySpanExporter(), TracerProvider()
+    provider.add_span_processor(SimpleSpanProcessor(exporter))
+    tracing.use(provider)
+    try:
+        assert len(dict(entry.tasks(asked))) == len(asked) > 2
+    finally:
+        tracing.use(None)
+        provider.shutdown()
+    found: dict[int, list[str]] = {}
+    for span in exporter.get_finished_spans():
+        assert span.parent is not None
+        assert span.parent.trace_id == 7
+        found.setdefault(span.parent.span_id, []).append(span.name)
+    assert found == {number + 1: ["read", "merge", "digest", "write"] for number in range(len(asked))}
+
+
 def test_without_an_endpoint_nothing_is_imported_and_nothing_is_done() -> None:
     done = child(
         "import sys; tracing.configure('api')\n"
@@ -100,8 +132,7 @@ def test_without_the_extra_it_is_said_once_and_work_goes_on() -> None:
 
 
 def test_a_span_that_failed_tells_no_secret() -> None:
-    trace = pytest.importorskip("opentelemetry.sdk.trace")
-    provider = trace.TracerProvider()
+    provider = TracerProvider()
     tracing.use(provider)
     try:
         with pytest.raises(ValueError, match="hunter2"), tracing.span("a") as span:
