@@ -98,9 +98,8 @@ def _answered(scope: Scope, status: int, seconds: float, span: tracing.Span) -> 
     if route in _QUIET and status < 400:
         return
     about: dict[str, Any] = {"job": job} if (job := scope.get("path_params", {}).get("job")) else {}
-    path = scope.get("raw_path", b"")[:MAX_PATH].decode(
-        "ascii", "replace"
-    )  # still escaped: one line is one event
+    raw: bytes = scope.get("raw_path") or b""  # still escaped: one line is one event
+    path = raw[:MAX_PATH].decode("ascii", "replace")
     log.info(
         "request",
         method=method,
