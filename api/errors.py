@@ -12,6 +12,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
+from api.observing import request_id
 from api.openapi import PROBLEM
 from api.schemas import Problem, RecipeQuery
 from service.recipe import key_hint
@@ -69,7 +70,7 @@ def problem(
     status: int, title: str, detail: str, code: str = "about:blank", **members: Any
 ) -> ProblemResponse:
     """A problem details response; ``members`` are the further ones of :class:`~api.schemas.Problem`."""
-    body = Problem(type=code, title=title, status=status, detail=detail, **members)
+    body = Problem(type=code, title=title, status=status, detail=detail, request_id=request_id(), **members)
     headers = {"Retry-After": "5"} if status == 503 else None
     return ProblemResponse(body.model_dump(exclude_none=True), status, headers)
 

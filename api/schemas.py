@@ -235,6 +235,17 @@ class Liveness(_Model):
     """Nothing else is ever said."""
 
 
+class Check(_Model):
+    """What is known of one dependency."""
+
+    state: Literal["ok", "missing", "unknown", "unused"]
+    """`unused`: nothing is configured that could be asked."""
+    age_seconds: float | None = None
+    """How long ago that was found out."""
+    detail: str | None = None
+    """What is wrong, or what there is."""
+
+
 class Readiness(_Model):
     """Jobs can be accepted."""
 
@@ -242,6 +253,8 @@ class Readiness(_Model):
     """When it is not ready the answer is a problem, with what is `missing`."""
     missing: dict[str, str] = {}
     """What is out of reach, and why: nothing."""
+    checks: dict[str, Check]
+    """What is known of `redis`, `store` and `compute`. Without `compute` jobs are accepted, and wait."""
     warnings: tuple[str, ...]
     """What about the deployment could lose jobs."""
 
@@ -261,6 +274,10 @@ class Problem(_Model):
     """One sentence for each thing that is wrong, where there may be several; else left out."""
     missing: dict[str, str] | None = None
     """What a service that is not ready cannot reach, and why; else left out."""
+    checks: dict[str, Check] | None = None
+    """What is known of each dependency, where that was asked; else left out."""
+    request_id: str | None = None
+    """The request's, as in `X-Request-Id`: the service's logs name it."""
 
 
 class MethodInfo(_Model):

@@ -123,6 +123,7 @@ def serve(
         host=settings.host,
         port=settings.port,
         log_config=None,
+        access_log=False,  # each request is logged with its id
         server_header=False,
         timeout_graceful_shutdown=10,
     )

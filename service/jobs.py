@@ -42,6 +42,14 @@ def new_job_id(now: float) -> str:
     return "merge-" + "".join(_BASE32[number >> shift & 31] for shift in range(125, -1, -5))
 
 
+def created_at_ms(job: str) -> int:
+    """When a job got its id, in Unix milliseconds."""
+    number = 0
+    for digit in job.removeprefix("merge-")[:10]:
+        number = number << 5 | _BASE32.index(digit)
+    return number
+
+
 class JobState(StrEnum):
     """Where a job stands."""
 
@@ -87,6 +95,8 @@ class JobRecord(_Frozen):
     """Normalised URI of the output's prefix."""
     options: dict[str, JSONValue] = {}
     """What was asked for beside the recipe: shard size, overwriting, …"""
+    origin: dict[str, str] = {}
+    """Where it came from: ``request``, the id of the HTTP request, and its ``traceparent`` (W3C)."""
     state: JobState = JobState.QUEUED
     """Where it stands."""
     version: int = Field(default=1, ge=1)
@@ -126,7 +136,11 @@ class JobRecord(_Frozen):
 
 
 def new_job(
-    recipe: Mapping[str, JSONValue], output: str, options: Mapping[str, JSONValue], now: float
+    recipe: Mapping[str, JSONValue],
+    output: str,
+    options: Mapping[str, JSONValue],
+    now: float,
+    origin: Mapping[str, str] | None = None,
 ) -> JobRecord:
     """A queued job with a fresh id."""
     return JobRecord(
@@ -134,6 +148,7 @@ def new_job(
         recipe=dict(recipe),
         output=output,
         options=dict(options),
+        origin=dict(origin or {}),
         created_at=now,
         updated_at=now,
         history=(HistoryEntry(at=now, event="created", state=JobState.QUEUED),),

@@ -46,6 +46,9 @@ from __future__ import annotations
 class MergemillError(Exception):
     """Base of all errors that Mergemill raises on purpose."""
 
+    part: str | None = None
+    """Id of the part that was being made, if one was."""
+
     @property
     def code(self) -> str:
         """A stable snake_case name for the error, without the trailing ``_error``."""
@@ -207,10 +210,12 @@ def _all_errors(root: type[MergemillError]) -> dict[str, type[MergemillError]]:
 
 
 def to_json(error: BaseException) -> dict[str, object]:
-    """Describe ``error`` as JSON: ``{"type", "detail", "problems"}``."""
+    """Describe ``error`` as JSON: ``{"type", "detail"}``, and ``problems`` and ``part`` where it has them."""
     described: dict[str, object] = {"type": type(error).__name__, "detail": str(error)}
     if isinstance(error, RecipeError):
         described["problems"] = list(error.problems)
+    if isinstance(error, MergemillError) and error.part is not None:
+        described["part"] = error.part
     return described
 
 

@@ -6,6 +6,7 @@ import time
 from dataclasses import replace
 from typing import Annotated, Any
 
+import structlog
 from anyio.to_thread import run_sync
 from fastapi import APIRouter, Query, Request, Response
 from fastapi.responses import FileResponse, RedirectResponse
@@ -13,6 +14,7 @@ from fastapi.responses import FileResponse, RedirectResponse
 from api.bodies import Body, BodyDep, Wanted, read
 from api.deps import JobsDep, PlanLimiterDep, SettingsDep, StoreDep
 from api.looking import plan_wanted, refuse_taken
+from api.observing import origin
 from api.openapi import problems, recipe_body
 from api.routing import readable
 from api.schemas import File, FileList, Job, JobList, MergeRequest, job_of
@@ -25,6 +27,8 @@ from workers.errors import ObjectNotFoundError, OutputReplacedError, RecipeError
 from workers.store.uris import join, scheme, to_path
 
 router = APIRouter(prefix="/v1/merges", tags=["merges"])
+
+log = structlog.get_logger(__name__)
 
 BASE = "/v1/merges"
 MAX_PAGE = 200
@@ -65,8 +69,9 @@ async def submit(
     if not wanted.options.overwrite:
         await refuse_taken(store, wanted.output, limiter)
     options = wanted.options.model_dump(mode="json")
-    record = new_job(wanted.recipe.to_json(), wanted.output, options, time.time())
+    record = new_job(wanted.recipe.to_json(), wanted.output, options, time.time(), origin())
     await run_sync(jobs.create, record)
+    log.info("job accepted", job=record.id)
     response.headers["Location"] = f"{BASE}/{record.id}"
     return job_of(JobStatus(record), BASE)  # not read again: if that failed, nobody would know of the job
 

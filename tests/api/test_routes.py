@@ -296,12 +296,12 @@ class TestHealth:
         assert answer.headers["content-type"] == PROBLEM
         assert answer.headers["retry-after"]
         assert "Connection" in answer.json()["missing"]["redis"]
+        assert answer.json()["type"] == "urn:mergemill:error:job_store_unavailable"
+        assert answer.json()["checks"]["redis"]["state"] == "missing"
+        assert answer.json()["checks"]["compute"]["state"] == "unknown"
         assert answer.json()["status"] == 503
         assert lonely_api.get("/healthz").json() == {"status": "ok"}
         assert lonely_api.get("/v1/merges").status_code == 503
-
-    def test_ready(self, api: httpx.Client) -> None:
-        assert api.get("/readyz").json() == {"status": "ready", "missing": {}, "warnings": []}
 
 
 @pytest.fixture
