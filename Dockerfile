@@ -20,7 +20,8 @@ WORKDIR /src
 COPY pyproject.toml constraints.txt ./
 RUN --mount=type=cache,target=/root/.cache/pip \
     python -m venv /opt/venv \
-    && python -c 'import tomllib; wanted = tomllib.load(open("pyproject.toml", "rb"))["project"]["dependencies"]; \
+    && python -c 'import tomllib; project = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
+wanted = project["dependencies"] + project["optional-dependencies"]["otel"]; \
 print(*(line for line in wanted if not line.startswith("torch=")), sep="\n")' > /tmp/requirements.txt \
     && pip install --constraint constraints.txt --requirement /tmp/requirements.txt
 
@@ -49,7 +50,9 @@ RUN apt-get update \
     && rm -rf /var/lib/apt/lists/* \
     && useradd --uid 10001 --user-group --create-home mergemill
 COPY --chmod=755 deploy/schedule-on-ray deploy/create-bucket /usr/local/bin/
+# Metrics are shown to other machines only with MERGEMILL_METRICS_TOKEN, whatever address they are on.
 ENV MERGEMILL_HOST=0.0.0.0 \
+    MERGEMILL_METRICS_HOST=0.0.0.0 \
     MERGEMILL_PORT=8080
 EXPOSE 8080
 ENTRYPOINT ["tini", "--"]

@@ -11,9 +11,12 @@ from fastapi import FastAPI
 
 from api import errors
 from api.openapi import Application
-from api.routes import health, merges, methods, plans
+from api.readiness import StoreProbe
+from api.routes import health, merges, methods, metrics, plans
+from service.deployment import Deployment
 from service.jobstore import JobStore
 from service.settings import Settings
+from workers import tracing
 from workers.store import open_stores
 
 PLAN_THREADS = 4
@@ -25,14 +28,19 @@ def create_app(settings: Settings) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        tracing.configure("api")
         app.state.settings = settings
         app.state.plan_limiter = CapacityLimiter(PLAN_THREADS)
         with (
             closing(open_stores(settings.store)) as store,
             JobStore(settings.redis_url, settings.namespace) as jobs,
+            Deployment(settings.redis_url, settings.namespace) as deployment,
+            StoreProbe(store, settings.model_roots) as store_probe,
         ):
             app.state.store = store
             app.state.jobs = jobs
+            app.state.deployment = deployment
+            app.state.store_probe = store_probe
             yield
 
     app = Application(
@@ -42,6 +50,6 @@ def create_app(settings: Settings) -> FastAPI:
         lifespan=lifespan,
     )
     errors.install(app)
-    for module in (merges, plans, methods, health):
+    for module in (merges, plans, methods, health, metrics):
         app.include_router(module.router)
     return app

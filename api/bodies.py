@@ -8,13 +8,13 @@ from dataclasses import dataclass, replace
 from typing import Annotated, Any, Final, TypeVar
 
 from fastapi import Depends, Query, Request
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 from starlette.requests import ClientDisconnect
 
 from api.deps import plan_options
 from api.schemas import MergeRequest, OptionsBody, PlanRequest, RecipeQuery
 from service.plan import PlanOptions
-from service.recipe import Recipe, load_yaml, parse_recipe, validation_problems
+from service.recipe import Recipe, key_hint, load_yaml, parse_recipe, validation_problems
 from service.salvage import salvage
 from service.settings import Settings
 from workers.errors import (
@@ -143,6 +143,17 @@ def _text(data: bytes) -> str:
         ) from error
 
 
+def _hinted(error: ValidationError, model: type[BaseModel]) -> list[str]:
+    """What is wrong with a JSON body, and what an unknown key may have meant."""
+    found = validation_problems(error)
+    for number, item in enumerate(error.errors(include_url=False)[:_MOST_PROBLEMS]):
+        if item["type"] == "extra_forbidden":
+            *parents, key = item["loc"]
+            known = OptionsBody.model_fields if parents else model.model_fields
+            found[number] = f"{found[number].rpartition(': ')[0]}: is not known{key_hint(key, known)}"
+    return found
+
+
 def _request(body: Body, model: type[MergeRequest | PlanRequest]) -> MergeRequest | PlanRequest:
     if ignored := [name for name, value in body.query if value is not None]:
         raise MalformedRequestError(
@@ -151,7 +162,7 @@ def _request(body: Body, model: type[MergeRequest | PlanRequest]) -> MergeReques
     try:
         return model.model_validate_json(body.data)
     except ValidationError as error:
-        found = validation_problems(error)
+        found = _hinted(error, model)
         if any(item["type"] == "json_invalid" for item in error.errors(include_url=False)):
             raise MalformedRequestError("; ".join(found)) from error
         shown = found[:_MOST_PROBLEMS]

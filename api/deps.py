@@ -9,7 +9,9 @@ from anyio import CapacityLimiter
 from fastapi import Depends, Request
 from pydantic import ValidationError
 
+from api.readiness import StoreProbe
 from api.schemas import OptionsBody
+from service.deployment import Deployment
 from service.jobstore import JobStore
 from service.plan import PlanOptions
 from service.recipe import validation_problems
@@ -42,9 +44,23 @@ async def plan_limiter_of(request: Request) -> CapacityLimiter:
     return found
 
 
+async def deployment_of(request: Request) -> Deployment:
+    """What is known of the whole deployment."""
+    found: Deployment = request.app.state.deployment
+    return found
+
+
+async def store_probe_of(request: Request) -> StoreProbe:
+    """Whether the store answers."""
+    found: StoreProbe = request.app.state.store_probe
+    return found
+
+
 SettingsDep = Annotated[Settings, Depends(settings_of)]
 JobsDep = Annotated[JobStore, Depends(jobs_of)]
 StoreDep = Annotated[ObjectStore, Depends(store_of)]
+DeploymentDep = Annotated[Deployment, Depends(deployment_of)]
+StoreProbeDep = Annotated[StoreProbe, Depends(store_probe_of)]
 PlanLimiterDep = Annotated[CapacityLimiter, Depends(plan_limiter_of)]
 
 

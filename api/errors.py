@@ -12,8 +12,10 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
+from api.observing import request_id
 from api.openapi import PROBLEM
-from api.schemas import Problem
+from api.schemas import Problem, RecipeQuery
+from service.recipe import key_hint
 from workers.errors import (
     ConflictError,
     CursorError,
@@ -25,6 +27,7 @@ from workers.errors import (
     NotReadyError,
     ObjectNotFoundError,
     OutputConflictError,
+    OutputReplacedError,
     RecipeError,
     RequestTooLargeError,
     StoreError,
@@ -39,6 +42,7 @@ ANSWERS: Mapping[type[MergemillError], tuple[int, str]] = {
     UnsupportedMediaTypeError: (415, "Not a content type that is read"),
     JobNotFoundError: (404, "No such job"),
     NotReadyError: (409, "The job has no files yet"),
+    OutputReplacedError: (410, "The output was replaced"),
     IllegalTransitionError: (409, "Not possible in the job's state"),
     ConflictError: (409, "Changed at the same time"),
     OutputConflictError: (409, "The output is in use"),
@@ -66,7 +70,7 @@ def problem(
     status: int, title: str, detail: str, code: str = "about:blank", **members: Any
 ) -> ProblemResponse:
     """A problem details response; ``members`` are the further ones of :class:`~api.schemas.Problem`."""
-    body = Problem(type=code, title=title, status=status, detail=detail, **members)
+    body = Problem(type=code, title=title, status=status, detail=detail, request_id=request_id(), **members)
     headers = {"Retry-After": "5"} if status == 503 else None
     return ProblemResponse(body.model_dump(exclude_none=True), status, headers)
 
@@ -77,6 +81,14 @@ def from_error(error: MergemillError, **members: Any) -> ProblemResponse:
     if isinstance(error, RecipeError):
         members["errors"] = error.problems
     return problem(status, title, str(error), f"urn:mergemill:error:{error.code}", **members)
+
+
+def _sentence(item: Mapping[str, Any]) -> str:
+    """What is wrong with one parameter of a request."""
+    where = ".".join(str(step) for step in item["loc"])
+    if item["type"] == "extra_forbidden":
+        return f"{where}: is not a parameter{key_hint(item['loc'][-1], RecipeQuery.model_fields)}"
+    return f"{where}: {item['msg']}"
 
 
 def install(app: FastAPI) -> None:
@@ -94,7 +106,7 @@ def install(app: FastAPI) -> None:
 
     async def validation(_: Request, error: Exception) -> ProblemResponse:
         assert isinstance(error, RequestValidationError)  # noqa: S101
-        errors = [f"{'.'.join(str(step) for step in item['loc'])}: {item['msg']}" for item in error.errors()]
+        errors = [_sentence(item) for item in error.errors()]
         return problem(
             422, "The request is not valid", "; ".join(errors), "urn:mergemill:error:request", errors=errors
         )

@@ -2,12 +2,37 @@
 
 from __future__ import annotations
 
+from anyio import CapacityLimiter, move_on_after
+from anyio.to_thread import run_sync
+
 from api.bodies import Wanted
-from service.commit import output_problems
+from service.commit import holds_checkpoint, output_problems
 from service.planning import Planned, examine
 from service.settings import Settings
-from workers.errors import PlanError, RecipeError
+from workers.errors import PlanError, RecipeError, StoreError
 from workers.store.base import ObjectStore
+
+LOOK_S = 3.0
+"""How long a submission waits for what the store says about its output, in seconds."""
+
+
+async def refuse_taken(store: ObjectStore, output: str, limiter: CapacityLimiter) -> None:
+    """Refuse an output that holds a checkpoint. A store that fails or is slow settles nothing: planning will tell.
+
+    :raises PlanError: it does.
+    """
+    taken = None
+    with move_on_after(LOOK_S):
+        taken = await run_sync(_taken, store, output, limiter=limiter, abandon_on_cancel=True)
+    if taken is not None:
+        raise PlanError(taken)
+
+
+def _taken(store: ObjectStore, output: str) -> str | None:
+    try:
+        return holds_checkpoint(store, output)
+    except StoreError:
+        return None
 
 
 def plan_wanted(wanted: Wanted, settings: Settings, store: ObjectStore) -> Planned:

@@ -8,7 +8,9 @@ from typing import Any
 from fastapi import FastAPI
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
+from starlette.types import ASGIApp
 
+from api.observing import Observing
 from api.schemas import MergeRequest, PlanRequest, Problem
 
 PROBLEM = "application/problem+json"
@@ -19,7 +21,11 @@ _FASTAPIS_OWN = ("HTTPValidationError", "ValidationError")
 
 
 class Application(FastAPI):
-    """FastAPI with a document that is true: problems are what errors are sent as."""
+    """FastAPI with a document that is true: problems are what errors are sent as. Every request is observed."""
+
+    def build_middleware_stack(self) -> ASGIApp:
+        """What is called for each request: outside of all that Starlette puts around the routes."""
+        return Observing(super().build_middleware_stack())
 
     def openapi(self) -> dict[str, Any]:
         """The document, made once."""

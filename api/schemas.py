@@ -73,7 +73,7 @@ class PriceInfo(_Model):
     """What a merge will cost, before it runs."""
 
     bytes_read: int
-    """Input bytes fetched, every pass of the surveys included; passes that turn out needless fetch nothing."""
+    """Input bytes fetched at most, every pass of the surveys included; passes that turn out needless fetch nothing."""
     bytes_written: int
     """Output bytes of all shards."""
     bytes_copied: int
@@ -93,13 +93,15 @@ class PriceInfo(_Model):
     most_reads: int
     """How often the most often read byte is read, when no pass of a survey turns out needless."""
     peak_bytes: int
-    """Peak memory of a worker process, its baseline included."""
+    """Peak memory of a worker process: the baseline that it has before the first byte (512 MiB unless the service sets
+    another), workspace and descriptions of tasks, and `arena_bytes`. What each task reserves on the cluster."""
     arena_bytes: int
-    """The part of it that holds inputs and outputs."""
+    """The part of it that holds tensors: room for the task that holds most, and, as far as the budget goes, for as big
+    a one that is read meanwhile and an output that is written."""
     gpu_bytes: int
-    """Peak device memory of a worker that computes on a GPU; 0 when there is nothing to compute."""
+    """Peak device memory of a worker; 0 when the service computes on CPUs, or there is nothing to compute."""
     worst: str
-    """The tensor (or tensors) of the task that holds most."""
+    """The tensor, or the first of the tensors, of the task that holds most: what a smaller budget has to split."""
 
 
 class ShardInfo(_Model):
@@ -233,6 +235,17 @@ class Liveness(_Model):
     """Nothing else is ever said."""
 
 
+class Check(_Model):
+    """What is known of one dependency."""
+
+    state: Literal["ok", "missing", "unknown", "unused"]
+    """`unused`: nothing is configured that could be asked."""
+    age_seconds: float | None = None
+    """How long ago that was found out."""
+    detail: str | None = None
+    """What is wrong, or what there is."""
+
+
 class Readiness(_Model):
     """Jobs can be accepted."""
 
@@ -240,6 +253,8 @@ class Readiness(_Model):
     """When it is not ready the answer is a problem, with what is `missing`."""
     missing: dict[str, str] = {}
     """What is out of reach, and why: nothing."""
+    checks: dict[str, Check]
+    """What is known of `redis`, `store` and `compute`. Without `compute` jobs are accepted, and wait."""
     warnings: tuple[str, ...]
     """What about the deployment could lose jobs."""
 
@@ -259,6 +274,10 @@ class Problem(_Model):
     """One sentence for each thing that is wrong, where there may be several; else left out."""
     missing: dict[str, str] | None = None
     """What a service that is not ready cannot reach, and why; else left out."""
+    checks: dict[str, Check] | None = None
+    """What is known of each dependency, where that was asked; else left out."""
+    request_id: str | None = None
+    """The request's, as in `X-Request-Id`: the service's logs name it."""
 
 
 class MethodInfo(_Model):

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from mergemill.sizes import parse_size
+from mergemill.sizes import binary_text, parse_size
 
 Url = Annotated[str | None, typer.Option(envvar="MERGEMILL_URL", help="Address of the service.")]
 RecipeFile = Annotated[
@@ -17,21 +17,48 @@ JobId = Annotated[str, typer.Argument(metavar="JOB", help="Id of the job.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
-def _size(text: str) -> int:
-    try:
-        return parse_size(text)
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from error
+KIB, MIB, GIB, TIB = (1 << power for power in (10, 20, 30, 40))
+BOUNDS = {"part_bytes": (5 * MIB, 4 * GIB), "shard_bytes": (1, 5 * TIB), "worker_memory_bytes": (1, None)}
+"""Least and most of every size, as the service has them: asking it takes longer than ``--help`` may."""
+
+
+def _size(option: str) -> dict[str, Any]:
+    """How a size is read. Typer names the option in front of what is wrong with it."""
+    least, most = BOUNDS[option]
+
+    def parse(text: str) -> int:
+        try:
+            size = parse_size(text)
+        except ValueError as error:
+            raise typer.BadParameter(str(error)) from error
+        if size < least:
+            raise typer.BadParameter(f"{text} is less than the minimum, {binary_text(least)}")
+        if most is not None and size > most:
+            raise typer.BadParameter(f"{text} is more than the maximum, {binary_text(most)}")
+        return size
+
+    return {"parser": parse, "metavar": "SIZE"}
 
 
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a checkpoint that is at the output.")]
 AllowNonfinite = Annotated[
     bool, typer.Option("--allow-nonfinite", help="Let NaN and Inf in the inputs through.")
 ]
-_SIZE = {"parser": _size, "metavar": "SIZE"}
-ShardSize = Annotated[int | None, typer.Option(help="Most bytes of one output file, as 5GB.", **_SIZE)]
-PartSize = Annotated[int | None, typer.Option(help="Output bytes of one unit of work, as 64MiB.", **_SIZE)]
-WorkerMemory = Annotated[int | None, typer.Option(help="Most memory of one worker, as 2GiB.", **_SIZE)]
+ShardSize = Annotated[
+    int | None,
+    typer.Option(help="Most bytes of one output file, as 5GB; up to 5TiB.", **_size("shard_bytes")),
+]
+PartSize = Annotated[
+    int | None,
+    typer.Option(help="Output bytes of one unit of work, as 64MiB; 5MiB to 4GiB.", **_size("part_bytes")),
+]
+WorkerMemory = Annotated[
+    int | None,
+    typer.Option(
+        help="Most memory of one worker, as 2GiB: 512MiB of it are taken before the first byte.",
+        **_size("worker_memory_bytes"),
+    ),
+]
 
 
 def merge_options(

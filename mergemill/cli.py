@@ -123,6 +123,7 @@ def serve(
         host=settings.host,
         port=settings.port,
         log_config=None,
+        access_log=False,  # each request is logged with its id
         server_header=False,
         timeout_graceful_shutdown=10,
     )
@@ -185,6 +186,7 @@ def plan(
     recipe: RecipeFile,
     output: Annotated[str | None, typer.Argument(metavar="[OUTPUT]", help="Where it would go.")] = None,
     url: Url = None,
+    overwrite: Overwrite = False,
     shard_size: ShardSize = None,
     part_size: PartSize = None,
     worker_memory: WorkerMemory = None,
@@ -195,7 +197,7 @@ def plan(
     from mergemill.show import price_table
 
     document = _read_recipe(recipe)
-    options = merge_options(False, False, shard_size, part_size, worker_memory)
+    options = merge_options(overwrite, False, shard_size, part_size, worker_memory)
     place = None if output is None else recipes.output_uri(output, Path.cwd())
     with session.hub_names_explained(document):
         if url is not None:
@@ -292,8 +294,15 @@ def download(
     from mergemill import session
     from mergemill.show import byte_progress
 
-    with session.interruptible(), session.open_client(url) as client, byte_progress(_console(), job) as show:
-        client.download(job, directory, show)
+    console = _console()
+
+    def repaired(name: str) -> None:
+        console.print(
+            f"{directory / name} is not what the merge wrote: replacing it", soft_wrap=True, highlight=False
+        )
+
+    with session.interruptible(), session.open_client(url) as client, byte_progress(console, job) as show:
+        client.download(job, directory, show, repaired)
     typer.echo(f"{directory} holds the checkpoint of {job}, every digest checked")
 
 

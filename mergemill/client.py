@@ -147,11 +147,12 @@ class Client:
     ) -> Job:
         """Wait until a job has succeeded.
 
-        :param on_progress: called with the job after every look at it.
+        :param on_progress: called with the job whenever its state or progress has changed; ``print`` will do.
         :param timeout: the longest wait, in seconds.
         :raises JobFailedError: it failed (its own error is the ``__cause__``) or was cancelled.
         :raises JobTimeoutError: it has not ended in time.
         """
+        on_progress = _on_change(on_progress)
         begun = heard = time.monotonic()
         while True:
             try:
@@ -161,8 +162,7 @@ class Client:
                     raise
             else:
                 heard = time.monotonic()
-                if on_progress is not None:
-                    on_progress(found)
+                on_progress(found)
                 if found.is_terminal:
                     return _succeeded(found)
             waited = time.monotonic() - begun
@@ -177,12 +177,17 @@ class Client:
         """The files of a merged checkpoint.
 
         :raises NotReadyError: the job has not succeeded.
+        :raises OutputReplacedError: another job has written to the output since.
         """
         body = self._get(f"/v1/merges/{_segment(job)}/files")
         return [File(item["name"], item["size"], item["digest"], item["url"]) for item in body["files"]]
 
     def download(
-        self, job: str, directory: str | Path, on_progress: Callable[[int, int], None] | None = None
+        self,
+        job: str,
+        directory: str | Path,
+        on_progress: Callable[[int, int], None] | None = None,
+        on_repair: Callable[[str], None] | None = None,
     ) -> Path:
         """Download a merged checkpoint, several files at once, and check every digest.
 
@@ -190,13 +195,17 @@ class Client:
         index comes last, so that a checkpoint that can be loaded is whole.
 
         :param on_progress: called with the bytes that are here, and those of all files.
+        :param on_repair: called with the name of each file that is there already, is not what the merge wrote, and
+            is therefore replaced.
         :returns: the directory.
         :raises NotReadyError: the job has not succeeded.
+        :raises OutputReplacedError: another job has written to the output since.
         :raises AlreadyExistsError: the directory holds the weights of another model.
-        :raises StoreError: the store does not give a file, or the bytes are not those of the merge.
+        :raises StoreError: the store does not give a file, the bytes are not those of the merge, or the directory
+            cannot be written.
         """
         place = Path(directory)
-        download.download(self._http, self.url, lambda: self.files(job), place, on_progress)
+        download.download(self._http, self.url, lambda: self.files(job), place, on_progress, on_repair)
         return place
 
     def methods(self) -> builtins.list[dict[str, Any]]:
@@ -247,6 +256,20 @@ def _request(
     return {"recipe": document, **where, "options": given}
 
 
+def _on_change(call: Callable[[Job], None] | None) -> Callable[[Job], None]:
+    """``call`` for a job that is not as it was the last time."""
+    last: object = None
+
+    def changed(job: Job) -> None:
+        nonlocal last
+        now = (job.state, job.cancel_requested, job.progress)
+        if call is not None and now != last:
+            call(job)
+        last = now
+
+    return changed
+
+
 def _segment(job: str) -> str:
     if not job or not all(char.isascii() and (char.isalnum() or char in "-_") for char in job):
         raise JobNotFoundError(f"{job!r} is not the id of a job")
@@ -259,7 +282,7 @@ def _succeeded(job: Job) -> Job:
     if job.state == "cancelled":
         raise JobCancelledError(f"{job.id} was cancelled")
     cause = from_json(dict(job.error or {"type": "MergemillError", "detail": "it does not say why"}))
-    raise JobFailedError(f"{job.id} failed: {type(cause).__name__}: {cause}") from cause
+    raise JobFailedError(f"{job.id} failed: {cause}") from cause
 
 
 def _unreachable(url: str, error: httpx.HTTPError) -> ServiceUnavailableError:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -16,7 +17,9 @@ from mergemill.jobs import File
 from workers.errors import (
     AccessDeniedError,
     AlreadyExistsError,
+    MergemillError,
     ObjectNotFoundError,
+    OutputReplacedError,
     StoreError,
     StoreUnavailableError,
     TruncatedReadError,
@@ -41,18 +44,42 @@ def download(
     list_files: Callable[[], Sequence[File]],
     directory: Path,
     on_progress: Callable[[int, int], None] | None,
+    on_repair: Callable[[str], None] | None = None,
 ) -> None:
     """Bring every file into ``directory``; see :meth:`mergemill.client.Client.download`."""
     files = list_files()
     for file in files:
         _check_name(file.name)
-    directory.mkdir(parents=True, exist_ok=True)
-    _check_place(directory, {file.name for file in files})
+    with _named(directory):
+        directory.mkdir(parents=True, exist_ok=True)
+        _check_place(directory, {file.name for file in files})
+        _bring(http, _Urls(base_url, list_files, files), files, directory, on_progress, on_repair)
+
+
+@contextmanager
+def _named(directory: Path) -> Iterator[None]:
+    """What the operating system refuses as an error that names the directory."""
+    try:
+        yield
+    except MergemillError:
+        raise
+    except OSError as error:
+        where = error.filename or directory
+        raise StoreError(f"cannot write to {directory}: {error.strerror or error} ({where})") from error
+
+
+def _bring(
+    http: httpx.Client,
+    urls: _Urls,
+    files: Sequence[File],
+    directory: Path,
+    on_progress: Callable[[int, int], None] | None,
+    on_repair: Callable[[str], None] | None,
+) -> None:
     meter = _Meter(sum(file.size for file in files), on_progress)
-    urls = _Urls(base_url, list_files, files)
 
     def fetch(file: File) -> None:
-        _Fetch(http, urls, directory, file, meter).run()
+        _Fetch(http, urls, directory, file, meter, on_repair).run()
 
     early = sorted((file for file in files if file.name != INDEX), key=lambda file: -file.size)
     pool = ThreadPoolExecutor(PARALLEL, thread_name_prefix="download")
@@ -120,11 +147,20 @@ class _Urls:
 class _Fetch:
     """One file: into a ``.part`` file that is named for the content, so that it is only gone on with for the same."""
 
-    def __init__(self, http: httpx.Client, urls: _Urls, directory: Path, file: File, meter: _Meter) -> None:
+    def __init__(
+        self,
+        http: httpx.Client,
+        urls: _Urls,
+        directory: Path,
+        file: File,
+        meter: _Meter,
+        on_repair: Callable[[str], None] | None,
+    ) -> None:
         self._http = http
         self._urls = urls
         self._file = file
         self._meter = meter
+        self._on_repair = on_repair
         self._counted = 0
         self._target = directory / file.name
         self._part = directory / f"{file.name}.{file.digest.rpartition(':')[2][:12]}.part"
@@ -133,17 +169,26 @@ class _Fetch:
         if self._is_here():
             self._count(self._file.size)
             return
+        if self._target.exists() and self._on_repair is not None:
+            self._on_repair(self._file.name)
         resumed = self._part.exists()
         self._bring()
+        try:
+            self._verify()
+        except StoreError:
+            if not resumed:
+                raise
+            self._bring()  # what was left behind was not what it seemed
+            self._verify()
+        self._part.replace(self._target)
+
+    def _verify(self) -> None:
+        """Check what came; nothing is left of it when it is wrong."""
         try:
             verify(self._part, self._file.size, self._file.digest)
         except StoreError:
             self._part.unlink()
-            if not resumed:
-                raise
-            self._bring()  # what was left behind was not what it seemed
-            verify(self._part, self._file.size, self._file.digest)
-        self._part.replace(self._target)
+            raise
 
     def _is_here(self) -> bool:
         if not self._target.is_file():
@@ -189,6 +234,7 @@ class _Fetch:
             self._check(response)
             if response.status_code != httpx.codes.PARTIAL_CONTENT:
                 have = 0  # it does not do ranges
+            self._check_length(have, response.headers.get("Content-Length"))
             with self._part.open("r+b" if have else "wb") as out:
                 out.seek(have)
                 for data in response.iter_bytes():  # as they come: what a bigger step gathers, an error loses
@@ -196,15 +242,31 @@ class _Fetch:
                         raise _StoppedError
                     out.write(data)
                     have += len(data)
+                    if have > self._file.size:
+                        break
                     self._count(have)
                 out.flush()
                 os.fsync(out.fileno())
+        if have > self._file.size:
+            self._part.unlink()
+            self._check_length(0, str(have))
         if have < self._file.size:
             raise TruncatedReadError(f"{self._file.name}: {have} of {self._file.size} bytes came")
+
+    def _check_length(self, have: int, left: str | None) -> None:
+        """Refuse what is longer than what the merge wrote, before any of it is kept."""
+        size = self._file.size
+        if left is not None and left.isdecimal() and have + int(left) > size:
+            raise OutputReplacedError(
+                f"{self._file.name}: the store has {have + int(left)} bytes, the merge wrote {size}: "
+                "the output was replaced since"
+            )
 
     def _check(self, response: httpx.Response) -> None:
         if response.is_success:
             return
+        if response.status_code == httpx.codes.GONE:
+            raise OutputReplacedError(f"{self._file.name}: {_detail(response)}")
         status, name = response.status_code, self._file.name
         if status == httpx.codes.FORBIDDEN:
             self._urls.renew()
@@ -216,6 +278,15 @@ class _Fetch:
         if status == httpx.codes.UNAUTHORIZED:
             raise AccessDeniedError(f"{name}: the store wants credentials")
         raise StoreError(f"{name}: the store answered {status}")
+
+
+def _detail(response: httpx.Response) -> str:
+    """What a problem says."""
+    response.read()
+    try:
+        return str(response.json()["detail"])
+    except (ValueError, LookupError, TypeError):
+        return "the output was replaced since"
 
 
 def _check_place(directory: Path, names: Container[str]) -> None:

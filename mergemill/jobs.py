@@ -80,6 +80,34 @@ class Job:
         return self.state in TERMINAL_STATES
 
     @property
+    def moved(self) -> tuple[int, int]:
+        """Bytes read and written so far, and all that will be: how far it is; ``(0, 0)`` until it is planned.
+
+        Reading is part of it since surveys only read. What turns out not to be needed counts as done in the end.
+        """
+        progress = self.progress
+        total = progress.bytes_total + int((self.price or {}).get("bytes_read", 0))
+        if self.state in {"committing", "succeeded"}:
+            return total, total
+        read = progress.bytes_read if self.price else 0
+        return min(progress.bytes_done + read, total), total
+
+    @property
+    def percent(self) -> int | None:
+        """How far it is; ``None`` until it is planned."""
+        done, total = self.moved
+        return 100 * done // total if total else None
+
+    @property
+    def ended_at(self) -> datetime | None:
+        """When it ended, if it has."""
+        return self.updated_at if self.is_terminal else None
+
+    def __str__(self) -> str:
+        share = "" if self.percent is None or self.is_terminal else f" {self.percent} %"
+        return f"{self.id} {self.state}{share}"
+
+    @property
     def notices(self) -> tuple[str, ...]:
         """What the planner wants you to know."""
         return tuple(self.body.get("notices") or ())

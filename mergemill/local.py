@@ -23,7 +23,7 @@ def plan_here(
     """
     wanted = check(lambda: dict(recipe), output, OptionsBody(**options), settings)
     planned = plan_wanted(wanted, settings, open_stores(settings.store))
-    return plan_summary(planned.plan)
+    return plan_summary(planned.plan, settings.gpu_memory_bytes)
 
 
 def methods_here() -> list[dict[str, Any]]:

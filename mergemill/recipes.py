@@ -57,7 +57,7 @@ def localise(recipe: Mapping[str, Any], directory: Path) -> dict[str, Any]:
     models = changed.get("models")
     if isinstance(models, list):
         changed["models"] = [
-            {**entry, "model": place(f"models.{index}.model", entry.get("model"))}
+            {**entry, "model": place(f"models[{index}].model", entry.get("model"))}
             if isinstance(entry, dict) and "model" in entry
             else entry
             for index, entry in enumerate(models)
@@ -78,7 +78,7 @@ def local_uri(name: str, directory: Path) -> str:
     if path.is_dir():
         return path.resolve().as_uri()
     if name.startswith(("/", "./", "../", "~")) or name in {".", ".."}:
-        raise RecipeError(f"{name!r}: there is no directory {path}")
+        raise RecipeError(f"{name}: no model here: there is no directory {path.resolve()}")
     return name
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 from rich.console import Console
@@ -25,6 +27,10 @@ from workers.errors import JobFailedError, RecipeError
 STEP_PERCENT = 10
 """Without a terminal, progress is a line for each so many percent."""
 
+PLAIN_SECONDS = 15.0
+"""And a line after so many seconds, if anything has changed."""
+
+_REST = "the rest is Python and its libraries before the first byte (512 MiB by default), and workspace"
 _COLOURS = {"succeeded": "green", "failed": "red", "cancelled": "yellow"}
 
 
@@ -58,7 +64,7 @@ def job_progress(console: Console) -> Iterator[Callable[[Job], None]]:
         row = bar.add_task("queued", total=None)
 
         def show(job: Job) -> None:
-            done, total = job.progress.bytes_done, job.progress.bytes_total
+            done, total = job.moved
             bar.update(row, description=state_text(job), completed=done, total=total or None)
 
         yield show
@@ -87,18 +93,25 @@ def state_text(job: Job) -> str:
 
 def job_table(jobs: Iterable[Job]) -> Table:
     """Jobs as a table."""
-    table = Table("job", "state", "method", "progress", "created", "output", box=None, pad_edge=False)
+    table = Table("job", "state", "method", "progress", "created", "output", "why", box=None, pad_edge=False)
     for job in jobs:
-        done, total = job.progress.bytes_done, job.progress.bytes_total
+        total = job.progress.bytes_total
+        first, *others = _reasons(job) or [""]
         table.add_row(
             job.id,
             Text(job.state, style=_COLOURS.get(job.state, "")),
             job.method,
-            f"{100 * done // total} % of {size_text(total)}" if total else "",
+            f"{job.percent} % of {size_text(total)}" if total else "",
             f"{job.created_at:%Y-%m-%d %H:%M:%S}",
             Text(job.output),
+            Text(f"{first} (and {len(others)} more)" if others else first),
         )
     return table
+
+
+def _reasons(job: Job) -> list[str]:
+    """Why a job failed."""
+    return [] if job.error is None else list(job.error.get("problems") or [job.error["detail"]])
 
 
 def job_lines(job: Job) -> Iterator[str]:
@@ -108,16 +121,26 @@ def job_lines(job: Job) -> Iterator[str]:
     yield f"  method    {job.method}"
     yield f"  output    {job.output}"
     yield f"  created   {job.created_at:%Y-%m-%d %H:%M:%S} UTC"
+    if job.ended_at is not None:
+        took = timedelta(seconds=round((job.ended_at - job.created_at).total_seconds()))
+        yield f"  ended     {job.ended_at:%Y-%m-%d %H:%M:%S} UTC, after {took}"
+    price = job.price or {}
     if progress.bytes_total:
+        if not job.is_terminal:
+            yield f"  done      {job.percent} % of what is read and written"
+        if progress.surveys_total:
+            yield f"  surveys   {progress.surveys_done} of {progress.surveys_total} passes"
+        at_most = f" of at most {size_text(price['bytes_read'])}" if "bytes_read" in price else ""
+        yield f"  read      {size_text(progress.bytes_read)}{at_most}"
         share = f"{size_text(progress.bytes_done)} of {size_text(progress.bytes_total)}"
         yield f"  written   {share}, {progress.parts_done} of {progress.parts_total} parts"
-        yield f"  read      {size_text(progress.bytes_read)}"
+    if price:
+        memory = f"{size_text(price['peak_bytes'])} of memory a worker at most"
+        yield f"  price     {price['requests']:,} requests to the stores, {memory}"
     for notice in job.notices:
         yield f"  note      {notice}"
-    if job.error is not None:
-        problems = job.error.get("problems") or [job.error["detail"]]
-        for problem in problems:
-            yield f"  error     {problem}"
+    for reason in _reasons(job):
+        yield f"  error     {reason}"
 
 
 def price_table(plan: Mapping[str, Any]) -> Table:
@@ -130,7 +153,10 @@ def price_table(plan: Mapping[str, Any]) -> Table:
         ("tensors", f"{plan['tensors']:,}"),
         ("files", f"{len(plan['shards'])}"),
         ("written", size_text(price["bytes_written"])),
-        ("read", f"{size_text(price['bytes_read'])} (the inputs hold {size_text(price['input_bytes'])})"),
+        (
+            "read",
+            f"at most {size_text(price['bytes_read'])} (the inputs hold {size_text(price['input_bytes'])})",
+        ),
         ("requests", f"{price['requests']:,}"),
         ("parts", f"{price['parts']:,}"),
     ]
@@ -138,7 +164,10 @@ def price_table(plan: Mapping[str, Any]) -> Table:
         tensors = f"{price['surveyed_tensors']:,} tensors read up to {price['most_reads']} times"
         surveyed = f"{price['survey_tasks']:,}, for {tensors}"
         rows.append(("survey tasks", surveyed))
-    rows.append(("memory", f"{size_text(price['peak_bytes'])} a worker at most, for {price['worst']}"))
+    held = f"{size_text(price['arena_bytes'])} of it for tensors, the most for {price['worst']}"
+    rows.append(("memory", f"{size_text(price['peak_bytes'])} a worker at most: {held}; {_REST}"))
+    if price["gpu_bytes"]:
+        rows.append(("GPU memory", f"{size_text(price['gpu_bytes'])} a worker at most"))
     rows.append(("plan", plan["digest"]))
     rows.extend(("note", notice) for notice in plan["notices"])
     for name, value in rows:
@@ -174,24 +203,31 @@ def _bar(console: Console) -> Progress:
 
 
 def _plain_job(console: Console) -> Callable[[Job], None]:
-    state = ""
-    shown = -1
+    state, shown = "", -1
+    told = time.monotonic()
 
     def show(job: Job) -> None:
-        nonlocal state, shown
-        done, total = job.progress.bytes_done, job.progress.bytes_total
-        step = 100 * done // total // STEP_PERCENT if total else 0
+        nonlocal state, shown, told
+        step = (job.percent or 0) // STEP_PERCENT
         if job.state != state:
-            state, shown = job.state, step
-            console.print(f"{job.id} {state}", soft_wrap=True, highlight=False)
-        elif step > shown:
-            shown = step
-            amount = f"{size_text(done)} of {size_text(total)}"
-            console.print(
-                f"{job.id} {state} {step * STEP_PERCENT} % {amount}", soft_wrap=True, highlight=False
-            )
+            line = f"{job.id} {job.state}"
+        elif step > shown or (time.monotonic() - told > PLAIN_SECONDS and job.percent is not None):
+            line = f"{job.id} {state_text(job)} {job.percent} % {_amounts(job)}"
+        else:
+            return
+        state, shown, told = job.state, step, time.monotonic()
+        console.print(line, soft_wrap=True, highlight=False)
 
     return show
+
+
+def _amounts(job: Job) -> str:
+    """What was read and written, of what will be."""
+    progress = job.progress
+    written = f"{size_text(progress.bytes_done)} of {size_text(progress.bytes_total)} written"
+    if job.price is None:
+        return written
+    return f"{size_text(progress.bytes_read)} of {size_text(job.price['bytes_read'])} read, {written}"
 
 
 def _plain_bytes(console: Console, what: str) -> Callable[[int, int], None]:

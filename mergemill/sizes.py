@@ -30,6 +30,18 @@ def parse_size(text: str) -> int:
     return int(size)
 
 
+def binary_text(count: int) -> str:
+    """A bound for people, in the largest binary unit that divides it.
+
+    >>> binary_text(5 << 20), binary_text(1000)
+    ('5MiB', '1000')
+    """
+    for power, unit in ((40, "TiB"), (30, "GiB"), (20, "MiB"), (10, "KiB")):
+        if count and count % (1 << power) == 0:
+            return f"{count >> power}{unit}"
+    return str(count)
+
+
 def size_text(count: float) -> str:
     """Bytes for people: three digits and a decimal unit.
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Container, Iterable, Mapping
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import structlog
@@ -25,7 +27,7 @@ from workers.errors import (
     UploadNotFoundError,
 )
 from workers.store.base import ObjectInfo, ObjectStore, Upload, UploadedPart
-from workers.store.uris import join
+from workers.store.uris import join, scheme, to_path
 from workers.store.uris import name as file_name
 from workers.task import canonical_json
 
@@ -52,6 +54,7 @@ class Output:
         self.uri = uri
         self.job = job
         self._guard = guard
+        self._made = 0
 
     def existing(self) -> str | None:
         """What makes the output a checkpoint already, or what is left of one, or None."""
@@ -66,9 +69,10 @@ class Output:
         :param is_over: whether another job, by id, has ended for good.
         :raises OutputConflictError: another job's claim is there.
         """
-        body = {**document, "job": self.job, "uploads": {}}
         uri = join(self.uri, CLAIM)
+        self._made = _missing_directories(self.uri)
         while True:
+            body = {**document, "job": self.job, "uploads": {}, "made": self._made}
             self._guard()
             try:
                 self.store.put_if_absent(uri, canonical_json(body).encode())
@@ -77,6 +81,8 @@ class Output:
                 held = self._claim()
             if held is None:
                 continue  # its owner removed it in between
+            self._made = held.get("made", 0)
+            body["made"] = self._made
             if held["job"] != self.job:
                 if not is_over(held["job"]):
                     raise OutputConflictError(
@@ -111,7 +117,7 @@ class Output:
                 self._guard()
                 uploads[shard.name] = self.store.open_upload(uri, shard.size, {PLAN_METADATA: plan.digest}).id
         self._guard()
-        body = {**document, "job": self.job, "uploads": uploads}
+        body = {**document, "job": self.job, "uploads": uploads, "made": self._made}
         self.store.put(join(self.uri, CLAIM), canonical_json(body).encode())
         return uploads
 
@@ -231,6 +237,7 @@ class Output:
                 self._guard()
                 self.store.delete(uri)
         self.clear(held["shards"])
+        _remove_directories(self.uri, held.get("made", 0))
 
     def _loadable(self) -> str | None:
         """The file that makes the output loadable, or None."""
@@ -271,17 +278,50 @@ class Output:
         return info if info.metadata.get(PLAN_METADATA) == plan_digest else None
 
 
+def holds_checkpoint(store: ObjectStore, uri: str) -> str | None:
+    """What is wrong with an output that holds a checkpoint, or what is left of one; None where there is none.
+
+    :raises StoreError: the store does not tell.
+    """
+    there = Output(store, uri, job="", guard=_nothing).existing()
+    return None if there is None else _taken(uri, there)
+
+
 def output_problems(store: ObjectStore, uri: str, overwrite: bool) -> list[str]:
     """What is wrong with a place for a checkpoint: no permission to look or to write, or what it holds is to stay."""
     problems = []
     try:
-        there = Output(store, uri, job="", guard=_nothing).existing()
-        if there is not None and not overwrite:
-            problems.append(f"output {uri} already holds a checkpoint ({there}): set overwrite to replace it")
+        taken = holds_checkpoint(store, uri)
+        if taken is not None and not overwrite:
+            problems.append(taken)
         store.check_writable(join(uri, CLAIM))
     except StoreError as error:
         problems.append(f"output {uri}: {error}")
     return problems
+
+
+def _taken(uri: str, there: str) -> str:
+    return (
+        f"output {uri} already holds a checkpoint ({there}): to replace it, give --overwrite on the command line, "
+        '`?overwrite=true` beside YAML, or `"options": {"overwrite": true}` in JSON'
+    )
+
+
+def _missing_directories(uri: str) -> int:
+    """How many directories a first object in the output will make: its own, and those above it."""
+    if scheme(uri) != "file":
+        return 0
+    path = Path(to_path(uri))
+    return sum(not each.exists() for each in (path, *path.parents))
+
+
+def _remove_directories(uri: str, made: int) -> None:
+    """Remove the directories that a job made, as far as they are empty: not one that was there before it."""
+    if scheme(uri) == "file":
+        path = Path(to_path(uri))
+        with suppress(OSError):
+            for each in (path, *path.parents)[:made]:
+                each.rmdir()
 
 
 def _nothing() -> None:

@@ -12,14 +12,16 @@ import json
 import shutil
 import threading
 import time
+from collections.abc import Mapping
 from concurrent.futures import Future
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 import structlog
 
+from service import metrics
 from service.fleet_process import FleetProcess, FleetSettings, Message, short_directory
 from workers.errors import FleetError, from_json
 from workers.task import JSONValue
@@ -46,6 +48,8 @@ class TaskRequest:
     """GPUs that it occupies."""
     label: str
     """What people call the task, in messages and in Ray's state."""
+    ids: Mapping[str, str] = field(default_factory=dict)
+    """What it is for (``job``, ``part``, …), in logs."""
     stream: str | None = None
     """Requests of one stream, with the same entry and needs, may go to one worker together, in order. Their entry
     is called with a list of payloads, and yields ``(index, value)`` or ``(index, MergemillError)`` for each, in any
@@ -70,6 +74,7 @@ class Capacity:
 @dataclass(slots=True)
 class _Pending:
     label: str
+    ids: dict[str, str]
     line: str
     future: Future[JSONValue]
     started: bool = False
@@ -110,6 +115,11 @@ class Driver:
         with self._lock:
             return sum(pending.started for pending in self._pending.values())
 
+    @property
+    def known_capacity(self) -> Capacity | None:
+        """What the cluster offers, if it is up; asks nothing of it, unlike :meth:`capacity`."""
+        return self._capacity
+
     def start(self) -> None:
         """Begin to start or connect to Ray; does not wait for it."""
         with self._lock:
@@ -124,15 +134,15 @@ class Driver:
         :raises ValueError: the payload holds NaN or an infinity.
         """
         # Not `asdict`, which would copy the payload object by object.
-        message = {field.name: getattr(request, field.name) for field in fields(request)}
-        message["payload"] = json.dumps(request.payload, allow_nan=False)
+        message = {each.name: getattr(request, each.name) for each in fields(request)}
+        message |= {"payload": json.dumps(request.payload, allow_nan=False), "ids": dict(request.ids)}
         future: Future[JSONValue] = Future()
         with self._lock:
             if self._closed or self._thread is None:
                 raise FleetError("the fleet is closed" if self._closed else "the fleet is not started")
             number, self._next_id = self._next_id, self._next_id + 1
             line = json.dumps({"op": "submit", "id": number, **message})
-            self._pending[number] = pending = _Pending(request.label, line, future)
+            self._pending[number] = pending = _Pending(request.label, dict(request.ids), line, future)
             if self._child is not None:
                 self._child.send(pending.line)
             self._demand()
@@ -216,6 +226,7 @@ class Driver:
                     continue
                 self._count_losses(why)
                 self.restarts += 1
+                metrics.FLEET_RESTARTS.inc()
                 with self._lock:
                     self._lock.wait_for(lambda: self._closed, timeout=min(30.0, 0.25 * 2**barren))
         finally:
@@ -262,7 +273,11 @@ class Driver:
                             pending.started = True
             case "retry":
                 self.retries += 1
-                log.warning("task retried", task=message["label"], cause=message["cause"])
+                metrics.task_retried(message["cause"])
+                with self._lock:
+                    retried = self._pending.get(message["id"])
+                ids = retried.ids if retried else {}
+                log.warning("task retried", task=message["label"], cause=message["cause"], **ids)
             case "result":
                 with self._lock:
                     pending = self._pending.pop(message["id"], None)
@@ -279,6 +294,7 @@ class Driver:
         with self._lock:
             for number, pending in list(self._pending.items()):
                 pending.losses += pending.started
+                metrics.TASK_RETRIES.labels(metrics.FLEET_DIED).inc(pending.started)
                 pending.started = False
                 if pending.losses >= self.settings.max_losses:
                     lost.append(self._pending.pop(number))

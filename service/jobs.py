@@ -22,7 +22,7 @@ from enum import StrEnum
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from workers.errors import IllegalTransitionError
+from workers.errors import IllegalTransitionError, from_json
 from workers.task import JSONValue
 
 HISTORY_LIMIT = 100
@@ -40,6 +40,14 @@ def new_job_id(now: float) -> str:
     """A fresh job id that sorts by time: ``merge-`` and a lower-case ULID (48 bits of ms, 80 random bits)."""
     number = (int(now * 1000) & (2**48 - 1)) << 80 | secrets.randbits(80)
     return "merge-" + "".join(_BASE32[number >> shift & 31] for shift in range(125, -1, -5))
+
+
+def created_at_ms(job: str) -> int:
+    """When a job got its id, in Unix milliseconds."""
+    number = 0
+    for digit in job.removeprefix("merge-")[:10]:
+        number = number << 5 | _BASE32.index(digit)
+    return number
 
 
 class JobState(StrEnum):
@@ -87,6 +95,8 @@ class JobRecord(_Frozen):
     """Normalised URI of the output's prefix."""
     options: dict[str, JSONValue] = {}
     """What was asked for beside the recipe: shard size, overwriting, …"""
+    origin: dict[str, str] = {}
+    """Where it came from: ``request``, the id of the HTTP request, and its ``traceparent`` (W3C)."""
     state: JobState = JobState.QUEUED
     """Where it stands."""
     version: int = Field(default=1, ge=1)
@@ -126,7 +136,11 @@ class JobRecord(_Frozen):
 
 
 def new_job(
-    recipe: Mapping[str, JSONValue], output: str, options: Mapping[str, JSONValue], now: float
+    recipe: Mapping[str, JSONValue],
+    output: str,
+    options: Mapping[str, JSONValue],
+    now: float,
+    origin: Mapping[str, str] | None = None,
 ) -> JobRecord:
     """A queued job with a fresh id."""
     return JobRecord(
@@ -134,6 +148,7 @@ def new_job(
         recipe=dict(recipe),
         output=output,
         options=dict(options),
+        origin=dict(origin or {}),
         created_at=now,
         updated_at=now,
         history=(HistoryEntry(at=now, event="created", state=JobState.QUEUED),),
@@ -257,6 +272,12 @@ TRANSITIONS: Mapping[type[Event], Mapping[JobState, JobState]] = {
 }
 """Where each event leads from each state; what is not here, or is named by :func:`_refusal`, is illegal."""
 
+_STANDS = {
+    _S.COMMITTING: "is committing its output",
+    _S.SUCCEEDED: "already succeeded",
+    _S.FAILED: "already failed",
+}
+
 _NO_PLAN: Mapping[str, object] = {
     "plan_digest": None,
     "semantics_version": None,
@@ -368,16 +389,22 @@ def _detail(event: Event, attempt: int) -> str:
         case ShardCompleted(shard):
             detail = shard
         case Failed(error):
-            detail = f"{error.get('type')}: {error.get('detail')}"
+            detail = str(from_json(dict(error)))
         case _:
             detail = ""
     return detail[:DETAIL_CHARS]
 
 
 def _illegal(record: JobRecord, event: Event, why: str) -> IllegalTransitionError:
+    """The error for people, with the record's history as a note for logs."""
     history = "; ".join(
         f"{entry.at:.3f} {entry.event} -> {entry.state}{f' ({entry.detail})' if entry.detail else ''}"
         for entry in record.history
     )
-    refused = f"{record.id}: {event_name(event)} is not possible, {why}"
-    return IllegalTransitionError(f"{refused}. History: {history}")
+    if isinstance(event, CancelRequested):
+        stands = _STANDS.get(record.state, f"is {record.state}")
+        error = IllegalTransitionError(f"{record.id} {stands}; it cannot be cancelled any more")
+    else:
+        error = IllegalTransitionError(f"{record.id}: {event_name(event)} is not possible, {why}")
+    error.add_note(f"History: {history}")
+    return error

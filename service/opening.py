@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import TypeVar
 
 from service.checkpoint import (
@@ -33,7 +34,7 @@ from workers.errors import (
 )
 from workers.safetensors_format import LENGTH_BYTES, header_length, parse
 from workers.store.base import ObjectInfo, ObjectStore
-from workers.store.uris import join
+from workers.store.uris import join, scheme, to_path
 from workers.store.uris import name as base_name
 from workers.task import TensorRef
 
@@ -123,7 +124,13 @@ def _weight_map(store: ObjectStore, uri: str, files: Mapping[str, ObjectInfo]) -
                 f"{uri} holds {other[0]} and no {SINGLE_FILE}: only safetensors is read (pickles never are); "
                 "convert it first"
             ) from None
-        raise ObjectNotFoundError(f"no model here: neither {SINGLE_FILE} nor {INDEX_FILE} exists") from None
+        raise ObjectNotFoundError(f"no model here: {_lack(uri)}") from None
+
+
+def _lack(uri: str) -> str:
+    if scheme(uri) == "file" and not Path(path := to_path(uri)).is_dir():
+        return f"there is no directory {path}"
+    return f"neither {SINGLE_FILE} nor {INDEX_FILE} exists"
 
 
 def _exists(store: ObjectStore, uri: str, files: Mapping[str, ObjectInfo], name: str) -> bool:

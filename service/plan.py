@@ -187,12 +187,16 @@ def _laid_out(
     )
 
 
-def plan_summary(plan: Plan) -> dict[str, Any]:
-    """What ``POST /v1/plans`` tells: the price, the files and the notices, without the parts."""
+def plan_summary(plan: Plan, gpu_memory_bytes: int = 0) -> dict[str, Any]:
+    """What ``POST /v1/plans`` tells: the price, the files and the notices, without the parts.
+
+    :param gpu_memory_bytes: memory of each GPU of the deployment; where there is none, no device memory is priced.
+    """
+    price = plan.price if gpu_memory_bytes else replace(plan.price, gpu_bytes=0)
     return {
         "digest": plan.digest,
         "semantics_version": plan.semantics_version,
-        "price": TypeAdapter(Price).dump_python(plan.price, mode="json"),
+        "price": TypeAdapter(Price).dump_python(price, mode="json"),
         "shards": [{"name": s.name, "size": s.size, "parts": s.parts} for s in plan.shards],
         "tensors": len(plan.weight_map),
         "total_size": plan.total_size,

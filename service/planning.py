@@ -74,6 +74,15 @@ class Outcome:
         return self.planned
 
 
+def is_hub_name(name: str) -> bool:
+    """Whether a model's name in a recipe is a hub's, such as ``org/name@revision``, not a place."""
+    return (
+        _HUB_NAME.fullmatch(name) is not None
+        and not name.startswith(".")
+        and ".." not in re.split("[/@]", name)
+    )
+
+
 def resolve_model(name: str, model_roots: Mapping[str, str]) -> str:
     """Where a model named in a recipe is: a normalised URI.
 
@@ -87,7 +96,7 @@ def resolve_model(name: str, model_roots: Mapping[str, str]) -> str:
             return normalise(name)
         except StoreError as error:
             raise PlanError(f"{name}: {error}") from error
-    if not _HUB_NAME.fullmatch(name) or name.startswith(".") or ".." in re.split("[/@]", name):
+    if not is_hub_name(name):
         raise PlanError(
             f"{name!r} is neither s3://bucket/prefix, file:///directory, an absolute path nor a hub name "
             "(a relative path would mean the server's disk)"
@@ -97,8 +106,9 @@ def resolve_model(name: str, model_roots: Mapping[str, str]) -> str:
     key = next((key for key in (name, bare) if key in model_roots), max(prefixes, key=len, default=None))
     if key is None:
         raise PlanError(
-            f"{name!r} is a hub name that this service does not know: map it to where its files are with the setting "
-            f'model_roots, for example MERGEMILL_MODEL_ROOTS=\'{{"{bare}": "s3://bucket/{bare}"}}\''
+            f"{name!r} is a hub name that this service does not know, and nothing is downloaded from hubs: name "
+            "the place of its files, or have the service find it there, for example with "
+            f'MERGEMILL_MODEL_ROOTS=\'{{"{bare}": "s3://bucket/{bare}"}}\''
         )
     try:
         root = normalise(model_roots[key])
@@ -108,7 +118,7 @@ def resolve_model(name: str, model_roots: Mapping[str, str]) -> str:
             return f"{root}@{quote(revision) if root.startswith('file:') else revision}"
         return join(root, *name[len(key) :].split("/"))
     except StoreError as error:
-        raise PlanError(f"{name}: the setting model_roots maps {key!r} to no place: {error}") from error
+        raise PlanError(f"{name}: MERGEMILL_MODEL_ROOTS maps {key!r} to no place: {error}") from error
 
 
 def overlap(output: str, inputs: Iterable[str]) -> list[str]:

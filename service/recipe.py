@@ -7,7 +7,7 @@ yet are refused by name, never ignored.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal
 
 import yaml
@@ -23,7 +23,7 @@ from pydantic import (
 
 from service.yaml_text import load_documents
 from workers.errors import RecipeError
-from workers.methods import get_method
+from workers.methods import METHODS, get_method
 from workers.methods.resolve import resolve_parameters
 from workers.task import canonical_json
 
@@ -44,6 +44,20 @@ _NOT_YET = {
     "tokenizer": "building tokenizers is not supported yet; `tokenizer_source` may name `base` or a model",
     "chat_template": "setting a chat template is not supported yet; it is copied with the tokenizer",
 }
+
+_ELSEWHERE = {"slices", "modules"}
+"""Keys of mergekit's under which a recipe may name its models in place of `models`."""
+
+_NO_MODELS = {"models: Field required", "models: Tuple should have at least 1 item after validation, not 0"}
+"""How Pydantic says that there are none."""
+
+_PARAMETERS = frozenset(
+    field.alias or name
+    for method in METHODS.values()
+    for model in (method.parameters, method.model_parameters)
+    for name, field in model.model_fields.items()
+)
+"""What is set under `parameters`, by whichever method."""
 
 _MOST_PROBLEMS = 50
 _MOST_CHARACTERS = 500
@@ -221,7 +235,24 @@ def parse_recipe(value: Any) -> Recipe:
         Recipe.model_validate(rest)
     except ValidationError as error:
         problems += _recipe_problems(error)
+    if (
+        listed or _ELSEWHERE & value.keys()
+    ):  # there are models; what keeps them from being read is said already
+        problems = [problem for problem in problems if problem not in _NO_MODELS]
     raise RecipeError(*_presentable(problems))
+
+
+def renamed(recipe: Recipe, names: Mapping[str, str]) -> Recipe:
+    """The recipe with its models called otherwise."""
+    fields = {
+        field: names.get(value, value)
+        for field in ("base_model", "tokenizer_source", "buffers")
+        if (value := getattr(recipe, field)) is not None
+    }
+    models = tuple(
+        entry.model_copy(update={"model": names.get(entry.model, entry.model)}) for entry in recipe.models
+    )
+    return recipe.model_copy(update={**fields, "models": models})
 
 
 def parse_yaml(text: str) -> Recipe:
@@ -274,11 +305,17 @@ def _recipe_problems(error: ValidationError) -> list[str]:
             problems[number] = f"{key}: {_NOT_YET[str(key)]}"
             continue
         known = ModelEntry.model_fields if parents else Recipe.model_fields
-        near = difflib.get_close_matches(str(key)[:64], known, n=1)
         path, what = problems[number].rpartition(": ")[0], "a model" if parents else "a recipe"
-        hint = f"; did you mean `{near[0]}`?" if near else f" ({', '.join(known)})"
+        hint = "; write it under `parameters`" if key in _PARAMETERS else key_hint(key, known)
         problems[number] = f"{path}: is not a key of {what}{hint}"
     return problems
+
+
+def key_hint(key: object, known: Iterable[str]) -> str:
+    """What to add to the news that ``key`` is none of the ``known`` ones: which was meant, or all of them."""
+    names = list(known)
+    near = difflib.get_close_matches(str(key)[:64], names, n=1)
+    return f"; did you mean `{near[0]}`?" if near else f" ({', '.join(names)})"
 
 
 def _without_wrong_fields(value: Mapping[Any, Any], error: ValidationError) -> dict[Any, Any]:

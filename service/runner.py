@@ -15,6 +15,7 @@ from typing import Any
 
 import structlog
 
+from service import metrics
 from service.commit import Output, output_problems
 from service.driver import Capacity
 from service.jobs import (
@@ -41,6 +42,7 @@ from service.publish import publish, published
 from service.recipe import parse_recipe
 from service.sidecars import OutputFile
 from service.work import Tools, Work
+from workers import tracing
 from workers.errors import (
     FleetError,
     IllegalTransitionError,
@@ -85,13 +87,23 @@ class JobRunner:
         self.lost = threading.Event()
         self._output = Output(tools.store, record.output, record.id, self._guard)
         self._checked = 0.0
-        self._log = log.bind(job=record.id)
+        self._log = log
 
     def run(self) -> None:
         """Work until the job has ended, was cancelled, or belongs to somebody else."""
+        job, origin = self.record.id, self.record.origin
+        with (
+            structlog.contextvars.bound_contextvars(job=job, **origin),
+            tracing.span("job", {"mergemill.job": job}, origin.get("traceparent")) as span,
+        ):
+            self._run()
+            span.set({"mergemill.state": str(self.record.state)})
+
+    def _run(self) -> None:
         try:
             self._work()
         except LeaseLostError as error:
+            metrics.LEASE_LOSSES.inc()
             self._log.warning("lease lost; leaving the job alone", reason=str(error))
         except StoppedError:
             self._log.info("scheduler stops; the job can be taken over")
@@ -139,11 +151,12 @@ class JobRunner:
             except UploadNotFoundError as error:
                 if self.record.attempt >= MAX_ATTEMPTS:
                     raise
-                self._restart(f"an upload is gone: {error}")
+                self._restart("upload", f"an upload is gone: {error}")
             except StoreUnavailableError as error:  # what was asked for may have happened all the same
                 outages += 1
                 if outages > MAX_OUTAGES:
                     raise
+                metrics.JOB_RETRIES.labels("store").inc()
                 self._log.warning("the store is out of reach; trying again", error=str(error))
                 self.tools.stopping.wait(self.tools.settings.poll_seconds)
 
@@ -163,6 +176,7 @@ class JobRunner:
             self._apply(CommitStarted())
         self._commit(planned)
 
+    @tracing.traced("plan")
     def _plan(self) -> Planned:
         """Plan; in the planning state with everything that can be wrong about the output, too."""
         settings = self.tools.settings
@@ -242,7 +256,7 @@ class JobRunner:
     def _open(self, planned: Planned) -> None:
         plan = planned.plan
         passes = sum(survey.passes for survey in plan.surveys)
-        price = plan_summary(plan)["price"]
+        price = plan_summary(plan, self.tools.settings.gpu_memory_bytes)["price"]
         self._apply(
             PlanRecorded(
                 plan.digest,
@@ -264,7 +278,7 @@ class JobRunner:
         """Go on with recorded uploads and parts, or start over when they are no use any more."""
         self._log.info("resuming", state=str(self.record.state))
         if planned.plan.digest != self.record.plan_digest:
-            self._restart("planning again gave another plan: an input or Mergemill changed")
+            self._restart("plan", "planning again gave another plan: an input or Mergemill changed")
         else:
             self._claim(self._document(planned))  # nobody else's by now, if it was lost
 
@@ -273,11 +287,13 @@ class JobRunner:
         self.tools.jobs.claim_output(self.lease, self.record.output)
         return self._output.claim(document, self._is_over)
 
-    def _restart(self, reason: str) -> None:
+    def _restart(self, cause: str, reason: str) -> None:
+        metrics.JOB_RETRIES.labels(cause).inc()
         self._log.warning("starting over", reason=reason)
         self._output.give_up()
         self._apply(Restarted(reason))
 
+    @tracing.traced("commit")
     def _commit(self, planned: Planned) -> None:
         plan = planned.plan
         results = self.tools.jobs.parts(self.record.id)
@@ -321,6 +337,7 @@ class JobRunner:
                 event = replace(event, error={**event.error, "detail": detail})
             self._apply(event)
         except LeaseLostError as error:
+            metrics.LEASE_LOSSES.inc()
             self._log.warning("lease lost at the end; leaving the job alone", reason=str(error))
         except JobStoreUnavailableError as error:
             self._log.error("job state is out of reach; the job waits for it", error=str(error))
@@ -353,6 +370,8 @@ class JobRunner:
             if self.record.cancel_requested:  # since we looked
                 raise CancelledError from None
             raise
+        if self.record.state.is_terminal:
+            metrics.job_ended(self.record)
 
     def _guard(self) -> None:
         self.tools.jobs.renew(self.lease)

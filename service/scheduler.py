@@ -14,12 +14,16 @@ from types import FrameType
 import structlog
 from pydantic import ValidationError
 
+from service import metrics
 from service.driver import Driver
 from service.fleet_process import FleetSettings
+from service.heartbeat import Heart
 from service.jobstore import JobStore
+from service.metrics_server import MetricsServer
 from service.runner import JobRunner
 from service.settings import Settings
 from service.work import Tools
+from workers import tracing
 from workers.errors import FleetError, JobStoreUnavailableError, LeaseLostError
 from workers.store import open_stores
 
@@ -47,9 +51,10 @@ class Scheduler:
         log.info("scheduler started", owner=self.owner)
         keeper = threading.Thread(target=self._keep_leases, name="leases", daemon=True)
         keeper.start()
-        while not self._stopping.is_set():
-            if not self._claim():
-                self._stopping.wait(self._settings.poll_seconds)
+        with Heart(self._settings, self.owner, self._tools.driver, lambda: len(self._snapshot())):
+            while not self._stopping.is_set():
+                if not self._claim():
+                    self._stopping.wait(self._settings.poll_seconds)
         for _, thread in self._snapshot():
             thread.join()
         keeper.join()
@@ -120,7 +125,19 @@ def main(settings: Settings, ready_file: Path | None = None) -> None:
         num_cpus=settings.ray_cpus,
         state_dir=settings.state_dir.expanduser(),
     )
-    with JobStore(settings.redis_url, settings.namespace) as jobs, Driver(fleet) as driver:
+    tracing.configure("scheduler")
+    token = settings.metrics_token
+    with (
+        JobStore(settings.redis_url, settings.namespace) as jobs,
+        Driver(fleet) as driver,
+        MetricsServer(
+            settings.metrics_host,
+            settings.metrics_port,
+            token.get_secret_value() if token else None,
+            metrics.SCHEDULER,
+            metrics.FleetCollector(driver),
+        ),
+    ):
         scheduler = Scheduler(settings, jobs, driver)
 
         def stop(signum: int, _: FrameType | None) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pydantic import AliasChoices, Field
+from pydantic import AliasChoices, Field, SecretStr
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from service.plan import PlanOptions
@@ -59,6 +59,12 @@ class Settings(BaseSettings):
     """How long a presigned download URL works."""
     log_format: str = Field(default="auto", pattern="^(auto|json|console)$")
     """`json`, `console`, or `auto`: console on a terminal."""
+    metrics_host: str = "127.0.0.1"
+    """Address that a scheduler shows its metrics on."""
+    metrics_port: int = Field(default=9464, ge=0, le=65535)
+    """Port that a scheduler shows its metrics on; 0 is a free one, which its log names."""
+    metrics_token: SecretStr | None = None
+    """Who may read metrics, the API's too, from another machine; without it only this machine may."""
 
     @property
     def busy_poll_seconds(self) -> float:

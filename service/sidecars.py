@@ -7,15 +7,17 @@ import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import count
 from typing import Any
 
 import yaml
 
 from service.plan import Plan, Shard
-from service.planning import Planned
-from service.recipe import DTYPES
+from service.planning import Planned, is_hub_name
+from service.recipe import DTYPES, renamed
 from workers.methods import get_method
 from workers.safetensors_format import parse, prefix
+from workers.store.uris import name as file_name
 from workers.task import PartResult, block_count, tensor_digest
 
 CONFIG = "config.json"
@@ -62,10 +64,14 @@ def model_card(planned: Planned, version: str) -> str:
             [*([recipe.base_model] if recipe.base_model else []), *(m.model for m in recipe.models)]
         )
     )
-    front: dict[str, Any] = {"library_name": "transformers", "tags": ["mergemill", "merge"]}
-    hub = [name.partition("@")[0] for name in names if "://" not in name and not name.startswith("/")]
+    shown = _without_paths(names)
+    config = planned.inputs.reference.config or {}
+    front: dict[str, Any] = {"tags": ["mergemill", "merge"]}
+    if config.get("architectures") or config.get("model_type"):
+        front = {"library_name": "transformers", **front}
+    hub = [name.partition("@")[0] for name in names if is_hub_name(name)]
     if hub:
-        front["base_model"] = hub
+        front["base_model"] = list(dict.fromkeys(hub))
     source = f" ({_paper_link(method.paper)})"
     lines = [
         "---",
@@ -77,18 +83,32 @@ def model_card(planned: Planned, version: str) -> str:
         "",
         "## Models",
         "",
-        *(f"- `{name}`{' (base)' if name == recipe.base_model else ''}" for name in names),
+        *(f"- `{shown[name]}`{' (base)' if name == recipe.base_model else ''}" for name in names),
         "",
         "## Recipe",
         "",
         "```yaml",
-        recipe.to_yaml().strip(),
+        renamed(recipe, shown).to_yaml().strip(),
         "```",
         "",
         f"`{MANIFEST}` beside this file names every input by ETag and every output tensor by digest.",
         "",
     ]
     return "\n".join(lines)
+
+
+def _without_paths(names: Iterable[str]) -> dict[str, str]:
+    """What a card calls each model: a directory of the service's machine by its last component alone."""
+    shown: dict[str, str] = {}
+    for name in names:
+        called = name
+        if name.startswith(("file://", "/")):
+            last = file_name(name) or "model"
+            called = next(
+                c for n in count(1) if (c := last if n == 1 else f"{last}-{n}") not in shown.values()
+            )
+        shown[name] = called
+    return shown
 
 
 def tensor_digests(plan: Plan, results: Iterable[PartResult]) -> dict[str, str]:

@@ -6,7 +6,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
-from concurrent.futures import Future
+from concurrent.futures import CancelledError, Future
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -17,6 +17,7 @@ from typing import Final, TypeVar
 import structlog
 from pydantic import SecretStr
 
+from service import metrics
 from service.commit import Output
 from service.driver import Driver, TaskRequest
 from service.jobs import JobRecord
@@ -25,8 +26,9 @@ from service.planning import Planned
 from service.price import label_of, needs, part_label
 from service.progress import Progress
 from service.settings import Settings
+from workers import tracing
 from workers.binding import bind
-from workers.errors import StoreError
+from workers.errors import MergemillError, StoreError
 from workers.methods.base import Summary, SurveyPass
 from workers.methods.survey import Tally, conclude_pass, next_pass
 from workers.ranges import Arrangement
@@ -88,6 +90,8 @@ class _Task:
 
     request: Callable[[], TaskRequest]
     finish: Callable[[JSONValue], None]
+    part: str | None = None
+    """Id of the part that it makes, if it makes one."""
 
 
 class Work:
@@ -110,6 +114,10 @@ class Work:
         self._check = check
         self._needs = needs(self._plan.price, tools.settings.gpu_memory_bytes)
         self._store_json = _plain(tools.settings.store)
+        self._ids = {
+            (part.shard, part.number): identity
+            for part, identity in zip(self._plan.parts, self._plan.part_ids, strict=True)
+        }
         self._results: dict[str, PartResult] = {}
         self._facts: dict[str, Facts] = {}
         self._ready: deque[_Task] = deque()
@@ -118,6 +126,7 @@ class Work:
         self._progress = Progress(output, planned.plan, record.uploads)
         self._saved_at = time.monotonic()
 
+    @tracing.traced("work")
     def run(self) -> None:
         """Make what is missing; returns when the store holds every part of every shard.
 
@@ -173,12 +182,13 @@ class Work:
         """Queue a part once the surveys that it needs are done."""
         unknown = next((survey for survey in part.surveys if survey not in self._facts), None)
         if unknown is None:
-            self._ready.append(_Task(partial(self._part_request, part), self._part_done))
+            identity = self._ids[part.shard, part.number]
+            self._ready.append(_Task(partial(self._part_request, part, identity), self._part_done, identity))
         else:
             self._waiting.setdefault(unknown, []).append(part)
 
     def _loop(self) -> None:
-        flying: dict[Future[JSONValue], _Task] = {}
+        flying: dict[Future[JSONValue], tuple[_Task, tracing.Span]] = {}
         landed: SimpleQueue[Future[JSONValue]] = (
             SimpleQueue()
         )  # of thousands in flight, only these are looked at
@@ -188,33 +198,55 @@ class Work:
                 self._check()
                 while self._ready and len(flying) < settings.max_parts_in_flight:
                     task = self._ready.popleft()
-                    future = self._tools.driver.submit(task.request())
-                    flying[future] = task
+                    span = (
+                        tracing.begin("part", {"mergemill.part": task.part})
+                        if task.part
+                        else tracing.begin("survey")
+                    )
+                    with span.active():
+                        future = self._tools.driver.submit(task.request())
+                    flying[future] = task, span
                     future.add_done_callback(landed.put)
                 done = _drain(landed, settings.poll_seconds)
                 for future in filterfalse(_failed, done):
-                    flying.pop(future).finish(future.result())
+                    self._landed(*flying.pop(future), future)
                 self._record_made()
                 for future in filter(_failed, done):  # ends it, now that what is finished is recorded
-                    future.result()
+                    self._landed(*flying.pop(future), future)
                 self._save_progress()
         finally:
-            for future in flying:
+            for future, (_, span) in flying.items():
                 self._tools.driver.cancel(future)
+                span.end(CancelledError())
 
-    def _part_request(self, part: Part) -> TaskRequest:
+    def _landed(self, task: _Task, span: tracing.Span, future: Future[JSONValue]) -> None:
+        try:
+            answer = future.result()
+        except MergemillError as error:
+            error.part = task.part
+            span.end(error)
+            log.warning("task failed", part=task.part, error=type(error).__name__, detail=str(error))
+            raise
+        span.end()
+        task.finish(answer)
+
+    def _part_request(self, part: Part, identity: str) -> TaskRequest:
         upload = self._output.upload(part.shard, self._record.uploads)
         payload = {
             "part": PART.dump_json(part, ensure_ascii=True).decode(),
             "upload": {"uri": upload.uri, "id": upload.id},
             "facts": {survey: self._facts[survey] for survey in part.surveys},
         }
-        return self._request(payload, part_label(part))
+        return self._request(payload, part_label(part), part=identity)
 
-    def _request(self, payload: dict[str, JSONValue], label: str) -> TaskRequest:
+    def _request(self, payload: dict[str, JSONValue], label: str, **ids: str) -> TaskRequest:
         """A task of this job: they all want the same of a worker, and so any of them can share one."""
         wanted = self._needs
+        ids |= {"job": self._record.id, **self._record.origin}
+        if (here := tracing.traceparent()) is not None:
+            ids["traceparent"] = here
         shared = {
+            "ids": ids,
             "store": self._store_json,
             "device": wanted.device,
             "arena_bytes": self._plan.price.arena_bytes,
@@ -226,6 +258,7 @@ class Work:
             num_cpus=wanted.cpus,
             num_gpus=wanted.gpus,
             label=label,
+            ids=ids,
             stream=self._record.id,
         )
 
@@ -236,6 +269,8 @@ class Work:
         """Record the parts that came together, in one step: a part counts once this is through."""
         if not self._made:
             return
+        for result in self._made:
+            metrics.part_done(result, self._plan.price.peak_bytes)
         self._tools.jobs.record_part(self._lease, *self._made)
         for result in self._made:
             self._results[result.part] = result
@@ -267,10 +302,11 @@ class Work:
         task = SurveyTask(survey.id, state.index, runs, state.facts, allow_nonfinite)
         payload = {"survey": SURVEY_TASK.dump_json(task, ensure_ascii=True).decode()}
         label = f"survey of {label_of(run.name for run in runs)}, pass {state.index + 1} of {survey.passes}"
-        return self._request(payload, label)
+        return self._request(payload, label, survey=survey.id)
 
     def _summary_done(self, state: _Pass, summary: Summary) -> None:
         survey = state.survey
+        metrics.SURVEY_TASKS.inc()
         state.tally.add(summary)
         state.missing -= 1
         if state.missing:
@@ -278,6 +314,7 @@ class Work:
         survey_pass = _passes_of(survey)[state.index]
         facts = conclude_pass(survey_pass, [state.tally.total], survey.numel, state.facts)
         read = sum(Arrangement(refs_of(runs)).bytes_read for runs in survey.tasks)
+        metrics.READ_BYTES.labels("survey").inc(read)
         self._tools.jobs.record_survey(self._lease, survey.id, state.index, facts, read)
         self._survey(survey, state.index + 1, facts)
 

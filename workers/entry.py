@@ -6,11 +6,13 @@ part of thousands of small tensors would be most of a worker's memory.
 
 from __future__ import annotations
 
+import logging
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache, partial
 
+from workers import logs, tracing
 from workers.arena import Arena, padded
 from workers.errors import FleetError, MergemillError
 from workers.kernels import kernels_of, pin_of
@@ -19,21 +21,32 @@ from workers.store import StoreSettings, open_stores
 from workers.store.base import ObjectStore, Upload
 from workers.task import PART, SURVEY_TASK, JSONValue, canonical_json
 
+log = logging.getLogger(__name__)
+
 
 def tasks(payloads: Sequence[JSONValue]) -> Iterator[tuple[int, JSONValue | MergemillError]]:
     """Do tasks, of which each is read while the one before is merged; yields their numbers and values as they are done.
 
     A payload is ``{"part", "upload": {"uri", "id"}, "facts"}``, whose value is the JSON text of a ``PartResult``, or
     ``{"survey"}``, whose value is the pass's summary; and ``{"store", "device", "arena_bytes"}``, the same for all.
+    ``{"ids"}`` of any are named in its logs.
     """
+    logs.configure()
+    tracing.configure("worker")
     shared = payloads[0]
     with _ARENA.of(shared["arena_bytes"], shared["device"]) as arena:
         tools = Tools(_store(canonical_json(shared["store"])), arena, kernels_of(shared["device"]))
         for number, outcome in run_tasks([partial(_task, payload, tools) for payload in payloads]):
+            if isinstance(outcome, Exception):
+                ids = payloads[number].get("ids", {})
+                log.warning("task failed: %s: %s", type(outcome).__name__, outcome, extra=ids)
             yield number, _value(outcome)
 
 
 def _task(payload: JSONValue, tools: Tools) -> Task:
+    ids = payload.get("ids", {})
+    logs.about(ids)
+    tracing.adopt(ids.get("traceparent"))
     if "survey" in payload:
         return SurveyRun(SURVEY_TASK.validate_json(payload["survey"]), tools)
     upload = Upload(payload["upload"]["uri"], payload["upload"]["id"])

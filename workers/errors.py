@@ -27,6 +27,7 @@
         ├── JobNotFoundError (LookupError)
         ├── IllegalTransitionError           the job's state does not allow this
         ├── NotReadyError                    the job has not made what is asked for
+        ├── OutputReplacedError              what the job made is not there any more
         ├── ConflictError                    somebody else changed the record first
         ├── LeaseLostError                   another scheduler owns the job now
         ├── OutputConflictError              the output is in use or holds a checkpoint
@@ -44,6 +45,9 @@ from __future__ import annotations
 
 class MergemillError(Exception):
     """Base of all errors that Mergemill raises on purpose."""
+
+    part: str | None = None
+    """Id of the part that was being made, if one was."""
 
     @property
     def code(self) -> str:
@@ -155,11 +159,15 @@ class JobNotFoundError(JobError, LookupError):
 
 
 class IllegalTransitionError(JobError):
-    """The job's state does not allow this event; the message holds the record's history."""
+    """The job's state does not allow this event; a note holds the record's history."""
 
 
 class NotReadyError(JobError):
     """The job has not made what is asked for: it goes on, or it ended otherwise."""
+
+
+class OutputReplacedError(JobError):
+    """The output holds what somebody else has written since, or nothing."""
 
 
 class ConflictError(JobError):
@@ -202,10 +210,12 @@ def _all_errors(root: type[MergemillError]) -> dict[str, type[MergemillError]]:
 
 
 def to_json(error: BaseException) -> dict[str, object]:
-    """Describe ``error`` as JSON: ``{"type", "detail", "problems"}``."""
+    """Describe ``error`` as JSON: ``{"type", "detail"}``, and ``problems`` and ``part`` where it has them."""
     described: dict[str, object] = {"type": type(error).__name__, "detail": str(error)}
     if isinstance(error, RecipeError):
         described["problems"] = list(error.problems)
+    if isinstance(error, MergemillError) and error.part is not None:
+        described["part"] = error.part
     return described
 
 

@@ -12,6 +12,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from contextvars import copy_context
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,6 +47,7 @@ from workers.task import (
     TensorDigest,
     part_id,
 )
+from workers.tracing import span
 
 log = logging.getLogger(__name__)
 
@@ -117,7 +119,8 @@ class Task(ABC):
     @contextmanager
     def _clock(self, stage: str) -> Iterator[None]:
         started = time.perf_counter()
-        yield
+        with span(stage):
+            yield
         self._seconds[stage] = round(time.perf_counter() - started, 6)
 
 
@@ -193,6 +196,7 @@ class PartRun(Task):
             self._uploaded = self._copied() or store.put_part(
                 self._upload, part.number, part.offset, self._output
             )
+        log.info("part written", extra={"shard": part.shard, "number": part.number, "bytes": part.nbytes})
 
     def _copied(self) -> UploadedPart | None:
         """The part, copied by the store alone; ``None`` where it cannot, since its bytes are here as well."""
@@ -277,15 +281,21 @@ def run_tasks(makers: Sequence[Callable[[], Task]]) -> Generator[tuple[int, Task
     the biggest of them; the more it has, the further reading runs ahead.
     """
     tasks: list[Task | None] = [None] * len(makers)
+    contexts = [
+        copy_context() for _ in makers
+    ]  # what a task binds for its logs goes with it from thread to thread
 
-    def read(number: int) -> None:
+    def make_and_read(number: int) -> None:
         task = tasks[number] = makers[number]()
         task.read()
+
+    def read(number: int) -> None:
+        contexts[number].run(make_and_read, number)
 
     def then(stage: Callable[[Task], None]) -> Callable[[int], None]:
         def step(number: int) -> None:
             if (task := tasks[number]) is not None:
-                stage(task)
+                contexts[number].run(stage, task)
 
         return step
 

@@ -6,24 +6,29 @@ import time
 from dataclasses import replace
 from typing import Annotated, Any
 
+import structlog
 from anyio.to_thread import run_sync
 from fastapi import APIRouter, Query, Request, Response
 from fastapi.responses import FileResponse, RedirectResponse
 
 from api.bodies import Body, BodyDep, Wanted, read
 from api.deps import JobsDep, PlanLimiterDep, SettingsDep, StoreDep
-from api.looking import plan_wanted
+from api.looking import plan_wanted, refuse_taken
+from api.observing import origin
 from api.openapi import problems, recipe_body
 from api.routing import readable
 from api.schemas import File, FileList, Job, JobList, MergeRequest, job_of
+from service.delivery import check_in_place, listed
 from service.jobpages import JobStatus
-from service.jobs import CancelRequested, JobRecord, JobState, new_job
+from service.jobs import CancelRequested, JobState, new_job
 from service.planning import resolve_model
 from service.settings import Settings
-from workers.errors import NotReadyError, ObjectNotFoundError, RecipeError, StoreError
+from workers.errors import ObjectNotFoundError, OutputReplacedError, RecipeError, StoreError
 from workers.store.uris import join, scheme, to_path
 
 router = APIRouter(prefix="/v1/merges", tags=["merges"])
+
+log = structlog.get_logger(__name__)
 
 BASE = "/v1/merges"
 MAX_PAGE = 200
@@ -54,15 +59,19 @@ async def submit(
 ) -> Job:
     """Accept a merge. The recipe is checked now; models are opened, checked and priced when planning.
 
+    An output that holds a checkpoint is refused, unless `overwrite` is set.
     A recipe that is refused has its models and its output looked at now, so that all there is to mend is said.
     """
     wanted = await run_sync(_checked, body, settings)
     if wanted.problems:
         await run_sync(plan_wanted, wanted, settings, store, limiter=limiter)
     assert wanted.recipe is not None and wanted.output is not None  # noqa: S101 - it is a whole request
+    if not wanted.options.overwrite:
+        await refuse_taken(store, wanted.output, limiter)
     options = wanted.options.model_dump(mode="json")
-    record = new_job(wanted.recipe.to_json(), wanted.output, options, time.time())
+    record = new_job(wanted.recipe.to_json(), wanted.output, options, time.time(), origin())
     await run_sync(jobs.create, record)
+    log.info("job accepted", job=record.id)
     response.headers["Location"] = f"{BASE}/{record.id}"
     return job_of(JobStatus(record), BASE)  # not read again: if that failed, nobody would know of the job
 
@@ -92,12 +101,13 @@ def cancel(job: str, jobs: JobsDep) -> Job:
     return job_of(jobs.status(job), BASE)
 
 
-@readable(router, "/{job}/files", response_model=FileList, responses=problems(404, 409, 502, 503))
+@readable(router, "/{job}/files", response_model=FileList, responses=problems(404, 409, 410, 502, 503))
 def files(job: str, request: Request, jobs: JobsDep, store: StoreDep, settings: SettingsDep) -> FileList:
-    """The files of a merged checkpoint, with URLs to download them from."""
+    """The files of a merged checkpoint, with URLs to download them from; 410 when they were replaced since."""
     record = jobs.get(job)
     found = []
-    for file in _listing(record):
+    check_in_place(record, jobs, store)
+    for file in listed(record):
         served = str(request.url_for("download", job=job, name=file["name"]))
         url = store.presign(join(record.output, file["name"]), settings.presign_seconds) or served
         found.append(File(**file, url=url))
@@ -108,33 +118,32 @@ def files(job: str, request: Request, jobs: JobsDep, store: StoreDep, settings: 
     router,
     "/{job}/files/{name}",
     response_class=Response,
-    responses={**_FILE, **problems(404, 409, 502, 503)},
+    responses={**_FILE, **problems(404, 409, 410, 502, 503)},
 )
 def download(
     job: str, name: str, request: Request, jobs: JobsDep, store: StoreDep, settings: SettingsDep
 ) -> Response:
     """One file: served with Range support from a directory, redirected to a presigned URL on S3."""
     record = jobs.get(job)
-    if name not in {file["name"] for file in _listing(record)}:
+    sizes = {file["name"]: file["size"] for file in listed(record)}
+    if name not in sizes:
         raise ObjectNotFoundError(f"{job} has no file {name!r}")
+    check_in_place(record, jobs, store)
     uri = join(record.output, name)
+    size = store.head(uri).size
+    if size != sizes[name]:
+        raise OutputReplacedError(
+            f"{uri} has {size} bytes, and {job} wrote {sizes[name]}: it was changed since"
+        )
     if scheme(uri) == "file":
-        store.head(uri)
         return FileResponse(to_path(uri), filename=name, media_type=BYTES)
     if request.method == "HEAD":  # a presigned URL is for GET alone
-        headers = {"Content-Length": str(store.head(uri).size), "Accept-Ranges": "bytes"}
+        headers = {"Content-Length": str(size), "Accept-Ranges": "bytes"}
         return Response(headers=headers, media_type=BYTES)
     url = store.presign(uri, settings.presign_seconds)
     if url is None:
         raise StoreError(f"{uri} cannot be presigned")
     return RedirectResponse(url, status_code=307)
-
-
-def _listing(record: JobRecord) -> list[dict[str, Any]]:
-    if record.state != JobState.SUCCEEDED or record.summary is None:
-        raise NotReadyError(f"{record.id} is {record.state}: there are files once it has succeeded")
-    found: list[dict[str, Any]] = record.summary["files"]
-    return found
 
 
 def _checked(body: Body, settings: Settings) -> Wanted:

@@ -30,4 +30,4 @@ async def plan(body: BodyDep, settings: SettingsDep, store: StoreDep, limiter: P
 
 def _plan(body: Body, settings: Settings, store: ObjectStore) -> PlanInfo:
     planned = plan_wanted(read(body, settings, PlanRequest), settings, store)
-    return PlanInfo.model_validate(plan_summary(planned.plan))
+    return PlanInfo.model_validate(plan_summary(planned.plan, settings.gpu_memory_bytes))

@@ -112,7 +112,15 @@ def test_the_query_is_for_yaml(lonely_api: httpx.Client, route: str) -> None:
 def test_a_misspelt_query_is_refused(lonely_api: httpx.Client, route: str) -> None:
     query = {"output": "/o", "overwrit": "true"}
     found = problem(lonely_api.post(route, params=query, content=LINEAR_YAML, headers=YAML), 422)
-    assert "query.overwrit" in found["errors"][0]
+    assert found["errors"][0] == "query.overwrit: is not a parameter; did you mean `overwrite`?"
+
+
+def test_a_misspelt_key_of_a_json_body_is_refused(lonely_api: httpx.Client, route: str) -> None:
+    body = {"recipe": LINEAR, "output": "/o", "option": {}, "options": {"part_byte": 1}}
+    assert sorted(problem(lonely_api.post(route, json=body), 422)["errors"]) == [
+        "option: is not known; did you mean `options`?",
+        "options.part_byte: is not known; did you mean `part_bytes`?",
+    ]
 
 
 def test_all_options_may_be_in_the_query(lonely_api: httpx.Client, route: str) -> None:

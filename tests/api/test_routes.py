@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -12,16 +13,19 @@ import httpx
 import pytest
 import torch
 
+from api import looking
 from api.app import PLAN_THREADS, create_app
 from api.looking import plan_wanted
 from api.routes import plans
+from mergemill import Client
+from service.checkpoint import INDEX_FILE
 from service.jobs import CommitStarted, Event, JobRecord, Succeeded
 from service.jobstore import JobStore
 from service.settings import Settings
 from tests.api.conftest import serving
 from tests.checkpoints import fine_tune, write_checkpoint
 from tests.service.job_steps import ALL_COMPLETE, TO_RUNNING, fresh, part
-from workers.errors import JobStoreUnavailableError
+from workers.errors import JobStoreUnavailableError, OutputReplacedError, StoreUnavailableError
 from workers.store import Stores
 from workers.store.base import ObjectInfo
 
@@ -81,6 +85,29 @@ class TestMerges:
         assert stored.recipe == RECIPE
         assert (stored.options["overwrite"], stored.options["part_bytes"]) == (True, 16 << 20)
 
+    def test_an_output_that_is_taken_is_refused(
+        self, api: httpx.Client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """At once, where the store says so soon; the job finds out by itself where it does not."""
+        (tmp_path / "model.safetensors").touch()
+        body = {"recipe": RECIPE, "output": str(tmp_path)}
+        answer = api.post("/v1/merges", json=body)
+        assert (answer.status_code, answer.json()["type"]) == (422, "urn:mergemill:error:plan")
+        (said,) = answer.json()["errors"]
+        for way in ("--overwrite", "?overwrite=true", '"options": {"overwrite": true}'):
+            assert way in said
+        assert api.post("/v1/merges", json=body | {"options": {"overwrite": True}}).status_code == 202
+
+        def away(*_: Any) -> None:
+            raise StoreUnavailableError("away")
+
+        answered = threading.Event()
+        monkeypatch.setattr(looking, "LOOK_S", 0.05)
+        for broken in (away, lambda *_: answered.wait(30)):
+            monkeypatch.setattr(looking, "holds_checkpoint", broken)
+            assert api.post("/v1/merges", json=body).status_code == 202
+        answered.set()
+
     def test_a_page_is_one_read_and_tells_the_progress(
         self, api: httpx.Client, job_store: JobStore, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -109,6 +136,64 @@ class TestMerges:
             assert answer.json()["title"] == "The job has no files yet"
             assert answer.json()["type"] == "urn:mergemill:error:not_ready"
             assert "running" in answer.json()["detail"]
+
+
+class TestReplacedOutputs:
+    """Two jobs, one output: what the first wrote is handed out for as long as it is there."""
+
+    def merged(self, job_store: JobStore, place: Path, text: str) -> JobRecord:
+        """A job that has just written its files there."""
+        files = {"mergemill.json": f"manifest of {text}", "model.bin": text, INDEX_FILE: "{}"}
+        listing = []
+        for name, content in files.items():
+            (place / name).write_text(content)
+            digest = f"sha256:{hashlib.sha256(content.encode()).hexdigest()}"
+            listing.append({"name": name, "size": len(content), "digest": digest})
+        events = (*TO_RUNNING, CommitStarted(), *ALL_COMPLETE, Succeeded({"files": listing}))
+        return record(job_store, *events, output=place.as_uri())
+
+    def test_the_old_job_names_the_new_one(
+        self, api: httpx.Client, job_store: JobStore, tmp_path: Path
+    ) -> None:
+        old = self.merged(job_store, tmp_path, "one")
+        assert api.get(f"/v1/merges/{old.id}/files/model.bin").text == "one"
+        new = self.merged(job_store, tmp_path, "two")  # of the same size
+        for path in ("files", "files/model.bin", f"files/{INDEX_FILE}"):
+            answer = api.get(f"/v1/merges/{old.id}/{path}")
+            assert answer.status_code == 410
+            assert answer.json()["type"] == "urn:mergemill:error:output_replaced"
+            assert f"replaced since by {new.id}" in answer.json()["detail"]
+            assert api.get(f"/v1/merges/{new.id}/{path}").status_code == 200
+        with (
+            Client(str(api.base_url)) as client,
+            pytest.raises(OutputReplacedError, match=f"replaced since by {new.id}"),
+        ):
+            client.download(old.id, tmp_path / "down")
+        assert not (tmp_path / "down").exists()
+
+    def test_the_same_files_again_are_the_same(
+        self, api: httpx.Client, job_store: JobStore, tmp_path: Path
+    ) -> None:
+        old, new = (self.merged(job_store, tmp_path, "one") for _ in range(2))
+        for job in (old, new):
+            assert api.get(f"/v1/merges/{job.id}/files/model.bin").text == "one"
+
+    @pytest.mark.parametrize("name", ["mergemill.json", INDEX_FILE])
+    def test_while_it_is_replaced_and_when_it_is_gone(
+        self, api: httpx.Client, job_store: JobStore, tmp_path: Path, name: str
+    ) -> None:
+        job = self.merged(job_store, tmp_path, "one")
+        (tmp_path / name).unlink()
+        answer = api.get(f"/v1/merges/{job.id}/files/model.bin")
+        assert answer.status_code == 410
+        assert "is being replaced or was deleted" in answer.json()["detail"]
+
+    def test_a_file_of_another_length(self, api: httpx.Client, job_store: JobStore, tmp_path: Path) -> None:
+        job = self.merged(job_store, tmp_path, "one")
+        (tmp_path / "model.bin").write_text("longer")
+        answer = api.get(f"/v1/merges/{job.id}/files/model.bin")
+        assert answer.status_code == 410
+        assert "has 6 bytes" in answer.json()["detail"]
 
 
 class TestHead:
@@ -211,12 +296,12 @@ class TestHealth:
         assert answer.headers["content-type"] == PROBLEM
         assert answer.headers["retry-after"]
         assert "Connection" in answer.json()["missing"]["redis"]
+        assert answer.json()["type"] == "urn:mergemill:error:job_store_unavailable"
+        assert answer.json()["checks"]["redis"]["state"] == "missing"
+        assert answer.json()["checks"]["compute"]["state"] == "unknown"
         assert answer.json()["status"] == 503
         assert lonely_api.get("/healthz").json() == {"status": "ok"}
         assert lonely_api.get("/v1/merges").status_code == 503
-
-    def test_ready(self, api: httpx.Client) -> None:
-        assert api.get("/readyz").json() == {"status": "ready", "missing": {}, "warnings": []}
 
 
 @pytest.fixture

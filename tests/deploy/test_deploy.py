@@ -265,7 +265,7 @@ def test_versions_agree() -> None:
 def test_every_dependency_is_pinned_without_a_local_version() -> None:
     pins = {name.lower().replace("_", "-"): version for name, version in _pins().items()}
     extras = PROJECT["optional-dependencies"]
-    lines = PROJECT["dependencies"] + extras["demo"] + extras["dev"]
+    lines = PROJECT["dependencies"] + extras["demo"] + extras["otel"] + extras["dev"]
     wanted = {re.sub(r"[^\w.-].*", "", line).lower() for line in lines}
     assert wanted <= set(pins)
     assert not [name for name, version in pins.items() if "+" in version]

@@ -140,6 +140,9 @@ class LocalDriver:
         """Give a task up."""
         return future.cancel()
 
+    known_capacity: Capacity | None = None
+    in_flight = 0
+
     def capacity(self, timeout_s: float | None = None) -> Capacity:
         """One node."""
         return Capacity(cpus=1, gpus=0, nodes=1, max_node_memory_bytes=self._memory_bytes)

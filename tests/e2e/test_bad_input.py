@@ -151,7 +151,7 @@ def test_a_refused_recipe_is_answered_with_all_that_is_wrong(
         "absent: no model here",
         f"shape differs from {tmp_path}/base: {name} [3, 3]",
         "raise it to at least",
-        "already holds a checkpoint (model.safetensors): set overwrite",
+        "already holds a checkpoint (model.safetensors): to replace it, give --overwrite",
     ]
     assert len(problem["errors"]) == len(wanted), problem["errors"]
     for says in wanted:

@@ -65,6 +65,8 @@ def test_a_cancel_ends_the_job_wherever_it_comes(
     commit = whole.names.index("apply commit_started")
     for number, name in enumerate(whole.names):
         out = tmp_path / str(number)
+        if number % 2:
+            out.mkdir()
         job = submit(bench, tmp_path, str(number))
 
         def cancel(step: int, moment: str, what: str, number: int = number, job: str = job) -> None:
@@ -84,6 +86,9 @@ def test_a_cancel_ends_the_job_wherever_it_comes(
             continue
         assert record.state == JobState.CANCELLED, f"{name}: {record.error}"
         assert nothing_at(out), name
+        assert out.exists() == bool(number % 2), (
+            name
+        )  # the job takes away the directory that it made, and no other
     assert bench.run(submit(bench, tmp_path, str(commit))).state == JobState.SUCCEEDED
     assert is_mean(tmp_path, str(commit))
 

@@ -10,9 +10,12 @@ from typing import Any
 import httpx
 import pytest
 import torch
+from annotated_types import Ge, Le
 from typer.testing import CliRunner, Result
 
 from mergemill import Client, cli, session
+from mergemill.arguments import BOUNDS
+from service.plan import PlanOptions
 from tests.checkpoints import write_checkpoint
 
 pytestmark = pytest.mark.fast
@@ -115,6 +118,30 @@ def test_wrong_usage_is_status_2(recipe: Path, arguments: list[str]) -> None:
     assert run(*arguments).exit_code == 2
 
 
+@pytest.mark.parametrize(
+    ("option", "size", "said"),
+    [
+        ("--part-size", "1MiB", "1MiB is less than the minimum, 5MiB"),
+        ("--part-size", "5GiB", "5GiB is more than the maximum, 4GiB"),
+        ("--shard-size", "6TiB", "6TiB is more than the maximum, 5TiB"),
+        ("--worker-memory", "x", "'x' is not a size"),
+    ],
+)
+def test_a_size_out_of_bounds_names_its_option(recipe: Path, option: str, size: str, said: str) -> None:
+    found = run("plan", recipe, option, size)
+    assert found.exit_code == 2
+    told = " ".join(found.stderr.replace("│", " ").split())
+    assert option in told and said in told
+
+
+def test_the_bounds_are_the_services() -> None:
+    assert {*BOUNDS} == {name for name in PlanOptions.model_fields if name in BOUNDS}
+    for name, bounds in BOUNDS.items():
+        limits = {type(limit): limit for limit in PlanOptions.model_fields[name].metadata}
+        least, most = limits[Ge].ge, limits[Le].le if Le in limits else None
+        assert bounds == (least, most), name
+
+
 def test_submit_sends_uris_and_bytes(recipe: Path, service: Service) -> None:
     options = ["--overwrite", "--shard-size", "5GB", "--part-size", "64MiB", "--worker-memory", "2 GiB"]
     found = run("submit", recipe, "./out", "--url", URL, *options)
@@ -165,7 +192,7 @@ def test_a_job_that_fails_for_one_reason_says_it(recipe: Path, service: Service)
     service.error = {"type": "NonFiniteError", "detail": "3 NaN in w of a"}
     found = run("watch", JOB, "--url", URL)
     assert found.exit_code == 1
-    assert found.stderr.splitlines()[-1] == f"error: {JOB} failed: NonFiniteError: 3 NaN in w of a"
+    assert found.stderr.splitlines()[-1] == f"error: {JOB} failed: 3 NaN in w of a"
 
 
 def test_an_unknown_name_is_said_to_be_no_directory_either(recipe: Path, service: Service) -> None:
@@ -214,8 +241,10 @@ def test_status_and_list(service: Service) -> None:
     assert shown[0] == f"{JOB}  failed"
     assert [line.split(maxsplit=1)[1] for line in shown if line.startswith("  error")] == ["one", "two"]
     header, row = run("list", "--url", URL).stdout.splitlines()
-    assert header.split() == ["job", "state", "method", "progress", "created", "output"]
-    assert row.split() == [JOB, "failed", "ties", "2026-01-02", "03:04:05", "s3://bucket/out"]
+    assert header.split() == ["job", "state", "method", "progress", "created", "output", "why"]
+    assert row.split() == [
+        JOB, "failed", "ties", "2026-01-02", "03:04:05", "s3://bucket/out", "one", "(and", "1", "more)"
+    ]  # fmt: skip
     assert json.loads(run("list", "--url", URL, "--json").stdout)[0]["id"] == JOB
 
 
@@ -224,7 +253,8 @@ def test_plan_needs_no_server(recipe: Path) -> None:
     assert found.exit_code == 0, found.stderr
     assert json.loads(found.stdout)["tensors"] == 1
     table = run("plan", recipe).stdout
-    assert "a worker at most, for" in table
+    assert "a worker at most: " in table
+    assert "GPU" not in table
     assert not any(line.endswith(" ") for line in table.splitlines())
 
 

@@ -12,7 +12,13 @@ import pytest
 
 from mergemill import Client, download
 from tests.mergemill.faults import JOB, FileServer, answers, breaks_after
-from workers.errors import AlreadyExistsError, ObjectNotFoundError, StoreError, StoreUnavailableError
+from workers.errors import (
+    AlreadyExistsError,
+    ObjectNotFoundError,
+    OutputReplacedError,
+    StoreError,
+    StoreUnavailableError,
+)
 
 pytestmark = pytest.mark.fast
 
@@ -94,9 +100,65 @@ def test_what_is_whole_is_kept_and_what_is_not_is_replaced(tmp_path: Path) -> No
     (tmp_path / "a").write_bytes(b"right")
     (tmp_path / "b").write_bytes(b"wrong")
     (tmp_path / "c").write_bytes(b"rig")
-    client(server).download(JOB, tmp_path)
+    repaired: list[str] = []
+    client(server).download(JOB, tmp_path, on_repair=repaired.append)
     assert {path.read_bytes() for path in tmp_path.iterdir()} == {b"right"}
     assert sorted(server.asked) == [("b", None), ("c", None)]
+    assert sorted(repaired) == ["b", "c"]
+
+
+@pytest.mark.parametrize("with_length", [True, False])
+@pytest.mark.parametrize("left", [b"", b"0123"])
+def test_what_is_longer_than_the_merge_wrote_is_not_kept(
+    tmp_path: Path, with_length: bool, left: bytes
+) -> None:
+    """Another job's file, by a URL from before it."""
+    there = b"0123456789 and much more"
+
+    def longer(request: httpx.Request) -> httpx.Response:
+        start = len(left) if "Range" in request.headers else 0
+        content = there[start:] if with_length else iter([there[start:]])
+        return httpx.Response(206 if start else 200, content=content, request=request)
+
+    server = FileServer({"m.bin": there[:10]}, faults={"m.bin": [longer, longer]})
+    if left:
+        digest = hashlib.sha256(there[:10]).hexdigest()
+        (tmp_path / f"m.bin.{digest[:12]}.part").write_bytes(left)
+    seen: list[tuple[int, int]] = []
+    with pytest.raises(OutputReplacedError, match=r"m\.bin: the store has 24 bytes, the merge wrote 10"):
+        client(server).download(JOB, tmp_path, lambda *now: seen.append(now))
+    assert all(done <= total for done, total in seen)
+    assert not (tmp_path / "m.bin").exists()
+    assert all((tmp_path / name).read_bytes() == left for name in leftovers(tmp_path))
+
+
+def test_a_replaced_output_is_said_to_be(tmp_path: Path) -> None:
+    def gone(request: httpx.Request) -> httpx.Response:
+        return httpx.Response(410, json={"detail": "replaced since by merge-2"}, request=request)
+
+    server = FileServer({"m.bin": b"0"}, faults={"m.bin": [gone]})
+    with pytest.raises(OutputReplacedError, match=r"m\.bin: replaced since by merge-2"):
+        client(server).download(JOB, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_part_that_is_wrong_twice_is_not_left_behind(tmp_path: Path) -> None:
+    (tmp_path / "m.bin.000000000000.part").write_bytes(b"0123")
+    server = FileServer({"m.bin": b"0123456789"}, {"m.bin": f"sha256:{'0' * 64}"})
+    with pytest.raises(StoreError, match="digest"):
+        client(server).download(JOB, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("place", ["file", "file/below", "dir/m.bin/x"])
+def test_a_directory_that_cannot_be_is_one_error(tmp_path: Path, place: str) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "dir").mkdir()
+    (tmp_path / "dir/m.bin").write_bytes(b"x")
+    with pytest.raises(
+        StoreError, match=f"cannot write to {tmp_path / place}: .*(File exists|Not a directory)"
+    ):
+        client(FileServer({"m.bin": b"0"})).download(JOB, tmp_path / place)
 
 
 def test_a_broken_connection_is_gone_on_with_where_it_broke(tmp_path: Path) -> None:

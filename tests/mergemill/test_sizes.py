@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mergemill.sizes import parse_size, size_text
+from mergemill.sizes import binary_text, parse_size, size_text
 
 pytestmark = pytest.mark.fast
 
@@ -35,6 +35,12 @@ def test_everything_else_is_refused(text: str) -> None:
 @given(st.integers(1, 10**15), st.sampled_from(["", "kB", "MB", "GiB"]))
 def test_whole_numbers_are_exact(number: int, unit: str) -> None:
     assert parse_size(f"{number}{unit}") == number * {"": 1, "kB": 1000, "MB": 10**6, "GiB": 2**30}[unit]
+
+
+def test_bounds_are_written_as_they_are_given() -> None:
+    assert [binary_text(n) for n in (1, 1023, 3 << 10, 5 << 20, 4 << 30, 5 << 40)] == [
+        "1", "1023", "3KiB", "5MiB", "4GiB", "5TiB"
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -58,10 +58,12 @@ def test_the_single_file_wins_where_both_are(sharded: Path) -> None:
 
 def test_no_model_at_all(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    for name in ("empty", "missing"):
+    lacks = "neither model.safetensors nor model.safetensors.index.json"
+    for name, said in (("empty", lacks), ("missing", f"there is no directory {tmp_path}/missing")):
         (problem,) = problems(tmp_path / name)
         assert problem.startswith(f"file://{tmp_path}/{name}: ")
-        assert "neither model.safetensors nor model.safetensors.index.json" in problem
+        assert "no model here: " in problem
+        assert said in problem
 
 
 @pytest.mark.parametrize(

@@ -268,6 +268,8 @@ def test_a_summary_has_the_price_and_no_parts() -> None:
     assert summary["tensors"] == 2
     assert summary["price"]["parts"] == sum(shard["parts"] for shard in summary["shards"])
     assert len(json.dumps(summary)) < 2_000
+    assert summary["price"]["gpu_bytes"] == 0  # nobody has said that there are any
+    assert plan_summary(plan_of(), 80 << 30)["price"]["gpu_bytes"] == plan_of().price.gpu_bytes > 0
 
 
 def test_a_checkpoint_without_tensors_and_one_with_problems_are_refused() -> None:

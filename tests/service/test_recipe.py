@@ -134,6 +134,31 @@ def test_what_is_wrong_is_named(changes: dict[str, Any], says: str) -> None:
     assert not any("merge_method: merge_method" in problem for problem in found)
 
 
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        ({"merge_method": "linear", "slices": []}, "slices: layer slicing is not supported yet"),
+        ({"merge_method": "linear", "modules": {}}, "modules: multi-module recipes are not supported yet"),
+        (recipe(int8_mask=True), "int8_mask: is not a key of a recipe; write it under `parameters`"),
+        (
+            recipe(models=[{"model": "/a", "weight": 0.5}]),
+            "models[0].weight: is not a key of a model; write it under `parameters`",
+        ),
+        (
+            {
+                "merge_method": "slerp",
+                "models": [{"model": "/x"}, {"model": "/y"}],
+                "parameters": {"t": [{"filter": "mlp", "value": 1}]},
+            },
+            "parameters.t: values by filter are not supported yet",
+        ),
+    ],
+)
+def test_one_mistake_is_one_problem(value: dict[str, Any], said: str) -> None:
+    (problem,) = problems(value)
+    assert problem.startswith(said)
+
+
 @pytest.mark.parametrize("value", [None, [], "text", 3, True])
 def test_what_is_no_mapping_is_refused(value: Any) -> None:
     assert "must be a mapping" in problems(value if not isinstance(value, str) else "text")[0]
@@ -302,5 +327,5 @@ def test_a_hub_name_that_nothing_maps_says_how_to_map_it() -> None:
 
 
 def test_a_root_that_is_no_uri_is_a_plan_error_that_names_it() -> None:
-    with pytest.raises(PlanError, match=r"model_roots.*relative/dir"):
+    with pytest.raises(PlanError, match=r"MERGEMILL_MODEL_ROOTS.*relative/dir"):
         resolve_model("org/name", {"org/": "relative/dir"})

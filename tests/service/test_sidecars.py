@@ -80,11 +80,11 @@ def test_no_config_stays_no_config(tmp_path: Path) -> None:
 
 
 def test_the_cards_front_matter_is_yaml_and_its_recipe_is_the_recipe(tmp_path: Path) -> None:
-    planned = planned_with(tmp_path, None)
+    planned = planned_with(tmp_path, {"model_type": "llama"})
     recipe = parse_recipe(
         {
             "merge_method": "ties",
-            "base_model": 'org/base: "x"\'',
+            "base_model": "org/base",
             "models": [{"model": "org/one@v1"}, {"model": "s3://b/# ü: {"}],
             "parameters": {"density": 0.5},
         }
@@ -94,11 +94,32 @@ def test_the_cards_front_matter_is_yaml_and_its_recipe_is_the_recipe(tmp_path: P
     assert yaml.safe_load(front) == {
         "library_name": "transformers",
         "tags": ["mergemill", "merge"],
-        "base_model": ['org/base: "x"\'', "org/one"],
+        "base_model": ["org/base", "org/one"],
     }
     assert parse_yaml(body.split("```yaml\n")[1].split("```")[0]) == recipe
     assert "https://arxiv.org/abs/2306.01708" in body
     assert "(base)" in body
+
+
+def test_a_card_shows_no_directory_of_the_server(tmp_path: Path) -> None:
+    planned = planned_with(tmp_path, {"torch_dtype": "bfloat16"})
+    value = {
+        "merge_method": "ties",
+        "base_model": "file:///srv/secret/base",
+        "models": [{"model": "/srv/a/tuned"}, {"model": "/srv/b/tuned"}, {"model": "file:///"}],
+        "tokenizer_source": "/srv/b/tuned",
+    }
+    card = model_card(replace(planned, recipe=parse_recipe(value)), "0.1.0")
+    _, front, body = card.split("---\n", 2)
+    assert yaml.safe_load(front) == {
+        "tags": ["mergemill", "merge"]
+    }  # no hub name, and no word of transformers
+    assert "/srv" not in card and "file:" not in card
+    shown = yaml.safe_load(body.split("```yaml\n")[1].split("```")[0])
+    assert shown["base_model"] == "base"
+    assert [entry["model"] for entry in shown["models"]] == ["tuned", "tuned-2", "model"]
+    assert shown["tokenizer_source"] == "tuned-2"
+    assert "- `base` (base)\n- `tuned`\n- `tuned-2`\n- `model`\n" in body
 
 
 @pytest.mark.parametrize(

@@ -25,9 +25,19 @@ SurveyScope = Literal["tensor", "model"]
 
 
 class Parameters(BaseModel):
-    """Base of every method's parameters: frozen, unknown names refused, ``lambda`` spelled as papers do."""
+    """Base of every method's parameters: frozen, unknown names refused, ``lambda`` spelled as papers do.
 
-    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True, allow_inf_nan=False)
+    A field's docstring is its description in the JSON schema, and so in ``GET /v1/methods`` and docs/methods.md: it
+    tells users what each value means.
+    """
+
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        populate_by_name=True,
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,
+    )
 
     @property
     def survey_scope(self) -> SurveyScope:

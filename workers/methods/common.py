@@ -61,21 +61,22 @@ class WeightedModel(Parameters):
     """Parameters of a model that is only weighted."""
 
     weight: Real = 1.0
-    """What the model, or its task vector, is multiplied by."""
+    """What the model, or its task vector, is multiplied by; may be negative."""
 
 
 class SparseModel(WeightedModel):
     """Parameters of a model whose task vector is sparsified first."""
 
     density: Fraction01 = 1.0
-    """The fraction of the task vector's elements that is kept."""
+    """The fraction of the task vector's elements that is kept: the largest where it is trimmed (`ties`), random ones
+    where it is dropped (DARE)."""
 
 
 class TaskVectorParameters(Parameters):
     """Global parameters of every method that adds task vectors to a base."""
 
     normalize: bool = False
-    """Whether to divide by the weights."""
+    """Whether to divide the weighted sum by the sum of the weights; one that vanishes divides by 1."""
     lambda_: Real = Field(default=1.0, alias="lambda")
     """What the merged task vector is multiplied by before it is added to the base."""
     int8_mask: bool = Field(default=False, exclude=True)

@@ -22,7 +22,8 @@ class DareLinearParameters(TaskVectorParameters):
     """Global parameters of ``dare_linear``."""
 
     rescale: Rescale = "inverse"
-    """Divide what is kept by the density, match the L1 norm before the drop, or leave it as it is."""
+    """What makes up for the dropped elements: `inverse`, 1/density; `l1`, what gives the task vector the L1 norm that
+    it had before; `none` (or `false`), nothing."""
 
 
 def _drop(parameters: DareLinearParameters, models: Sequence[SparseModel]) -> Drop:

@@ -21,11 +21,13 @@ class DareTiesParameters(TrimmingParameters):
     """Global parameters of ``dare_ties``; those of the trim only have a meaning with ``retrim``."""
 
     rescale: Rescale = "inverse"
-    """Divide what is kept by the density, match the L1 norm before the drop, or leave it as it is."""
+    """What makes up for the dropped elements: `inverse`, 1/density; `l1`, what gives the task vector the L1 norm that
+    it had before; `none` (or `false`), nothing."""
     retrim: bool = False
-    """Whether TIES trims the dropped and rescaled task vectors again, as the authors do."""
+    """Whether TIES trims the dropped and rescaled task vectors again, as the authors do; the trim's own switches
+    (`trim_scope`, `keep_count`, `equal_magnitudes`) have a meaning only then."""
     trim_density: Fraction01 = 0.2
-    """The fraction of each task vector that the trim keeps, dropped elements counted."""
+    """The fraction of each task vector that `retrim` keeps, dropped elements counted."""
 
     @property
     def survey_scope(self) -> SurveyScope:

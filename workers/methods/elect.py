@@ -14,10 +14,14 @@ from workers.task import Facts
 class ElectingParameters(TaskVectorParameters):
     """Global parameters of the methods that elect a sign."""
 
+    normalize: bool = False
+    """Whether the sum of what agrees with the elected sign is divided, by what `divisor` says."""
     zero_sign: ZeroSign = "positive"
-    """The sign elected where the weighted sum is exactly zero: ``+``, or the majority of the survey's scope."""
+    """The sign elected where the weighted sum is exactly zero: `positive`, or the one that the `majority` of the
+    elements elect, of the tensor or of the model as `trim_scope` says (negative on a tie)."""
     divisor: Divisor = "abs_weights"
-    """What ``normalize`` divides by, over the agreeing models."""
+    """What `normalize` divides by, over the models that agree: `abs_weights`, the sum of their absolute weights;
+    `weights`, the sum of their weights (1 where that vanishes); `count`, their number."""
 
 
 @dataclass(frozen=True, slots=True)

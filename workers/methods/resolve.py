@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from difflib import get_close_matches
 
 from pydantic import ValidationError
@@ -48,7 +48,8 @@ def resolve_parameters(
     for name in given.keys() - ours - theirs:
         problems.append(f"parameters.{_short(name)}: {_unknown(name, method, ours | theirs, problems)}")
     shared = {**defaults, **given}
-    parameters = _validate(method.parameters, "parameters", _only(shared, ours), problems)
+    refused = global_values.keys() - given.keys()  # and that is said: they are not missing
+    parameters = _validate(method.parameters, "parameters", _only(shared, ours), problems, refused)
 
     model_defaults = _only(shared, theirs)
     if bad := _complaints(method.model_parameters, "parameters", model_defaults):
@@ -135,13 +136,21 @@ def _complaints(model: type[Parameters], section: str, values: Values) -> list[s
 
 
 def _validate(
-    model: type[Parameters], section: str, values: Values, problems: list[str]
+    model: type[Parameters],
+    section: str,
+    values: Values,
+    problems: list[str],
+    refused: Container[str | int] = (),
 ) -> Parameters | None:
-    """``values`` as a ``model``; or ``None``, and the problems with them."""
+    """``values`` as a ``model``; or ``None``, and the problems with them, but that what was refused is missing."""
     try:
         return model.model_validate(values)
     except ValidationError as error:
-        problems += [_sentence(section, detail) for detail in error.errors(include_url=False)]
+        problems += [
+            _sentence(section, detail)
+            for detail in error.errors(include_url=False)
+            if detail["type"] != "missing" or detail["loc"][0] not in refused
+        ]
         return None
 
 

@@ -17,7 +17,7 @@ class TiesParameters(TrimmingParameters):
     """Global parameters of ``ties``."""
 
     normalize: bool = True
-    """Whether to divide the agreeing entries by their weights."""
+    """Whether the sum of what agrees with the elected sign is divided, by what `divisor` says."""
 
 
 def _trim(parameters: TiesParameters, models: Sequence[SparseModel]) -> Trim:

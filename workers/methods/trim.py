@@ -33,11 +33,14 @@ class TrimmingParameters(ElectingParameters):
     """Global parameters of the methods that trim."""
 
     trim_scope: SurveyScope = "tensor"
-    """Over what a density, and a majority of signs, is taken: each tensor, or the whole model."""
+    """What a density, and a majority of signs, is taken of: each `tensor`, or the whole `model` as one vector, with one
+    threshold and tied duplicates counted once; merged tensors are then read up to four times."""
     keep_count: KeepCount = "exact"
-    """How a density becomes a number of elements."""
+    """How many of n elements a density keeps: `exact`, floor(density·n) of the number as it is written, at least 1;
+    `paper`, int(density·n) + 1 in floats; `mergekit`, max(1, int(density·n)) in floats."""
     equal_magnitudes: EqualMagnitudes = "keep"
-    """Whether all elements equal to the threshold stay, or exactly k, lowest flat index first."""
+    """Of elements as large as the smallest that stays: `keep` all, or `exact_k`, those of the lowest index, so that no
+    more stay than `keep_count` says."""
 
     @property
     def survey_scope(self) -> SurveyScope:

@@ -7,6 +7,7 @@ import errno
 import fcntl
 import os
 import secrets
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -40,6 +41,8 @@ def mapped_errors(action: str, uri: str) -> Iterator[None]:
 def _translated(error: OSError, action: str, uri: str) -> StoreError:
     reason = os.strerror(error.errno) if error.errno else str(error)
     match error.errno:
+        case errno.ENOENT | errno.ENOTDIR if action == "write":
+            return StoreError(f"cannot {action} {uri}: {reason}: {error.filename}")
         case errno.ENOENT | errno.ENOTDIR:
             return ObjectNotFoundError(f"cannot {action} {uri}: there is no such object")
         case errno.EACCES | errno.EPERM | errno.EROFS:
@@ -95,13 +98,22 @@ def make_directories(path: Path) -> None:
 
 
 def check_directory_writable(path: Path) -> None:
-    """Raise what making files in ``path``, and what is missing above it, would meet."""
+    """Raise what making files in ``path``, and what is missing above it, would meet: by making one without a name.
+
+    :raises StoreError: there can be none; names the directory and the cause.
+    """
     while not os.path.lexists(path):
         path = path.parent
     if not path.is_dir():
         raise StoreError(f"{path} is a file, and there can be no directory in its place")
-    if not os.access(path, os.W_OK | os.X_OK, effective_ids=True):
-        raise PermissionError(errno.EACCES, "not writable", str(path))
+    try:
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        reason = f"cannot write to the directory {path}: {os.strerror(error.errno) if error.errno else error}"
+        if error.errno in {errno.EACCES, errno.EPERM, errno.EROFS}:
+            raise AccessDeniedError(f"{reason}; check its permissions") from error
+        raise StoreError(f"{reason}; choose another place") from error
 
 
 def sync_directory(path: Path) -> None:

@@ -158,15 +158,20 @@ def translated(error: Exception, action: str, uri: str) -> StoreError:
         return _translated_answer(error, f"cannot {action} {uri}")
     if isinstance(error, (NoCredentialsError, PartialCredentialsError, CredentialRetrievalError)):
         return AccessDeniedError(
-            f"cannot {action} {uri}: {error}; set s3_access_key_id and s3_secret_access_key, "
-            "or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or give the machine a role"
+            f"cannot {action} {uri}: {error}; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or "
+            "MERGEMILL_STORE__S3_ACCESS_KEY_ID and MERGEMILL_STORE__S3_SECRET_ACCESS_KEY, where the service runs, "
+            "or give its machine a role"
         )
     if isinstance(error, NoRegionError):
-        return StoreError(f"cannot {action} {uri}: no region is set; set s3_region or AWS_DEFAULT_REGION")
+        return StoreError(
+            f"cannot {action} {uri}: no region is set; set MERGEMILL_STORE__S3_REGION or AWS_DEFAULT_REGION"
+        )
     if isinstance(error, IncompleteReadError):
         return TruncatedReadError(f"cannot {action} {uri}: the connection kept breaking off early: {error}")
     if isinstance(error, _CONNECTION_ERRORS):
-        return StoreUnavailableError(f"cannot {action} {uri}: {error}; is the endpoint right and up?")
+        return StoreUnavailableError(
+            f"cannot {action} {uri}: {error}; is the endpoint (MERGEMILL_STORE__S3_ENDPOINT_URL) right and up?"
+        )
     return StoreError(f"cannot {action} {uri}: {error}")
 
 
@@ -184,11 +189,13 @@ def _translated_answer(error: ClientError, what: str) -> StoreError:
     elif status == 403 or code in _DENIED_CODES:
         found = AccessDeniedError(f"{reason}; check the credentials, and that their policy allows this")
     elif code == "NoSuchBucket":
-        found = ObjectNotFoundError(f"{what}: there is no such bucket; create it, or check s3_endpoint_url")
+        found = ObjectNotFoundError(
+            f"{what}: there is no such bucket; create it, or check MERGEMILL_STORE__S3_ENDPOINT_URL"
+        )
     elif status == 404:
         found = ObjectNotFoundError(f"{what}: there is no such object")
     elif status == 301 or code == "AuthorizationHeaderMalformed":
-        found = StoreError(f"{reason}; the bucket is in another region, set s3_region")
+        found = StoreError(f"{reason}; the bucket is in another region, set MERGEMILL_STORE__S3_REGION")
     else:
         found = StoreError(reason)
     return found

@@ -67,11 +67,21 @@ def test_a_place_is_not_writable_below_a_file_or_without_permission(
     os.seteuid(was or 65534)  # nothing is forbidden to root
     try:
         for name in ("object", "new/object"):
-            with pytest.raises(AccessDeniedError, match="Permission denied; check the permissions of"):
+            with pytest.raises(
+                AccessDeniedError, match=r"to the directory .*: Permission denied; check its permissions"
+            ):
                 store.check_writable(join(root, *name.split("/")))
     finally:
         os.seteuid(was)
         directory.chmod(0o700)
+
+
+def test_a_place_where_nothing_can_be_made_is_named(store: LocalStore) -> None:
+    """Not even root can, though its permissions say so."""
+    with pytest.raises(StoreError, match="cannot write to the directory /proc: No such file or directory"):
+        store.check_writable("file:///proc/out/.mergemill/claim.json")
+    with pytest.raises(StoreError, match=r"cannot write file:///proc/out/x: .*: /proc/out"):
+        store.put("file:///proc/out/x", b"")
 
 
 def test_nothing_hidden_is_left_behind(store: LocalStore, root: str, directory: Path) -> None:

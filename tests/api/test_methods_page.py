@@ -1,0 +1,84 @@
+"""What each parameter and switch means is said in the schema, and docs/methods.md says the same."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mergemill.local import methods_here
+
+pytestmark = pytest.mark.fast
+
+PAGE = Path(__file__).parents[2] / "docs/methods.md"
+HIDDEN = {"int8_mask"}
+"""What is only accepted, and does nothing."""
+PROFILES = ("paper", "mergekit")
+METHODS = methods_here()
+
+
+def properties(method: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The parameters of a method and its models, by name."""
+    return {
+        **method["model_parameters"].get("properties", {}),
+        **method["parameters"].get("properties", {}),
+    }
+
+
+def code(value: Any) -> str:
+    return f"`{str(value).lower() if isinstance(value, bool) else value}`"
+
+
+def table(*rows: list[str]) -> str:
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]])
+
+
+def values_of(schema: dict[str, Any]) -> str:
+    if "enum" in schema:
+        return " ".join(map(code, schema["enum"]))
+    if schema["type"] == "boolean":
+        return "`true` `false`"
+    return "0 to 1" if schema.get("maximum") == 1 else "number"
+
+
+def meanings() -> str:
+    """Every parameter, its methods, values, default and meaning."""
+    found: dict[tuple[str, ...], list[str]] = {}
+    for method in METHODS:
+        for name, schema in properties(method).items():
+            if name not in HIDDEN:
+                default = code(schema["default"]) if "default" in schema else "required"
+                row = (code(name), values_of(schema), default, " ".join(schema["description"].split()))
+                found.setdefault(row, []).append(code(method["name"]))
+    rows = [[row[0], ", ".join(methods), *row[1:]] for row, methods in found.items()]
+    return table(["parameter", "of", "values", "default", "meaning"], *rows)
+
+
+def switches() -> str:
+    """Every default that a profile changes."""
+    rows = []
+    for method in METHODS:
+        for name, schema in properties(method).items():
+            default = schema.get("default")
+            under = [method["profiles"][profile].get(name, default) for profile in PROFILES]
+            if any(value != default for value in under):
+                rows.append([code(method["name"]), code(name), code(default), *map(code, under)])
+    return table(
+        ["method", "switch", "default", *(f"profile {code(profile)}" for profile in PROFILES)], *rows
+    )
+
+
+def test_every_parameter_and_each_of_its_values_is_explained() -> None:
+    for method in METHODS:
+        for name, schema in properties(method).items():
+            assert schema.get("description"), (method["name"], name)
+            for value in schema.get("enum", []):
+                assert f"`{value}`" in schema["description"], (method["name"], name, value)
+
+
+def test_the_page_says_what_the_schema_says() -> None:
+    text = PAGE.read_text()
+    for expected in (meanings(), switches()):
+        assert expected in text, f"docs/methods.md has to hold:\n\n{expected}\n"
