@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -17,6 +18,7 @@ from typing import Any, Final, Self
 import httpx
 
 from mergemill.children import Child
+from mergemill.stack_lock import StackLock
 from service.valkey import EmbeddedValkey
 from workers.errors import JobStoreUnavailableError, StackError
 
@@ -63,12 +65,18 @@ class EmbeddedStack:
         **settings: Any,
     ) -> None:
         self._temporary = state_dir is None
-        self._socket = _listen(host, port)
         self.state_dir = Path(state_dir or tempfile.mkdtemp(prefix="mergemill-")).expanduser().resolve()
         self.state_dir.mkdir(parents=True, exist_ok=True)
+        self._lock = StackLock(self.state_dir)
+        try:
+            self._socket = _listen(host, port)
+        except StackError:
+            self._lock.release()
+            raise
         shown = "127.0.0.1" if host in {"0.0.0.0", ""} else host  # noqa: S104 - compared, not bound
         self.url = f"http://{shown}:{self._socket.getsockname()[1]}"
         """Where the API answers."""
+        self._lock.tell(self.url)
         overrides = {"ray_address": ray_address, **settings}
         self._settings = {name: value for name, value in overrides.items() if value is not None}
         self._redis_url = redis_url
@@ -116,6 +124,7 @@ class EmbeddedStack:
         self._ended.wait()
         self._thread.join()
         self._socket.close()
+        self._lock.release()
         if self._temporary:
             shutil.rmtree(self.state_dir, ignore_errors=True)
 
@@ -218,7 +227,10 @@ def _listen(host: str, port: int) -> socket.socket:
     try:
         return socket.create_server((host, port), family=family, backlog=128)
     except OSError as error:
-        raise StackError(f"cannot listen on {host}:{port}: {error.strerror or error}") from error
+        taken = "; choose another port with --port" if error.errno == errno.EADDRINUSE else ""
+        raise StackError(
+            f"cannot listen on {host}:{port}: {os.strerror(error.errno) if error.errno else error}{taken}"
+        ) from error
 
 
 def _is_ready(http: httpx.Client) -> bool:

@@ -32,6 +32,10 @@ WORKER_ENV: Mapping[str, str] = {
 """Environment of the workers. Buffers of 2 MiB and more go back to the system when freed, which glibc's
 sliding threshold would put off; what is smaller stays on the heap, free of page faults."""
 
+LOOPBACK_ENV: Mapping[str, str] = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+"""What makes a Ray of our own take 127.0.0.1 for its address, and so listen nowhere else: it is how Ray keeps to one
+machine where it supports no cluster. Given as an argument it would be replaced by the machine's address."""
+
 LOCAL = "local"
 """The address that means a Ray of our own, as it does to Ray."""
 
@@ -236,7 +240,7 @@ def _environment(*, local: bool) -> dict[str, str]:
         if "RAY_AUTH_MODE" not in os.environ:
             # Nobody else needs its token, so it is not Ray's default, a file in the home directory.
             fixed |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
-        fixed |= WORKER_ENV
+        fixed |= {**LOOPBACK_ENV, **WORKER_ENV}
     root = str(Path(__file__).resolve().parent.parent)
     if root not in site.getsitepackages():  # run from a source tree
         path = os.environ.get("PYTHONPATH")

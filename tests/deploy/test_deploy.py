@@ -297,7 +297,7 @@ def test_ci_runs_exactly_what_the_readme_says() -> None:
     assert made == ["make check", "make test"]
 
 
-@pytest.mark.parametrize("guide", GUIDES, ids=lambda path: str(path.relative_to(ROOT)))
+@pytest.mark.parametrize("guide", [ROOT / "README.md", *GUIDES], ids=lambda path: str(path.relative_to(ROOT)))
 def test_links_lead_somewhere(guide: Path) -> None:
     targets = re.findall(r"\]\(([^)#]+)[^)]*\)", guide.read_text())
     missing = [target for target in targets if "://" not in target and not (guide.parent / target).exists()]

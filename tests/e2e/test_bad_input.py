@@ -52,7 +52,7 @@ def ties(root: Path, *models: str, **parameters: Any) -> dict[str, Any]:
         ({"slices": []}, ["slices"]),
         ({"dtyp": "float32"}, ["dtyp", "dtype"]),
         ({"models": [{"model": "../elsewhere"}]}, ["../elsewhere", "relative"]),
-        ({"models": [{"model": "org/unknown"}]}, ["org/unknown", "model_roots"]),
+        ({"models": [{"model": "org/unknown"}]}, ["org/unknown", "MERGEMILL_MODEL_ROOTS"]),
         ({"profile": "paper", "parameters": {"equal_magnitudes": "exact_k"}}, ["trim_scope", "tensor"]),
     ],
 )

@@ -300,7 +300,9 @@ def test_overwrite_leaves_exactly_the_new_checkpoint(
     old = llama_tensors(9, layers=1, hidden=32, heads=2, vocab=64, dtype=torch.float32)
     others = {"added_tokens.json": "{}", "adapter_model.safetensors": b"somebody's", "notes.txt": "keep"}
     write_checkpoint(out, old, {"old": True}, None if before == "single file" else 4096, others)
-    assert "already holds a checkpoint" in service.failure(recipe(models, "linear"), str(out))
+    answer = service.http.post("/v1/merges", json={"recipe": recipe(models, "linear"), "output": str(out)})
+    assert answer.status_code == 422
+    assert "already holds a checkpoint" in answer.text
     assert read_checkpoint(out).keys() == old.keys()  # refused, so untouched
     service.merge(recipe(models, "linear"), str(out), overwrite=True)
     assert read_checkpoint(out).keys() == read_checkpoint(models / "base").keys()

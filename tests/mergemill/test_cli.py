@@ -99,6 +99,13 @@ def test_every_command_has_help() -> None:
         assert found.stdout.strip()
 
 
+def test_the_readme_names_every_command() -> None:
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    for command in cli.app.registered_commands:
+        assert command.callback is not None
+        assert f"`mergemill {command.name or command.callback.__name__}" in readme
+
+
 @pytest.mark.parametrize(
     "arguments",
     [

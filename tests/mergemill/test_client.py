@@ -314,7 +314,7 @@ class TestOddAnswers:
         told: list[str] = []
         fake(handler).wait(NOWHERE, lambda job: told.append(str(job)))
         assert 590 < looks[0] < 660
-        assert told == [f"{NOWHERE} running", f"{NOWHERE} succeeded"]  # what stays as it is is told once
+        assert told == [f"{NOWHERE} running 50 %", f"{NOWHERE} succeeded"]  # what stays as it is is told once
 
     @pytest.mark.parametrize("recipe", ["a: [", "- list", "", "a: 1\n---\nb: 2", "x: 2020-01-01", "x: .nan"])
     def test_a_recipe_that_is_none_is_not_even_sent(self, recipe: str) -> None:

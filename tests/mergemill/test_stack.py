@@ -201,11 +201,23 @@ def test_what_does_not_come_up_says_why_and_leaves_nothing(tmp_path: Path) -> No
     assert descendants(os.getpid()) <= before
 
 
+def test_a_second_stack_is_led_to_the_first(stack: EmbeddedStack) -> None:
+    begun = time.monotonic()
+    with pytest.raises(
+        StackError, match=f"already running in {stack.state_dir} at {stack.url}: .*--state-dir"
+    ):
+        EmbeddedStack(stack.state_dir)
+    assert time.monotonic() - begun < 2  # it is seen at once
+    with Client(stack.url) as client:
+        assert client.ready()["status"] == "ready"
+
+
 def test_a_port_that_is_taken_is_named(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        with pytest.raises(StackError, match=f"127.0.0.1:{port}"):
-            EmbeddedStack(tmp_path, port)
+        for _ in range(2):  # the directory is free again
+            with pytest.raises(StackError, match=f"127.0.0.1:{port}: Address already in use; .* --port"):
+                EmbeddedStack(tmp_path, port)
 
 
 def test_a_child_that_keeps_dying_is_started_ever_more_rarely(tmp_path: Path) -> None:

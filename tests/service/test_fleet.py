@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -85,6 +86,33 @@ def test_capacity_is_the_machine(driver: Driver) -> None:
     capacity = driver.capacity()
     assert (capacity.cpus, capacity.nodes) == (2, 1)
     assert 0 < capacity.max_node_memory_bytes < os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def listening(pids: set[int]) -> dict[str, str]:
+    """Where these processes listen for TCP: local address and port in hex to the process's name."""
+    sockets = {}
+    for pid in pids:
+        with suppress(OSError):  # it has just ended
+            name = Path(f"/proc/{pid}/comm").read_text().strip()
+            for descriptor in Path(f"/proc/{pid}/fd").iterdir():
+                sockets[str(descriptor.readlink())] = name
+    found = {}
+    for table in ("tcp", "tcp6"):
+        for line in lines(Path(f"/proc/net/{table}"))[1:]:
+            _, local, _, state, *rest = line.split()
+            if state == "0A" and f"socket:[{rest[5]}]" in sockets:
+                found[local] = sockets[f"socket:[{rest[5]}]"]
+    return found
+
+
+def test_a_ray_of_our_own_listens_on_loopback_alone(driver: Driver) -> None:
+    """It runs whatever it is sent."""
+    assert submit(driver, "square", 2).result(60) == 4
+    assert driver.pid is not None
+    found = listening(session(driver.pid))
+    assert {"gcs_server", "raylet"} <= set(found.values())
+    loopback = ("0100007F:", "0000000000000000FFFF00000100007F:", "00000000000000000000000001000000:")
+    assert [where for where in found if not where.startswith(loopback)] == []
 
 
 def test_every_task_answers_for_itself(driver: Driver) -> None:

@@ -56,6 +56,20 @@ def test_the_single_file_wins_where_both_are(sharded: Path) -> None:
     assert set(open_checkpoint(LocalStore(), f"file://{sharded}").tensors) == {"only"}
 
 
+def test_a_snapshot_of_the_hubs_cache_is_read_through_its_links(tmp_path: Path) -> None:
+    """As ``hf download`` leaves it: files of a snapshot are relative links to blobs that are named by digest."""
+    (tmp_path / "blobs").mkdir()
+    write_checkpoint(tmp_path / "plain", {"w": torch.ones(3)}, {"model_type": "llama"})
+    snapshot = tmp_path / "snapshots" / "0123abc"
+    snapshot.mkdir(parents=True)
+    for number, path in enumerate(sorted((tmp_path / "plain").iterdir())):
+        path.rename(tmp_path / "blobs" / str(number))
+        (snapshot / path.name).symlink_to(Path("../../blobs") / str(number))
+    found = open_checkpoint(LocalStore(), snapshot.as_uri())
+    assert list(found.tensors) == ["w"]
+    assert found.config == {"model_type": "llama"}
+
+
 def test_no_model_at_all(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     lacks = "neither model.safetensors nor model.safetensors.index.json"
