@@ -49,7 +49,7 @@ class Run:
     own_peak_bytes: int = 0
     """Most anonymous and shared memory of all processes together."""
     worker_peak_bytes: int = 0
-    """VmHWM of the biggest worker of ours."""
+    """VmHWM of the biggest worker of ours while it did this job."""
     priced_peak_bytes: int = 0
     """What the price of the job says that a worker may need."""
     workers: int = 0

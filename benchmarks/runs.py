@@ -23,6 +23,8 @@ from benchmarks.groups import Group, Watch, group
 from benchmarks.places import FILES, Place
 from benchmarks.results import COLD, COPY, MERGEKIT, SERVICE, Run
 from mergemill.client import Client
+from service.jobstore import JobStore
+from service.valkey import EmbeddedValkey
 
 STOP_TIMEOUT_S = 60.0
 """Longest wait for a service to end, in seconds."""
@@ -114,6 +116,8 @@ class Service:
 
     client: Client
     """Its client."""
+    jobs: JobStore
+    """Its own records."""
     processes: Group
     """All of it: API, scheduler, Ray and its workers, Valkey."""
     workers: int
@@ -122,15 +126,18 @@ class Service:
 
 @contextlib.contextmanager
 def service(setup: Setup, workers: int = 0) -> Iterator[Service]:
-    """``mergemill up``, in a group of its own.
+    """``mergemill up``, in a group of its own, on a Valkey as it would have started, whose records we can read.
 
     :raises BenchmarkError: it did not come up.
     """
     state = setup.scratch / f"state-{setup.place.name}-{workers}"
     shutil.rmtree(state, ignore_errors=True)
-    more = {} if not workers else {"MERGEMILL_RAY_CPUS": str(workers)}
     argv = [*_mergemill(), "up", "--port", "0", "--state-dir", str(state)]
-    with group(f"service-{workers}") as processes:
+    with group(f"service-{workers}") as processes, EmbeddedValkey(state / "valkey") as valkey:
+        processes.adopt(valkey.pid)
+        more = {"MERGEMILL_REDIS_URL": valkey.url}
+        if workers:
+            more["MERGEMILL_RAY_CPUS"] = str(workers)
         up = subprocess.Popen(
             processes.command(argv), env=_environment(setup, more), stdout=subprocess.PIPE, text=True
         )
@@ -139,8 +146,9 @@ def service(setup: Setup, workers: int = 0) -> Iterator[Service]:
             said = up.stdout.readline() if up.stdout else ""
             if " is up at " not in said:
                 raise BenchmarkError(f"`mergemill up` did not come up: {said}")
-            with Client(said.partition(" is up at ")[2].split()[0]) as client:
-                yield Service(client, processes, workers)
+            url = said.partition(" is up at ")[2].split()[0]
+            with Client(url) as client, JobStore(valkey.url) as jobs:
+                yield Service(client, jobs, processes, workers)
         finally:
             up.send_signal(signal.SIGTERM)
             with contextlib.suppress(subprocess.TimeoutExpired):
@@ -151,7 +159,11 @@ def service(setup: Setup, workers: int = 0) -> Iterator[Service]:
 def run_service(
     setup: Setup, up: Service, case: Case, number: int, what: str = SERVICE, memory_bytes: int | None = None
 ) -> Run:
-    """A merge by a service that is up: from accepted to succeeded, by the service's own clock."""
+    """A merge by a service that is up: from accepted to succeeded, by the service's own clock.
+
+    The workers' peak is theirs while they did this job: what each noted with its parts. From outside it would be
+    that of the jobs before as well, whose arenas they keep until they make one for this job.
+    """
     place = setup.place
     output = place.output(output_name(what, case))
     place.prepare(output, case.models)
@@ -165,7 +177,8 @@ def run_service(
         workers=up.workers,
         priced_peak_bytes=done.body["price"]["peak_bytes"],
     )
-    return _with_usage(found, watch, server[0])
+    peak_bytes = max(part.peak_bytes for part in up.jobs.parts(job.id).values())
+    return replace(_with_usage(found, watch, server[0]), worker_peak_bytes=peak_bytes)
 
 
 def run_cold(setup: Setup, case: Case, number: int) -> Run:

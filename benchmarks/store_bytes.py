@@ -5,9 +5,9 @@
     python -m benchmarks.store_bytes files --directory /var/tmp
 
 Every variant is run once in each of several rounds, one after the other, so that whatever else the machine does
-falls on all alike; the median of the rounds is printed, and the lowest and highest CPU. CPU is this process's
-own, user and system; the servers are other processes. A GB is 10⁹ bytes. ``bare`` is a server that sends from
-memory and checks nothing, so that the client is what limits.
+falls on all alike; the median of the rounds is printed, and the lowest and the highest. CPU is this process's
+own, user and system; the servers are other processes, and so is the system's write-back of the page cache. A GB is
+10⁹ bytes. ``bare`` is a server that sends from memory and checks nothing, so that the client is what limits.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ from benchmarks.store_servers import (
     make_client,
     make_object,
 )
-from workers.store import ObjectStore, StoreSettings, files, from_path
+from workers.arena import Arena
+from workers.store import ObjectStore, StoreSettings, direct, files, from_path
 from workers.store.local import LocalStore
 from workers.store.s3 import S3Store
 from workers.store.s3_bytes import body, crc32_header, md5_header
@@ -79,13 +80,13 @@ def measure(cases: dict[str, Callable[[], None]], nbytes: int, rounds: int) -> N
             wall, cpu = time.perf_counter(), time.process_time()
             case()
             wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
-            found[name].append((cpu / nbytes * 1e9, nbytes / wall / 1e9))
+            found[name].append((cpu / nbytes * 1e9, wall / nbytes * 1e9))
     width = max(map(len, cases))
-    say(f"{'':{width}}  CPU-s/GB (low - high)      GB/s")
+    say(f"{'':{width}}  CPU-s/GB (low - high)  wall-s/GB (low - high)  GB/s")
     for name, runs in found.items():
-        cpus = sorted(cpu for cpu, _ in runs)
-        speed = statistics.median(speed for _, speed in runs)
-        say(f"{name:{width}}  {statistics.median(cpus):.3f} ({cpus[0]:.3f} - {cpus[-1]:.3f})  {speed:8.2f}")
+        cpus, walls = map(sorted, zip(*runs, strict=True))
+        told = (f"{statistics.median(x):.3f} ({x[0]:.3f} - {x[-1]:.3f})" for x in (cpus, walls))
+        say(f"{name:{width}}  {'   '.join(told)}   {1 / statistics.median(walls):.2f}")
 
 
 def say(line: str) -> None:
@@ -275,13 +276,21 @@ def put_parts(store: ObjectStore, uri: str, buffer: memoryview, step: int) -> No
 
 
 def file_cases(stack: contextlib.ExitStack, options: argparse.Namespace) -> dict[str, Callable[[], None]]:
-    """Every way to write parts to a file with its space reserved; durable in the end, unless it says otherwise."""
+    """Every way to write parts to a file; its space is reserved and all is durable, unless the name says otherwise."""
     directory = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=options.directory)))
-    buffer = memoryview(bytearray(os.urandom(MIB)) * options.mib)
+    path = directory / "data"
+    size = options.mib * MIB
+    buffer = Arena(size).take([size])[0].view  # begins on a page, as direct writes need it
+    noise = os.urandom(MIB)
+    for start in range(0, len(buffer), MIB):
+        buffer[start : start + MIB] = noise
     libc = ctypes.CDLL(None, use_errno=True)
 
     def plain(fd: int, at: int, view: memoryview) -> None:
         files.write_at(fd, at, view)
+
+    def directly(fd: int, at: int, view: memoryview) -> None:
+        direct.write_at(path, fd, at, view)
 
     def by_range(fd: int, at: int, view: memoryview) -> None:
         for start in range(0, len(view), EARLY_BYTES):
@@ -305,11 +314,12 @@ def file_cases(stack: contextlib.ExitStack, options: argparse.Namespace) -> dict
         sync: Callable[[int], object],
         mib: int,
         durable: bool = True,
+        reserved: bool = True,
     ) -> Callable[[], None]:
         def run() -> None:
-            path = directory / "data"
             with files.opened(path, os.O_RDWR | os.O_CREAT | os.O_EXCL) as fd:
-                os.posix_fallocate(fd, 0, len(buffer))
+                if reserved:
+                    os.posix_fallocate(fd, 0, len(buffer))
                 for at in range(0, len(buffer), mib * MIB):
                     write(fd, at, buffer[at : at + mib * MIB])
                     sync(fd)
@@ -323,19 +333,23 @@ def file_cases(stack: contextlib.ExitStack, options: argparse.Namespace) -> dict
         with ThreadPoolExecutor(1) as thread:
             case(plain, lambda fd: thread.submit(os.fdatasync, os.dup(fd)), mib)()
 
-    store = LocalStore()
+    def through(store: ObjectStore, mib: int) -> Callable[[], None]:
+        return lambda: put_parts(store, from_path(str(directory / "object")), buffer, mib * MIB)
+
+    ours, cached = LocalStore(), LocalStore(StoreSettings(file_direct_io=False))
     cases: dict[str, Callable[[], None]] = {}
     for mib in options.parts:
         cases |= {
             f"not durable, {mib} MiB": case(plain, sync_later, mib, durable=False),
             f"synced once at the end, {mib} MiB": case(plain, sync_later, mib),
             f"synced each, {mib} MiB": case(plain, sync_now, mib),
+            f"synced each, space not reserved, {mib} MiB": case(plain, sync_now, mib, reserved=False),
+            f"direct, synced each, {mib} MiB": case(directly, sync_now, mib),
             f"started by sync_file_range, synced each, {mib} MiB": case(by_range, sync_now, mib),
             f"started by fadvise, synced each, {mib} MiB": case(by_advice, sync_now, mib),
             f"synced each beside the next, {mib} MiB": lambda mib=mib: in_background(mib),  # type: ignore[misc]
-            f"the store, {mib} MiB": lambda mib=mib: put_parts(  # type: ignore[misc]
-                store, from_path(str(directory / "object")), buffer, mib * MIB
-            ),
+            f"the store without direct writes, {mib} MiB": through(cached, mib),
+            f"the store, {mib} MiB": through(ours, mib),
         }
     return cases
 

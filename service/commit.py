@@ -27,12 +27,11 @@ from workers.errors import (
 from workers.store.base import ObjectInfo, ObjectStore, Upload, UploadedPart
 from workers.store.uris import join
 from workers.store.uris import name as file_name
-from workers.task import PART_RESULT, PartResult, canonical_json
+from workers.task import canonical_json
 
 HIDDEN = ".mergemill"
 """Everything that is there only while a job runs is below it."""
 CLAIM = f"{HIDDEN}/claim.json"
-PROGRESS = f"{HIDDEN}/progress.json"
 PLAN_METADATA = "mergemill-plan"
 """User metadata of every shard: the digest of the plan that made it."""
 
@@ -126,26 +125,6 @@ class Output:
         :raises UploadNotFoundError: the upload is gone.
         """
         return self.store.list_parts(self.upload(shard, uploads))
-
-    def save_progress(
-        self, plan_digest: str, uploads: Mapping[str, str], results: Iterable[PartResult]
-    ) -> None:
-        """Write the finished parts beside the output, for when Redis is lost."""
-        self._guard()
-        parts = [PART_RESULT.dump_python(result, mode="json") for result in results]
-        body = {"job": self.job, "plan_digest": plan_digest, "uploads": dict(uploads), "parts": parts}
-        self.store.put(join(self.uri, PROGRESS), canonical_json(body).encode())
-
-    def load_progress(self, plan_digest: str, uploads: Mapping[str, str]) -> dict[str, PartResult]:
-        """The finished parts written beside the output, if they belong to this plan and these uploads."""
-        try:
-            body = json.loads(self.read(join(self.uri, PROGRESS)))
-        except ObjectNotFoundError:
-            return {}
-        if (body["job"], body["plan_digest"], body["uploads"]) != (self.job, plan_digest, dict(uploads)):
-            return {}
-        results = [PART_RESULT.validate_python(part) for part in body["parts"]]
-        return {result.part: result for result in results}
 
     def make_room(self) -> None:
         """Before the first completion of an overwrite: take away what would make a mixture loadable.

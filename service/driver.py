@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Mapping
 from concurrent.futures import Future
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -53,8 +53,8 @@ class TaskRequest:
     stream: str | None = None
     """Requests of one stream, with the same entry and needs, may go to one worker together, in order. Their entry
     is called with a list of payloads, and yields ``(index, value)`` or ``(index, MergemillError)`` for each, in any
-    order: each answer is its future's at once. Where a worker died, what it left unfinished goes again, each
-    request in a list of its own."""
+    order: each answer is its future's about a second later at most. Where a worker died, what it left unfinished
+    goes again, each request in a list of its own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,16 +133,16 @@ class Driver:
         :raises FleetError: the driver is not started, or closed.
         :raises ValueError: the payload holds NaN or an infinity.
         """
-        payload = json.dumps(request.payload, allow_nan=False)
+        # Not `asdict`, which would copy the payload object by object.
+        message = {field.name: getattr(request, field.name) for field in fields(request)}
+        message["payload"] = json.dumps(request.payload, allow_nan=False)
         future: Future[JSONValue] = Future()
         with self._lock:
             if self._closed or self._thread is None:
                 raise FleetError("the fleet is closed" if self._closed else "the fleet is not started")
             number, self._next_id = self._next_id, self._next_id + 1
-            message = {"op": "submit", "id": number, **asdict(request), "payload": payload}
-            self._pending[number] = pending = _Pending(
-                request.label, dict(request.ids), json.dumps(message), future
-            )
+            line = json.dumps({"op": "submit", "id": number, **message})
+            self._pending[number] = pending = _Pending(request.label, dict(request.ids), line, future)
             if self._child is not None:
                 self._child.send(pending.line)
             self._demand()

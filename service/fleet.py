@@ -8,8 +8,8 @@ result descriptor go ``nodes`` (every second: the sign of life), ``started``, ``
 before them ``vital``, the processes that we cannot do without. When stdin ends, so does this process. All else
 that is printed, by Ray or by us, goes to stderr.
 
-Everything is a Ray generator task, which answers for one request or, in a stream, for several: each result is
-sent on when it is there.
+Everything is a Ray generator task, which answers for one request or, in a stream, for several: results are sent
+on about every second, and when the task ends.
 """
 
 from __future__ import annotations
@@ -39,6 +39,9 @@ from workers.errors import FleetError, MergemillError, to_json
 
 TICK_S = 1.0
 """Seconds between two looks at the cluster."""
+
+GATHER_S = 1.0
+"""How long a worker's answer may wait for others to be sent with, in seconds."""
 
 OWN_NODE_LOST = 3
 """Exit status when the node that we are connected through is dead."""
@@ -76,8 +79,35 @@ class _End:
 _Event = _Line | _Result | _End
 
 
+def run_gathered(entry: str, streamed: bool, *payloads: str) -> Iterator[list[tuple[int, str]]]:
+    """What :func:`run_entry` says, in lists, none later than ``GATHER_S``: each costs Ray and its driver a message.
+
+    The entry runs in a thread of its own, so that an answer never waits for the next one.
+    """
+    said: queue.SimpleQueue[tuple[int, str] | None] = queue.SimpleQueue()
+
+    def call() -> None:
+        try:
+            for answer in run_entry(entry, streamed, *payloads):
+                said.put(answer)
+        finally:
+            said.put(None)
+
+    threading.Thread(target=call, name="entry", daemon=True).start()
+    while (answer := said.get()) is not None:
+        answers, until = [answer], time.monotonic() + GATHER_S
+        try:
+            while (answer := said.get(timeout=max(0.0, until - time.monotonic()))) is not None:
+                answers.append(answer)
+        except queue.Empty:
+            yield answers
+        else:
+            yield answers
+            return
+
+
 def run_entry(entry: str, streamed: bool, *payloads: str) -> Iterator[tuple[int, str]]:
-    """Call ``module:function``, in a worker: JSON texts in, an index and ``{"value"}`` or ``{"error"}`` out for each.
+    """Call ``module:function``: JSON texts in, an index and ``{"value"}`` or ``{"error"}`` out for each.
 
     A plain entry is called with one payload and returns its value. A streamed one is called once with the list
     of payloads, and yields ``(index, value)`` or ``(index, MergemillError)``, each index once, in any order.
@@ -108,8 +138,7 @@ def run_entry(entry: str, streamed: bool, *payloads: str) -> Iterator[tuple[int,
         libc = ctypes.CDLL(None)
         if hasattr(libc, "malloc_trim"):  # glibc
             libc.malloc_trim(0)
-    for answer in held:  # noqa: UP028 - Ray sends into the generator, which a list in its place could not take
-        yield answer
+    yield from held
 
 
 def _body(entry: str, value: object) -> str:
@@ -139,7 +168,7 @@ class Fleet:
         self._generators: dict[int, ray.ObjectRefGenerator] = {}
         self._own_node = ""
         # By value, so that a worker needs only the packages that the entries name.
-        self._remote = ray.remote(run_entry)
+        self._remote = ray.remote(run_gathered)
         self._followers = asyncio.new_event_loop()
 
     def run(self) -> int:
@@ -249,8 +278,8 @@ class Fleet:
         ended = None
         try:
             async for answer in generator:
-                index, body = await answer
-                self._inbox.put(_Result(batch.number, index, body))
+                for index, body in await answer:
+                    self._inbox.put(_Result(batch.number, index, body))
         except Exception as error:  # noqa: BLE001 - raised where it is understood
             ended = error
         self._inbox.put(_End(batch.number, ended))

@@ -90,14 +90,20 @@ return redis.call('DEL', KEYS[1] .. ':lease')
 
 # A result and the progress that it makes are one fact, or a retry would count it twice; the token and the
 # state are checked in the same step, since results of a former owner, or for uploads that are gone, are void.
+# Results that came together are one step too: each step waits for the disk.
 RECORD: Final = """
 if redis.call('HGET', KEYS[1] .. ':lease', 'token') ~= ARGV[1] then return 'fenced' end
 local state = redis.call('HGET', KEYS[1], 'state')
 if ARGV[2] ~= '' and state ~= ARGV[2] then return 'the job is ' .. (state or 'gone') end
-if redis.call('HSETNX', KEYS[2], ARGV[3], ARGV[4]) == 0 then return 'known' end
-redis.call('HINCRBY', KEYS[1] .. ':progress', 'bytes_done', ARGV[5])
-redis.call('HINCRBY', KEYS[1] .. ':progress', 'bytes_read', ARGV[6])
-return 'new'
+local new = 0
+for at = 3, #ARGV, 4 do
+  if redis.call('HSETNX', KEYS[2], ARGV[at], ARGV[at + 1]) == 1 then
+    redis.call('HINCRBY', KEYS[1] .. ':progress', 'bytes_done', ARGV[at + 2])
+    redis.call('HINCRBY', KEYS[1] .. ':progress', 'bytes_read', ARGV[at + 3])
+    new = new + 1
+  end
+end
+return new
 """
 
 # Seeing that an output is free and claiming it must be one step. A claim whose job has ended, or was lost

@@ -28,8 +28,9 @@ from __future__ import annotations
 import json
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, Final, Self
 
 import redis
@@ -117,6 +118,12 @@ class JobStore:
         :raises JobNotFoundError: there is none.
         """
         return self._parse(job, self._redis.hget(self._job(job), "record"))
+
+    @guarded
+    def version(self, job: str) -> int | None:
+        """The version of the job's record, for a fraction of what reading it costs; ``None`` when there is none."""
+        found: Any = self._redis.hget(self._job(job), "version")
+        return None if found is None else int(found)
 
     @guarded
     def status(self, job: str) -> JobStatus:
@@ -226,16 +233,17 @@ class JobStore:
     # Finished work
 
     @guarded
-    def record_part(self, lease: Lease, result: PartResult) -> bool:
-        """Record a finished part, once; whether this call did it.
+    def record_part(self, lease: Lease, *results: PartResult) -> int:
+        """Record finished parts, each once and all in one step; how many of them this call recorded.
 
-        ``False`` may also mean that it did, and that the first answer was lost.
+        Too few may also mean that it did, and that the first answer was lost.
 
-        :raises ConflictError: the job is not running, so it has no uploads that the part could belong to.
+        :raises ConflictError: the job is not running, so it has no uploads that the parts could belong to.
         """
-        text = PART_RESULT.dump_json(result).decode()
-        size, read = result.size, result.bytes_read
-        return self._record(lease, "parts", JobState.RUNNING, result.part, text, size, read)
+        records = [
+            (each.part, PART_RESULT.dump_json(each).decode(), each.size, each.bytes_read) for each in results
+        ]
+        return self._record(lease, "parts", JobState.RUNNING, records)
 
     @guarded
     def parts(self, job: str) -> dict[str, PartResult]:
@@ -246,7 +254,9 @@ class JobStore:
     @guarded
     def record_survey(self, lease: Lease, survey: str, index: int, facts: Facts, bytes_read: int) -> bool:
         """Record what pass ``index`` of a survey found out, once; whether this call did it."""
-        return self._record(lease, "surveys", "", f"{survey}:{index}", json.dumps(facts), 0, bytes_read)
+        return bool(
+            self._record(lease, "surveys", "", [(f"{survey}:{index}", json.dumps(facts), 0, bytes_read)])
+        )
 
     @guarded
     def surveys(self, job: str) -> dict[tuple[str, int], Facts]:
@@ -309,16 +319,19 @@ class JobStore:
     def _run(self, script: str, keys: tuple[str, ...], *arguments: str | int) -> Any:
         return self._redis.register_script(script)(keys=list(keys), args=list(arguments))
 
-    def _record(self, lease: Lease, kind: str, state: str, name: str, *fields: str | int) -> bool:
+    def _record(self, lease: Lease, kind: str, state: str, records: Iterable[tuple[str | int, ...]]) -> int:
+        """Records are name, text, bytes done and bytes read; how many were new."""
         key = self._job(lease.job)
-        answer = self._run(scripts.RECORD, (key, f"{key}:{kind}"), lease.token, state, name, *fields)
+        answer = self._run(
+            scripts.RECORD, (key, f"{key}:{kind}"), lease.token, state, *chain.from_iterable(records)
+        )
         self._check(lease, answer)
-        if answer not in {"new", "known"}:
-            raise ConflictError(f"{lease.job}: {name} is not recorded, {answer}")
-        return bool(answer == "new")
+        if isinstance(answer, str):
+            raise ConflictError(f"{lease.job}: {kind} are not recorded, {answer}")
+        return int(answer)
 
     @staticmethod
-    def _check(lease: Lease, answer: str) -> None:
+    def _check(lease: Lease, answer: str | int) -> None:
         if answer == "fenced":
             raise LeaseLostError(f"{lease.job}: the lease {lease.token} is not in force")
 

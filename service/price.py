@@ -15,9 +15,11 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from workers.arena import padded
+from workers.kernels.moves import device_bytes
 from workers.ranges import READ_BYTES, Arrangement
 from workers.task import (
     BLOCK_BYTES,
+    DTYPE_BYTES,
     SURVEY_ELEMENTS,
     Arithmetic,
     HeaderPiece,
@@ -55,7 +57,7 @@ DESCRIPTIONS = 8
 """Descriptions that a worker holds: of a task in each stage and before it, and the texts of the rest of its stream."""
 
 GPU_BASELINE_BYTES = 1 << 30
-"""Device memory of CUDA's context and torch's kernels in one process: an allowance, not measured."""
+"""Device memory of CUDA's context and torch's kernels in one process, and slack of its allocator: an allowance."""
 
 GPU_HOST_BYTES = 2 << 30
 """Main memory that CUDA's libraries and context take beside a worker's: an allowance, not measured."""
@@ -132,8 +134,8 @@ class _Load:
     """Bytes of the arithmetic."""
     description: int
     """Bytes of its description, and of what stays of each block."""
-    computes: bool
-    """Whether there is arithmetic in it."""
+    device: int
+    """Device memory of the arithmetic where it runs on a GPU; 0 when there is none."""
 
     @property
     def held(self) -> int:
@@ -242,7 +244,14 @@ def _part_load(part: Part) -> _Load:
         output=0 if part.source else padded(part.lead + part.nbytes),
         workspace=workspace_bytes(max((len(arithmetic.refs) for arithmetic in merges), default=1)),
         description=steps + sum(map(description_bytes, part.pieces)),
-        computes=bool(merges),
+        device=max(
+            (
+                _device_bytes(piece.arithmetic, DTYPE_BYTES[piece.dtype])
+                for piece in part.pieces
+                if isinstance(piece, MergePiece)
+            ),
+            default=0,
+        ),
     )
 
 
@@ -259,7 +268,7 @@ def _survey_load(arithmetics: Sequence[Arithmetic]) -> _Load:
         output=0,
         workspace=workspace_bytes(max(len(arithmetic.refs) for arithmetic in arithmetics)),
         description=sum(map(_steps_bytes, arithmetics)) + described,
-        computes=True,
+        device=max(_device_bytes(arithmetic, 0) for arithmetic in arithmetics),
     )
 
 
@@ -293,10 +302,14 @@ def _json_length(text: str) -> int:
 
 
 def _gpu_bytes(loads: Sequence[_Load]) -> int:
-    """CUDA's own, and the inputs, output and workspace of the task that has most of them; a copy of a task's inputs is
-    on the device while it computes."""
-    most = max((load.held + load.workspace for load in loads if load.computes), default=0)
+    """CUDA's own, and what the arithmetic of the task that needs most has there: a few chunks, however big the task."""
+    most = max((load.device for load in loads), default=0)
     return GPU_BASELINE_BYTES + most if most else 0
+
+
+def _device_bytes(arithmetic: Arithmetic, output_width: int) -> int:
+    widths = [DTYPE_BYTES[ref.dtype] for ref in arithmetic.refs]
+    return device_bytes(arithmetic.last - arithmetic.first, widths, output_width)
 
 
 def _requests(arrangement: Arrangement) -> int:

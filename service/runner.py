@@ -131,9 +131,10 @@ class JobRunner:
         if self.tools.stopping.is_set():
             raise StoppedError
         now = time.monotonic()
-        if now - self._checked >= self.tools.settings.poll_seconds:
+        if now - self._checked >= self.tools.settings.busy_poll_seconds:
             self._checked = now
-            if self.tools.jobs.get(self.record.id).cancel_requested:
+            jobs, job = self.tools.jobs, self.record.id
+            if jobs.version(job) != self.record.version and jobs.get(job).cancel_requested:
                 raise CancelledError
 
     def _work(self) -> None:
@@ -217,8 +218,9 @@ class JobRunner:
             )
         if wanted.gpus > 1:
             problems.append(
-                f"the biggest task ({price.worst}) needs {price.gpu_bytes} bytes of GPU memory, and each GPU has "
-                f"{self.tools.settings.gpu_memory_bytes} (MERGEMILL_GPU_MEMORY_BYTES): lower worker_memory_bytes"
+                f"a task needs up to {price.gpu_bytes} bytes of GPU memory, and each GPU has "
+                f"{self.tools.settings.gpu_memory_bytes} (MERGEMILL_GPU_MEMORY_BYTES): use bigger ones, or set it to 0 "
+                f"to compute on CPUs"
             )
         elif wanted.gpus > capacity.gpus:
             problems.append(

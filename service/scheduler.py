@@ -7,6 +7,7 @@ import secrets
 import signal
 import socket
 import threading
+import time
 from pathlib import Path
 from types import FrameType
 
@@ -42,6 +43,7 @@ class Scheduler:
         self._jobs = jobs
         self._tools = Tools(settings, jobs, open_stores(settings.store), driver, self._stopping)
         self._running: dict[str, tuple[JobRunner, threading.Thread]] = {}
+        self._next_look = 0.0
         self._lock = threading.Lock()
 
     def run(self) -> None:
@@ -64,9 +66,13 @@ class Scheduler:
 
     def _claim(self) -> bool:
         """Take one more job if there is room and work."""
+        now = time.monotonic()
         with self._lock:
+            before = len(self._running)
             self._running = {job: pair for job, pair in self._running.items() if pair[1].is_alive()}
             if len(self._running) >= self._settings.max_running_jobs:
+                return False
+            if len(self._running) == before > 0 and now < self._next_look:
                 return False
         try:
             claimed = self._jobs.claim_next(self.owner, self._settings.lease_seconds)
@@ -78,6 +84,7 @@ class Scheduler:
             log.error("a job's record cannot be read; it is left alone", error=str(error))
             return False
         if claimed is None:
+            self._next_look = now + self._settings.busy_poll_seconds
             return False
         record, lease = claimed
         runner = JobRunner(record, lease, self._tools)

@@ -10,8 +10,9 @@ from concurrent.futures import CancelledError, Future
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
+from itertools import filterfalse
 from queue import Empty, SimpleQueue
-from typing import TypeVar
+from typing import Final, TypeVar
 
 import structlog
 from pydantic import SecretStr
@@ -23,13 +24,13 @@ from service.jobs import JobRecord
 from service.jobstore import JobStore, Lease
 from service.planning import Planned
 from service.price import label_of, needs, part_label
+from service.progress import Progress
 from service.settings import Settings
 from workers import tracing
 from workers.binding import bind
-from workers.entry import TASKS_ENTRY
 from workers.errors import MergemillError, StoreError
 from workers.methods.base import Summary, SurveyPass
-from workers.methods.evaluate import Tally, conclude_pass, next_pass
+from workers.methods.survey import Tally, conclude_pass, next_pass
 from workers.ranges import Arrangement
 from workers.store.base import ObjectStore
 from workers.store.settings import StoreSettings
@@ -46,6 +47,9 @@ from workers.task import (
     SurveyTask,
     refs_of,
 )
+
+TASKS_ENTRY: Final = "workers.entry:tasks"
+"""What workers call; not imported here, where it would bring torch and numba with it."""
 
 _T = TypeVar("_T")
 
@@ -118,8 +122,9 @@ class Work:
         self._facts: dict[str, Facts] = {}
         self._ready: deque[_Task] = deque()
         self._waiting: dict[str, list[Part]] = {}
+        self._made: list[PartResult] = []
+        self._progress = Progress(output, planned.plan, record.uploads)
         self._saved_at = time.monotonic()
-        self._saved_count = 0
 
     @tracing.traced("work")
     def run(self) -> None:
@@ -136,12 +141,14 @@ class Work:
             self._make(missing)
 
     def _restore(self) -> None:
-        digest, uploads = self._plan.digest, self._record.uploads
-        self._results = self._tools.jobs.parts(self._record.id)
-        for result in self._output.load_progress(digest, uploads).values():
-            if result.part not in self._results:  # Redis lost it, the object store did not
-                self._tools.jobs.record_part(self._lease, result)
-                self._results[result.part] = result
+        saved, recorded = self._progress.load(), self._tools.jobs.parts(self._record.id)
+        lost = [result for part, result in saved.items() if part not in recorded]
+        if lost:  # Redis lost them, the object store did not
+            self._tools.jobs.record_part(self._lease, *lost)
+        for part, result in recorded.items():
+            if saved.get(part) != result:
+                self._progress.add(result)
+        self._results = saved | recorded
 
     def _missing(self) -> list[Part]:
         """Parts without a record, or whose record the store does not bear out."""
@@ -200,8 +207,11 @@ class Work:
                         future = self._tools.driver.submit(task.request())
                     flying[future] = task, span
                     future.add_done_callback(landed.put)
-                # What is finished is recorded before a failure ends it.
-                for future in sorted(_drain(landed, settings.poll_seconds), key=_failed):
+                done = _drain(landed, settings.poll_seconds)
+                for future in filterfalse(_failed, done):
+                    self._landed(*flying.pop(future), future)
+                self._record_made()
+                for future in filter(_failed, done):  # ends it, now that what is finished is recorded
                     self._landed(*flying.pop(future), future)
                 self._save_progress()
         finally:
@@ -255,8 +265,17 @@ class Work:
     def _part_done(self, answer: JSONValue) -> None:
         result = PART_RESULT.validate_json(answer)
         metrics.part_done(result, self._plan.price.peak_bytes)
-        self._tools.jobs.record_part(self._lease, result)
-        self._results[result.part] = result
+        self._made.append(result)
+
+    def _record_made(self) -> None:
+        """Record the parts that came together, in one step: a part counts once this is through."""
+        if not self._made:
+            return
+        self._tools.jobs.record_part(self._lease, *self._made)
+        for result in self._made:
+            self._results[result.part] = result
+            self._progress.add(result)
+        self._made.clear()
 
     def _survey(self, survey: Survey, index: int, facts: Facts) -> None:
         """Go on with a survey whose passes before ``index`` found ``facts``.
@@ -302,13 +321,9 @@ class Work:
     def _save_progress(self) -> None:
         """Now and then, and never for more than a small share of the time, write the records beside the output."""
         now = time.monotonic()
-        if (
-            len(self._results) == self._saved_count
-            or now - self._saved_at < self._tools.settings.progress_seconds
-        ):
+        if self._progress.is_saved or now - self._saved_at < self._tools.settings.progress_seconds:
             return
-        self._output.save_progress(self._plan.digest, self._record.uploads, self._results.values())
-        self._saved_count = len(self._results)
+        self._progress.save()
         self._saved_at = time.monotonic() + 20 * (time.monotonic() - now)
 
 

@@ -10,10 +10,14 @@ from __future__ import annotations
 import contextlib
 import mmap
 import threading
-from collections.abc import Sequence
+import weakref
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from workers.task import PAGE_BYTES
+from workers.canonical import PAGE_BYTES
+
+Pin = Callable[[memoryview], Callable[[], None]]
+"""Locks memory in its place for the copies of a device, and returns what undoes that."""
 
 ALIGNMENT = PAGE_BYTES
 """Extents begin on a multiple of it: a page, so that files can be written from them directly."""
@@ -35,15 +39,19 @@ class Extent:
 
 
 class Arena:
-    """A fixed number of bytes, handed out first fit. Thread safe."""
+    """So many bytes, handed out first fit. Thread safe."""
 
-    def __init__(self, nbytes: int) -> None:
+    def __init__(self, nbytes: int, pin: Pin | None = None) -> None:
+        """
+        :param pin: what makes the memory ready for copies to and from a device; undone before it is unmapped.
+        """
         self.nbytes = padded(max(1, nbytes))
         """Bytes in all."""
         self._memory = mmap.mmap(-1, self.nbytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        with contextlib.suppress(OSError):  # a hint, and some kernels do not know it
-            self._memory.madvise(mmap.MADV_HUGEPAGE)
-        self._view = memoryview(self._memory)
+        self._view = self._ready()
+        self._pinned = pin is not None
+        if pin is not None:
+            weakref.finalize(self, pin(self._view))
         self._taken: list[tuple[int, int]] = []
         self._changed = threading.Condition()
 
@@ -69,14 +77,37 @@ class Arena:
             self._taken.remove((extent.start, padded(len(extent.view))))
             self._changed.notify_all()
 
+    def resize(self, nbytes: int) -> bool:
+        """Have ``nbytes`` from now on, in the same memory as far as it goes; whether that could be done.
+
+        Not while an extent is out or somebody still looks into one, and not with pinned memory.
+        """
+        with self._changed:
+            if self._taken or self._pinned:
+                return False
+            self._view.release()
+            size = padded(max(1, nbytes))
+            with contextlib.suppress(BufferError, OSError):
+                self._memory.resize(size)
+                self.nbytes = size
+            self._view = self._ready()
+            return self.nbytes == size
+
     def rest(self) -> None:
         """Let the system take the memory if it is short of it; does nothing while an extent is out.
 
-        What it does not take costs nothing to use again, where fresh memory is dear.
+        What it does not take costs nothing to use again, where fresh memory is dear. Pinned memory stays: a page that
+        was given up would be another one when it is used again, and a device go on copying to and from the old.
         """
         with self._changed:
-            if not self._taken:
+            if not self._taken and not self._pinned:
                 self._memory.madvise(mmap.MADV_FREE)
+
+    def _ready(self) -> memoryview:
+        """The memory, which is to come in huge pages."""
+        with contextlib.suppress(OSError):  # a hint, and some kernels do not know it
+            self._memory.madvise(mmap.MADV_HUGEPAGE)
+        return memoryview(self._memory)
 
     def _fit(self, sizes: Sequence[int]) -> list[int] | None:
         taken = sorted(self._taken)

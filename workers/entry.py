@@ -15,13 +15,11 @@ from functools import lru_cache, partial
 from workers import logs, tracing
 from workers.arena import Arena, padded
 from workers.errors import FleetError, MergemillError
-from workers.kernels import kernels_of
+from workers.kernels import kernels_of, pin_of
 from workers.run import PartRun, SurveyRun, Task, Tools, reset_peak_bytes, run_tasks
 from workers.store import StoreSettings, open_stores
 from workers.store.base import ObjectStore, Upload
 from workers.task import PART, SURVEY_TASK, JSONValue, canonical_json
-
-TASKS_ENTRY = "workers.entry:tasks"
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +34,7 @@ def tasks(payloads: Sequence[JSONValue]) -> Iterator[tuple[int, JSONValue | Merg
     logs.configure()
     tracing.configure("worker")
     shared = payloads[0]
-    with _ARENA.of(shared["arena_bytes"]) as arena:
+    with _ARENA.of(shared["arena_bytes"], shared["device"]) as arena:
         tools = Tools(_store(canonical_json(shared["store"])), arena, kernels_of(shared["device"]))
         for number, outcome in run_tasks([partial(_task, payload, tools) for payload in payloads]):
             if isinstance(outcome, Exception):
@@ -69,21 +67,30 @@ def _store(settings: str) -> ObjectStore:
 
 
 class _Kept:
-    """The process' arena: made once for all jobs that want the same size."""
+    """The process' arena: one for all jobs, of the size that each wants, as long as they want the same device."""
 
     def __init__(self) -> None:
         self._arena: Arena | None = None
+        self._device = ""
 
     @contextmanager
-    def of(self, nbytes: int) -> Iterator[Arena]:
-        if self._arena is None or self._arena.nbytes != padded(nbytes):
-            self._arena = None  # before there is another
+    def of(self, nbytes: int, device: str) -> Iterator[Arena]:
+        if self._arena is None or (self._arena.nbytes, self._device) != (padded(nbytes), device):
+            self._arena = self._changed(nbytes, device)
+            self._device = device
             reset_peak_bytes()
-            self._arena = Arena(nbytes)
         try:
             yield self._arena
         finally:
             self._arena.rest()
+
+    def _changed(self, nbytes: int, device: str) -> Arena:
+        """One of another size: with the memory that is there, which is cheaper than fresh memory, where that can be."""
+        kept, self._arena = self._arena, None
+        if kept is not None and device == self._device and kept.resize(nbytes):
+            return kept
+        del kept  # before there is another
+        return Arena(nbytes, pin_of(device))
 
 
 _ARENA = _Kept()

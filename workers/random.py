@@ -4,30 +4,27 @@ An element's fate depends on the seed, the model's place in the recipe, the tens
 flat index, and on nothing else: not on block or part sizes, workers, devices, order or retries.
 
 Flat element ``i`` uses word ``i % 4`` of the output for the 128-bit counter ``i // 4`` (low word first).
+
+Words are drawn in torch, on the device where they are used, and held in int64, since no device computes with
+uint32 or uint64 throughout. A product of two words may wrap there; its 64 bits are the unsigned product's.
 """
 
 from __future__ import annotations
 
 import hashlib
-from fractions import Fraction
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
-from workers.task import canonical_json
+from workers.canonical import canonical_json
+from workers.kernels.scalars import keep_bound
 
-Words = npt.NDArray[np.uint64]
-"""32-bit words, each held in 64 bits so that products do not wrap."""
+Words = torch.Tensor
+"""32-bit words as int64 from 0 to 2**32 - 1."""
 
-_MULTIPLIERS = (np.uint64(0xD2511F53), np.uint64(0xCD9E8D57))
+_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 _ROUNDS = 10
-_LOW = np.uint64(0xFFFFFFFF)
-_HALF = np.uint64(32)
-
-_CHUNK = 1 << 14
-"""Counters drawn at a time: the working arrays then stay in a core's own cache."""
+_LOW = 0xFFFFFFFF
 
 
 def mask_key(seed: int, model_index: int, tensor_name: str) -> int:
@@ -41,61 +38,50 @@ def mask_key(seed: int, model_index: int, tensor_name: str) -> int:
 
 
 def philox4x32(counter: tuple[Words, Words, Words, Words], key: int) -> tuple[Words, Words, Words, Words]:
-    """Ten rounds of Philox4x32 on many counters at once; the arrays given are overwritten.
+    """Ten rounds of Philox4x32 on many counters at once.
 
-    ``counter`` holds the four 32-bit words of each counter, lowest first, each array of shape ``[n]``;
-    ``key`` is 64 bits wide. Returns the four output words, each of shape ``[n]``.
+    ``counter`` holds the four words of each counter, lowest first, each tensor of shape ``[n]``; ``key`` is
+    64 bits wide. Returns the four output words, each of shape ``[n]``, on the counters' device.
     """
     x0, x1, x2, x3 = counter
-    k0, k1 = key & 0xFFFFFFFF, key >> 32
-    p0, p1 = np.empty_like(x0), np.empty_like(x0)
+    k0, k1 = key & _LOW, key >> 32
     for _ in range(_ROUNDS):
-        np.multiply(x0, _MULTIPLIERS[0], out=p0)
-        np.multiply(x2, _MULTIPLIERS[1], out=p1)
-        np.right_shift(p1, _HALF, out=x0)
-        x0 ^= x1
-        x0 ^= np.uint64(k0)
-        np.right_shift(p0, _HALF, out=x2)
-        x2 ^= x3
-        x2 ^= np.uint64(k1)
-        np.bitwise_and(p1, _LOW, out=x1)
-        np.bitwise_and(p0, _LOW, out=x3)
-        k0, k1 = (k0 + _WEYL[0]) & 0xFFFFFFFF, (k1 + _WEYL[1]) & 0xFFFFFFFF
+        p0, p1 = x0 * _MULTIPLIERS[0], x2 * _MULTIPLIERS[1]
+        x0 = _high(p1).bitwise_xor_(x1).bitwise_xor_(k0)
+        x2 = _high(p0).bitwise_xor_(x3).bitwise_xor_(k1)
+        x1, x3 = p1.bitwise_and_(_LOW), p0.bitwise_and_(_LOW)
+        k0, k1 = (k0 + _WEYL[0]) & _LOW, (k1 + _WEYL[1]) & _LOW
     return x0, x1, x2, x3
 
 
-def keep_bound(density: float) -> int:
-    """What a 32-bit word must be below for its element to be kept: ``floor(density * 2**32)``.
-
-    ``density`` is read as the decimal that it prints as. Of 1 the bound is ``2**32``, above every word.
-    """
-    return min(1 << 32, int(Fraction(str(density)) * (1 << 32) // 1))
+def _high(product: torch.Tensor) -> Words:
+    """The upper 32 of 64 bits: the shift brings in copies of the sign, which are masked away."""
+    return (product >> 32).bitwise_and_(_LOW)
 
 
 def keep_mask(key: int, first: int, count: int, density: float) -> torch.Tensor:
     """Which of the flat elements ``[first, first + count)`` a DARE mask keeps: bool, shape ``[count]``.
 
-    An element is kept iff its 32-bit word is below :func:`keep_bound`. Density 1 keeps all and density 0 none,
-    without drawing.
+    An element is kept iff its 32-bit word is below :func:`~workers.kernels.scalars.keep_bound`. Density 1 keeps all
+    and density 0 none, without drawing.
     """
     return words_below(key, first, count, keep_bound(density))
 
 
-def words_below(key: int, first: int, count: int, bound: int) -> torch.Tensor:
+def words_below(
+    key: int, first: int, count: int, bound: int, device: torch.device | str = "cpu"
+) -> torch.Tensor:
     """Of which flat elements ``[first, first + count)`` the 32-bit word is below ``bound``: bool, shape ``[count]``."""
     if bound >= 1 << 32:
-        return torch.ones(count, dtype=torch.bool)
+        return torch.ones(count, dtype=torch.bool, device=device)
     if bound <= 0:
-        return torch.zeros(count, dtype=torch.bool)
-    below = np.uint64(bound)
+        return torch.zeros(count, dtype=torch.bool, device=device)
     start, stop = first // 4, -(-(first + count) // 4)
-    kept = np.empty((stop - start, 4), dtype=np.bool_)
-    for at in range(start, stop, _CHUNK):
-        counters = np.arange(at, min(at + _CHUNK, stop), dtype=np.uint64)
-        zeros = np.zeros_like(counters)
-        words = philox4x32((counters & _LOW, counters >> _HALF, zeros, zeros.copy()), key)
-        rows = kept[at - start : at - start + len(counters)]
-        for column, word in enumerate(words):
-            np.less(word, below, out=rows[:, column])
+    counters = torch.arange(start, stop, dtype=torch.int64, device=device)
+    zeros = torch.zeros_like(counters)
+    below = torch.empty((stop - start, 4), dtype=torch.bool, device=device)
+    words = philox4x32((counters & _LOW, counters >> 32, zeros, zeros), key)
+    for column, word in enumerate(words):
+        torch.lt(word, bound, out=below[:, column])
     skipped = first - 4 * start
-    return torch.from_numpy(kept.reshape(-1)[skipped : skipped + count])
+    return below.flatten()[skipped : skipped + count]

@@ -22,11 +22,11 @@ from workers.arena import Arena, Extent, padded
 from workers.binding import bind
 from workers.errors import ObjectChangedError, StoreError, TruncatedReadError, UploadNotFoundError
 from workers.inputs import Inputs, aligned
-from workers.kernels import kernels_of
+from workers.kernels import kernels_of, pin_of
 from workers.kernels.base import Kernels, Operands
 from workers.kernels.reference import TORCH_DTYPES
 from workers.methods.base import Summary
-from workers.methods.evaluate import Tally, survey
+from workers.methods.survey import Tally, survey
 from workers.nonfinite import NonFinite
 from workers.pipeline import Pipeline
 from workers.safetensors_format import prefix
@@ -143,7 +143,7 @@ class SurveyRun(Task):
         survey_pass = bind(task.arithmetics[0]).passes[task.index]
         tally = Tally(survey_pass)
         for arithmetic in task.arithmetics:
-            operands = kernels.place(self._inputs.operands(arithmetic))
+            operands = self._inputs.operands(arithmetic)
             if task.index == 0:
                 self._problems.add_inputs(arithmetic.name, arithmetic.refs, kernels.nonfinite(operands))
             tally.add(survey_pass.accumulate(kernels, operands, task.facts))
@@ -256,7 +256,7 @@ class PartRun(Task):
 
     def _merge(self, piece: MergePiece, target: memoryview) -> None:
         kernels, method = self._tools.kernels, bind(piece.arithmetic)
-        operands = kernels.place(self._inputs.operands(piece.arithmetic))
+        operands = self._inputs.operands(piece.arithmetic)
         facts = self._facts[piece.survey] if piece.survey else survey(method.passes, operands, kernels)
         out = torch.frombuffer(target, dtype=TORCH_DTYPES[piece.dtype])
         found = kernels.merge(operands, method.formula(facts), out)
@@ -281,9 +281,8 @@ def run_tasks(makers: Sequence[Callable[[], Task]]) -> Generator[tuple[int, Task
     the biggest of them; the more it has, the further reading runs ahead.
     """
     tasks: list[Task | None] = [None] * len(makers)
-    contexts = [
-        copy_context() for _ in makers
-    ]  # what a task binds for its logs goes with it from thread to thread
+    # What a task binds for its logs and its trace goes with it from thread to thread.
+    contexts = [copy_context() for _ in makers]
 
     def make_and_read(number: int) -> None:
         task = tasks[number] = makers[number]()
@@ -322,7 +321,8 @@ def run_part(
     :raises NonFiniteError: an input holds NaN or Inf and the part does not allow it, or an output overflowed.
     :raises StoreError: reading or uploading failed.
     """
-    arena = Arena(padded(Inputs(part.reads).nbytes) + padded(part.lead + part.nbytes))
+    nbytes = padded(Inputs(part.reads).nbytes) + padded(part.lead + part.nbytes)
+    arena = Arena(nbytes, pin_of(device))
     run = PartRun(part, upload, facts, Tools(store, arena, kernels_of(device)))
     _alone(run)
     return run.result
@@ -334,7 +334,8 @@ def run_survey(task: SurveyTask, store: ObjectStore, device: str = "cpu") -> Sum
     :raises NonFiniteError: an input holds NaN or Inf and the task does not allow it.
     :raises StoreError: reading failed.
     """
-    run = SurveyRun(task, Tools(store, Arena(Inputs(task.refs).nbytes), kernels_of(device)))
+    arena = Arena(Inputs(task.refs).nbytes, pin_of(device))
+    run = SurveyRun(task, Tools(store, arena, kernels_of(device)))
     _alone(run)
     return run.value
 

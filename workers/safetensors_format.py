@@ -13,8 +13,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from workers.canonical import DTYPE_BYTES
 from workers.errors import HeaderError
-from workers.task import DTYPE_BYTES
 
 LENGTH_BYTES = 8
 """Bytes of the length prefix."""

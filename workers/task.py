@@ -8,35 +8,54 @@ part's id (:func:`part_id`) depends on the bytes that it makes and on nothing el
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, TypeAdapter
 
-BLOCK_BYTES = 1 << 20
-"""Digest blocks, in bytes of output; big tensors are only ever split on a multiple of it."""
+from workers.canonical import (
+    BLOCK_BYTES,
+    DTYPE_BYTES,
+    MERGEABLE_DTYPES,
+    PAGE_BYTES,
+    SURVEY_ELEMENTS,
+    JSONValue,
+    canonical_json,
+)
 
-PAGE_BYTES = 4096
-"""A page, of memory and of files."""
-
-SURVEY_ELEMENTS = 1 << 18
-"""Survey blocks, in elements: the fixed grid of every statistic, and the step of every merge."""
-
-DTYPE_BYTES = {
-    "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "C64": 8,
-    "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "F8_E4M3FNUZ": 1, "F8_E5M2FNUZ": 1,
-    "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1,
-}  # fmt: skip
-"""Bytes an element of each safetensors dtype that Mergemill can carry."""
-
-MERGEABLE_DTYPES = ("F32", "F16", "BF16")
-"""The dtypes that arithmetic is done on (in float32)."""
-
-JSONValue = Any
-"""A value that :mod:`json` reads and writes."""
+__all__ = [
+    "BLOCK_BYTES",
+    "DTYPE_BYTES",
+    "MERGEABLE_DTYPES",
+    "PAGE_BYTES",
+    "PART",
+    "PART_RESULT",
+    "SURVEY_ELEMENTS",
+    "SURVEY_TASK",
+    "Arithmetic",
+    "CopyPiece",
+    "Facts",
+    "HeaderPiece",
+    "JSONValue",
+    "MergePiece",
+    "ModelInput",
+    "Part",
+    "PartResult",
+    "Piece",
+    "Survey",
+    "SurveyTask",
+    "TensorDigest",
+    "TensorRef",
+    "block_count",
+    "canonical_json",
+    "continues",
+    "digest",
+    "part_id",
+    "refs_of",
+    "tensor_digest",
+]
 
 Facts = dict[str, JSONValue]
 """What a survey found out about one tensor, or a model (thresholds, norms): small, JSON, exact."""
@@ -341,14 +360,6 @@ PART = TypeAdapter(Part)
 _PIECE: TypeAdapter[Piece] = TypeAdapter(Piece)
 PART_RESULT = TypeAdapter(PartResult)
 SURVEY_TASK = TypeAdapter(SurveyTask)
-
-
-_CANONICAL = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
-
-
-def canonical_json(value: JSONValue) -> str:
-    """The one JSON text of a value: sorted keys, no spaces, shortest floats that round-trip, no NaN."""
-    return _CANONICAL.encode(value)
 
 
 def digest(value: JSONValue) -> str:

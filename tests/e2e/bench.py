@@ -65,6 +65,27 @@ class Steps:
         return answer
 
 
+def at_step(name: str, act: Callable[[], None], when: str = "before") -> Steps:
+    """Do something around the first step of that name."""
+    seen: list[str] = []
+
+    def hook(_: int, moment: str, step: str) -> None:
+        if moment == when and step.startswith(name) and not seen:
+            seen.append(step)
+            act()
+
+    return Steps(hook)
+
+
+def raising(error: BaseException) -> Callable[[], None]:
+    """A hook that raises."""
+
+    def act() -> None:
+        raise error
+
+    return act
+
+
 class _Watched:
     def __init__(self, target: Any, changes: set[str], steps: Steps) -> None:
         self._target = target

@@ -5,9 +5,12 @@ from __future__ import annotations
 import os
 import uuid
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+import torch
 
+from tests.checkpoints import fine_tune, llama_tensors, write_checkpoint
 from tests.e2e.bench import Bench
 
 
@@ -23,3 +26,12 @@ def bench(valkey_url: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Bench]:
     made = Bench(valkey_url, f"test-{uuid.uuid4().hex}")
     with made.jobs:
         yield made
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> dict[str, torch.Tensor]:
+    """Tensors of the base at ``base``, with a fine-tune at ``one``: they merge into two shards."""
+    tensors = llama_tensors(0, layers=1, hidden=48, heads=2, vocab=64, dtype=torch.float32)
+    write_checkpoint(tmp_path / "base", tensors)
+    write_checkpoint(tmp_path / "one", fine_tune(tensors, 1, 0.1))
+    return tensors

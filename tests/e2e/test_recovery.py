@@ -3,90 +3,29 @@
 from __future__ import annotations
 
 import os
-import threading
 import uuid
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import redis
 import torch
 
 from service.jobs import CancelRequested, JobRecord, JobState
-from tests.checkpoints import fine_tune, llama_tensors, read_checkpoint, write_checkpoint
-from tests.e2e.bench import Bench, KilledError, Steps
-from workers.errors import (
-    AlreadyExistsError,
-    IllegalTransitionError,
-    JobStoreUnavailableError,
-    StoreUnavailableError,
-)
+from tests.checkpoints import fine_tune, write_checkpoint
+from tests.e2e.bench import Bench, KilledError, Steps, at_step, raising
+from tests.e2e.means import SHARD_BYTES, is_mean, nothing_at, submit
+from workers.errors import AlreadyExistsError, StoreUnavailableError
 from workers.store import join
 
 pytestmark = pytest.mark.valkey
 
 INDEX = "model.safetensors.index.json"
-SHARD_BYTES = 90_000
 LOST = StoreUnavailableError("the answer was lost")
-
-
-@pytest.fixture
-def base(tmp_path: Path) -> dict[str, torch.Tensor]:
-    """Tensors of the base at ``base``, with a fine-tune at ``one``: they merge into two shards."""
-    tensors = llama_tensors(0, layers=1, hidden=48, heads=2, vocab=64, dtype=torch.float32)
-    write_checkpoint(tmp_path / "base", tensors)
-    write_checkpoint(tmp_path / "one", fine_tune(tensors, 1, 0.1))
-    return tensors
-
-
-def recipe(root: Path) -> dict[str, Any]:
-    """The mean of the two."""
-    return {"merge_method": "linear", "models": [{"model": str(root / name)} for name in ("one", "base")]}
-
-
-def submit(bench: Bench, root: Path, out: str = "out", **options: Any) -> str:
-    """Queue the merge."""
-    return bench.submit(recipe(root), root / out, shard_bytes=SHARD_BYTES, **options)
 
 
 def events(record: JobRecord, name: str) -> int:
     """How often something happened to a job."""
     return sum(entry.event == name for entry in record.history)
-
-
-def is_mean(root: Path, out: str = "out") -> bool:
-    """Whether the output is the mean of what the inputs are now, and nothing else is there."""
-    one, base, merged = (read_checkpoint(root / name) for name in ("one", "base", out))
-    return not (root / out / ".mergemill").exists() and all(
-        torch.equal(merged[name], (one[name] + base[name]) / 2) for name in base
-    )
-
-
-def nothing_at(out: Path) -> bool:
-    """Whether an output holds nothing at all."""
-    return not out.exists() or not any(out.iterdir())
-
-
-def at_step(name: str, act: Callable[[], None], when: str = "before") -> Steps:
-    """Do something around the first step of that name."""
-    seen: list[str] = []
-
-    def hook(_: int, moment: str, step: str) -> None:
-        if moment == when and step.startswith(name) and not seen:
-            seen.append(step)
-            act()
-
-    return Steps(hook)
-
-
-def raising(error: BaseException) -> Callable[[], None]:
-    """A hook that raises."""
-
-    def act() -> None:
-        raise error
-
-    return act
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
@@ -371,103 +310,3 @@ def test_a_commit_that_was_made_stands_whatever_becomes_of_the_inputs(
     assert names == sorted(file["name"] for file in record.summary["files"])  # type: ignore[index, union-attr]
     (tmp_path / "aside").rename(tmp_path / "one" / "model.safetensors")
     assert is_mean(tmp_path)
-
-
-def test_giving_up_leaves_the_checkpoint_that_was_there(
-    bench: Bench, base: dict[str, torch.Tensor], tmp_path: Path
-) -> None:
-    """The one from before may have been made by the very same plan, and say so."""
-    assert bench.run(submit(bench, tmp_path)).state == JobState.SUCCEEDED
-    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
-    job = submit(bench, tmp_path, overwrite=True)
-
-    def cancel_unreadably() -> None:
-        shard = tmp_path / "out" / "model-00001-of-00002.safetensors"
-        record = bench.jobs.get(job)
-        bench.store.put(f"file://{shard}", shard.read_bytes(), {"mergemill-plan": str(record.plan_digest)})
-        bench.jobs.apply(job, CancelRequested())
-
-    assert bench.run(job, at_step("record_part", cancel_unreadably)).state == JobState.CANCELLED
-    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
-
-
-def test_a_failure_leaves_nothing_behind_wherever_giving_up_is_interrupted(
-    bench: Bench, base: dict[str, torch.Tensor], tmp_path: Path
-) -> None:
-    """NaN in what the last part reads: all others are there by then."""
-    bad = fine_tune(base, 1, 0.1)
-    bad["model.norm.weight"][0] = torch.nan
-    write_checkpoint(tmp_path / "one", bad)
-    whole = Steps()
-    record = bench.run(submit(bench, tmp_path), whole)
-    assert record.state == JobState.FAILED
-    assert record.error is not None
-    assert "model.norm.weight" in str(record.error["detail"])
-    assert nothing_at(tmp_path / "out")
-    assert "record_part" in whole.names
-    for number in range(whole.names.index("record_part"), len(whole.names)):
-        job = submit(bench, tmp_path, str(number))
-        bench.run_until(job, number)
-        assert bench.run(job).state == JobState.FAILED, whole.names[number]
-        assert nothing_at(tmp_path / str(number)), whole.names[number]
-
-
-def test_a_cancel_ends_the_job_wherever_it_comes(
-    bench: Bench, base: dict[str, torch.Tensor], tmp_path: Path
-) -> None:
-    """Before the commit starts, everything is gone when the job is cancelled; from there on it is refused."""
-    whole = Steps()
-    assert bench.run(submit(bench, tmp_path), whole).state == JobState.SUCCEEDED
-    commit = whole.names.index("apply commit_started")
-    for number, name in enumerate(whole.names):
-        out = tmp_path / str(number)
-        job = submit(bench, tmp_path, str(number))
-
-        def cancel(step: int, moment: str, what: str, number: int = number, job: str = job) -> None:
-            if what == "apply cancelled" and moment == "before":
-                assert nothing_at(tmp_path / str(number))
-            if (step, moment) != (number, "before"):
-                return
-            if number > commit:
-                with pytest.raises(IllegalTransitionError):
-                    bench.jobs.apply(job, CancelRequested())
-            else:
-                bench.jobs.apply(job, CancelRequested())
-
-        record = bench.run(job, Steps(cancel))
-        if number > commit:
-            assert record.state == JobState.SUCCEEDED, name
-            continue
-        assert record.state == JobState.CANCELLED, f"{name}: {record.error}"
-        assert nothing_at(out), name
-    assert bench.run(submit(bench, tmp_path, str(commit))).state == JobState.SUCCEEDED
-    assert is_mean(tmp_path, str(commit))
-
-
-def test_a_queued_job_that_was_cancelled_while_it_was_taken_stays_cancelled(
-    bench: Bench, base: dict[str, torch.Tensor], tmp_path: Path
-) -> None:
-    job = submit(bench, tmp_path)
-    runner = bench.runner(job)
-    bench.jobs.apply(job, CancelRequested())
-    runner.run()
-    assert bench.jobs.get(job).state == JobState.CANCELLED
-    assert nothing_at(tmp_path / "out")
-
-
-def test_a_job_store_that_is_out_of_reach_at_the_end_does_not_fail_the_job(
-    bench: Bench, base: dict[str, torch.Tensor], tmp_path: Path
-) -> None:
-    job = submit(bench, tmp_path)
-    away = threading.Event()
-
-    def cut(_: int, moment: str, name: str) -> None:
-        if name == "apply commit_started" and moment == "before":
-            bench.jobs.apply(job, CancelRequested())
-        if name.startswith("abort") and moment == "before" and not away.is_set():
-            away.set()
-            raise JobStoreUnavailableError("Redis is away")
-
-    assert bench.run(job, Steps(cut)).state == JobState.RUNNING  # until somebody takes it over
-    assert bench.run(job).state == JobState.CANCELLED
-    assert nothing_at(tmp_path / "out")

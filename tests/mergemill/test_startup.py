@@ -21,6 +21,15 @@ def test_help_is_quick_and_loads_nothing_big() -> None:
     assert float(done.stdout) < 0.7  # of one processor: wall time is the neighbours' too
 
 
+def test_who_only_serves_and_plans_loads_no_torch() -> None:
+    code = (
+        "import sys, api.app, service.scheduler;"
+        "big = {'torch', 'numba', 'ray'} & set(sys.modules); sys.exit(f'loaded {big}' if big else 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 def test_serve_says_when_its_port_is_taken() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         env = {**os.environ, "MERGEMILL_PORT": str(taken.getsockname()[1]), "MERGEMILL_LOG_FORMAT": "console"}

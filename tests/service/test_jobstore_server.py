@@ -22,7 +22,7 @@ def test_the_embedded_server_is_durable(job_store: JobStore) -> None:
 
 def test_each_careless_setting_is_named(job_store: JobStore, raw: redis.Redis) -> None:
     careless = {"appendonly": "no", "appendfsync": "everysec", "maxmemory-policy": "allkeys-lru"}
-    good = {name: raw.config_get(name)[name] for name in careless}
+    good = {name: str(raw.config_get(name)[name]) for name in careless}
     try:
         for name, value in careless.items():
             raw.config_set(name, value)
@@ -80,7 +80,9 @@ def test_every_key_is_in_the_table(job_store: JobStore, raw: redis.Redis) -> Non
     job_store.record_part(lease, part(1))
     job_store.record_survey(lease, "s", 0, {}, 1)
     job_store.claim_output(lease, "file:///out")
-    keys = {key.removeprefix(f"{job_store._namespace}:") for key in raw.keys(f"{job_store._namespace}:*")}
+    keys = {
+        str(key).removeprefix(f"{job_store._namespace}:") for key in raw.keys(f"{job_store._namespace}:*")
+    }
     shown = {key.replace(record.id, "<id>").replace("file:///out", "<uri>") for key in keys}
     assert len(shown) == 11
     for key in shown:

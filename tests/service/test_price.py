@@ -170,11 +170,28 @@ def test_what_two_pieces_share_is_read_and_held_once() -> None:
 def test_a_task_takes_a_core_its_memory_and_its_share_of_a_gpu() -> None:
     found = price([SECOND], [], 1, BASELINE)
     assert needs(found) == Needs(found.peak_bytes, 1, 0, "cpu")
-    assert found.gpu_bytes == GPU_BASELINE_BYTES + HELD_BIG + padded(2 * (13 * MIB + 1)) + workspace_bytes(3)
+    # Two chunks of 8 Mi elements with what they become, and of the one that is computed 40 bytes and a float an input.
+    assert (
+        found.gpu_bytes
+        == GPU_BASELINE_BYTES + 8 * MIB * (2 * (4 + 2 + 2 + 2) + 40 + 3 * 4) + (3 * 2 + 8) * MIB
+    )
     on_gpu = needs(found, 4 * found.gpu_bytes)
     assert on_gpu == Needs(found.peak_bytes + GPU_HOST_BYTES, 1, 0.25, "cuda")
     assert needs(found, 4 * found.gpu_bytes - 1).gpus == 0.26  # never less than it is
     assert needs(found, found.gpu_bytes - 1).gpus > 1
+
+
+def test_a_gpu_holds_a_few_chunks_however_big_the_tensor() -> None:
+    small, big, bigger = (
+        price(
+            [Part("s", 1, 0, (MergePiece("merge", arithmetic("t", 0, n), "F16", None),), 1)], [], 1
+        ).gpu_bytes
+        for n in (1 << 20, 1 << 23, 1 << 26)
+    )
+    assert small < big == bigger
+    surveyed = price([FIRST], [SURVEY], 1).gpu_bytes
+    assert surveyed == GPU_BASELINE_BYTES + 8 * MIB * (2 * (4 + 2 + 2) + 40 + 3 * 4) + (3 * 2 + 8) * MIB
+    assert price([FIRST], [], 1).gpu_bytes < small
 
 
 def test_nothing_to_compute_needs_no_gpu() -> None:

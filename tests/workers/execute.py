@@ -15,7 +15,7 @@ from service.planning import Planned, plan_recipe
 from service.recipe import parse_recipe
 from tests.checkpoints import Tensors, write_checkpoint
 from workers.binding import bind
-from workers.methods.evaluate import conclude_pass
+from workers.methods.survey import conclude_pass
 from workers.run import run_part, run_survey
 from workers.store.base import ObjectStore
 from workers.store.local import LocalStore

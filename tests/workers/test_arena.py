@@ -5,8 +5,9 @@ from __future__ import annotations
 import errno
 import itertools
 import mmap
+import resource
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from workers.arena import ALIGNMENT, Arena, Extent, padded
+from workers.errors import FleetError
 
 pytestmark = pytest.mark.fast
 
@@ -118,6 +120,42 @@ def test_resting_lets_the_system_take_the_memory_unless_it_is_in_use() -> None:
     assert bytes(extent.view[-64:]) == b"y" * 64
 
 
+@pytest.mark.parametrize("wanted", [8 << 20, 24 << 20])
+def test_of_another_size_it_keeps_the_memory_that_it_has(wanted: int) -> None:
+    size = 16 << 20
+    arena = Arena(size)
+    (extent,) = arena.take([size])
+    extent.view[:] = b"x" * size
+    arena.give_back(extent)
+    del extent
+    assert arena.resize(wanted - 1)
+    assert arena.nbytes == wanted
+    (extent,) = arena.take([wanted])
+    kept = min(size, wanted)
+    assert extent.view[:kept] == b"x" * kept
+    written = memoryview(b"y" * wanted)
+    faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    extent.view[:kept] = written[:kept]
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults < kept // PAGE // 2
+    extent.view[:] = written
+    with pytest.raises(ValueError, match="were asked of an arena"):
+        arena.take([wanted + 1])
+
+
+def test_its_size_stays_while_somebody_uses_it_and_when_it_is_pinned() -> None:
+    arena = Arena(4 * PAGE)
+    (extent,) = arena.take([PAGE])
+    assert not arena.resize(PAGE)
+    arena.give_back(extent)
+    assert not arena.resize(8 * PAGE)  # who gave it back still holds the view
+    (whole,) = arena.take([4 * PAGE])
+    whole.view[:] = b"x" * 4 * PAGE
+    arena.give_back(whole)
+    del extent, whole
+    assert arena.resize(8 * PAGE)
+    assert not Arena(PAGE, lambda memory: lambda: None).resize(2 * PAGE)
+
+
 def test_a_kernel_without_huge_pages_will_do(monkeypatch: pytest.MonkeyPatch) -> None:
     class Plain(mmap.mmap):
         def madvise(self, option: int, *rest: int) -> None:
@@ -128,6 +166,49 @@ def test_a_kernel_without_huge_pages_will_do(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(mmap, "mmap", Plain)
     (extent,) = Arena(PAGE).take([PAGE])
     assert len(extent.view) == PAGE
+
+
+def test_pinned_memory_is_let_go_before_it_is_unmapped() -> None:
+    events: list[str] = []
+
+    def pin(memory: memoryview) -> Callable[[], None]:
+        assert len(memory) == 4 * PAGE
+        events.append("pinned")
+
+        def unpin() -> None:
+            assert bytes(memory[:2]) == b"xx"  # still there
+            events.append("unpinned")
+
+        return unpin
+
+    arena = Arena(3 * PAGE + 1, pin)
+    (extent,) = arena.take([PAGE])
+    extent.view[:] = b"x" * PAGE
+    arena.give_back(extent)
+    assert events == ["pinned"]
+    del arena, extent
+    assert events == ["pinned", "unpinned"]
+
+
+def test_pinned_memory_is_never_given_up() -> None:
+    size = 16 << 20
+    before = free_to_take()
+    arena = Arena(size, lambda memory: lambda: None)
+    (extent,) = arena.take([size])
+    extent.view[:] = b"x" * size
+    arena.give_back(extent)
+    arena.rest()
+    assert free_to_take() == before
+    (extent,) = arena.take([size])
+    assert bytes(extent.view[-64:]) == b"x" * 64
+
+
+def test_memory_that_cannot_be_pinned_is_no_arena() -> None:
+    def refuse(memory: memoryview) -> Callable[[], None]:
+        raise FleetError("CUDA would not pin it")
+
+    with pytest.raises(FleetError, match="would not"):
+        Arena(PAGE, refuse)
 
 
 def free_to_take() -> int:

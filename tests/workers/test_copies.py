@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from service.plan import PlanOptions
 from tests.workers.execute import MIB, dyadic, plan, run
-from tests.workers.test_run import assert_digests
+from tests.workers.merges import assert_digests
 from workers.errors import NonFiniteError, ObjectChangedError, StoreError
 from workers.store.base import Upload, UploadedPart
 from workers.store.local import LocalStore

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from service.price import price
 from tests.checkpoints import Tensors, fine_tune, llama_tensors
 from tests.workers.execute import MIB, dyadic, plan, run, write_models
 from workers import entry
-from workers.arena import Arena
+from workers.arena import Arena, Pin, padded
 from workers.errors import MergemillError, NonFiniteError
 from workers.kernels import kernels_of
 from workers.run import PartRun, Tools, run_tasks
@@ -104,15 +105,43 @@ def test_what_is_no_task_fails_with_its_cause(tmp_path: Path) -> None:
     assert PART_RESULT.validate_json(answers[1]).number == 1
 
 
-def test_streams_of_one_size_share_an_arena_and_others_get_their_own(tmp_path: Path) -> None:
+def test_streams_share_an_arena_which_has_the_size_that_each_wants(tmp_path: Path) -> None:
     planned, _ = written(tmp_path, llamas())
     (asked,) = payloads(LocalStore(), planned, tmp_path / "out")
-    arenas = []
-    for size in (asked["arena_bytes"], asked["arena_bytes"], 2 * asked["arena_bytes"]):
-        list(entry.tasks([asked | {"arena_bytes": size}]))
-        arenas.append(entry._ARENA._arena)
-    assert arenas[0] is arenas[1]
-    assert arenas[1] is not arenas[2]
+    size = asked["arena_bytes"]
+    arenas, sizes = set(), []
+    for wanted in (size, size, 2 * size, size):
+        list(entry.tasks([asked | {"arena_bytes": wanted}]))
+        arena = entry._ARENA._arena
+        assert arena is not None
+        arenas.add(arena)
+        sizes.append(arena.nbytes)
+    assert len(arenas) == 1
+    assert sizes == [padded(wanted) for wanted in (size, size, 2 * size, size)]
+
+
+def test_an_arena_is_pinned_for_the_device_that_copies_from_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    planned, _ = written(tmp_path, llamas())
+    (asked,) = payloads(LocalStore(), planned, tmp_path / "out")
+    events: list[str] = []
+
+    def pin_of(device: str) -> Pin | None:
+        def pin(memory: memoryview) -> Callable[[], None]:
+            events.append(f"pinned {len(memory)}")
+            return lambda: events.append("let go")
+
+        return None if device == "cpu" else pin
+
+    monkeypatch.setattr(entry, "pin_of", pin_of)
+    monkeypatch.setattr(entry, "kernels_of", lambda device: kernels_of("cpu"))
+    results = []
+    for device in ("cpu", "other", "other", "cpu"):
+        ((_, value),) = entry.tasks([asked | {"device": device}])
+        results.append(PART_RESULT.validate_json(value).digests)
+    assert results == results[:1] * 4
+    assert events == [f"pinned {padded(asked['arena_bytes'])}", "let go"]
 
 
 class Watching(LocalStore):

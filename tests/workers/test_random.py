@@ -11,7 +11,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from workers.random import keep_mask, mask_key, philox4x32
+from tests.workers.philox import numpy_philox4x32, numpy_words
+from workers.random import keep_mask, mask_key, philox4x32, words_below
 
 pytestmark = pytest.mark.fast
 
@@ -39,10 +40,12 @@ def plain_philox(counter: int, key: int) -> list[int]:
 @pytest.mark.parametrize(("counter", "key", "answer"), KNOWN_ANSWERS)
 def test_philox_gives_the_published_vectors(counter: str, key: str, answer: str) -> None:
     low, high = (int(word, 16) for word in key.split())
-    c = [np.array([int(word, 16)] * 3, dtype=np.uint64) for word in counter.split()]
-    words = philox4x32((c[0], c[1], c[2], c[3]), high << 32 | low)
-    for word, expected in zip(words, answer.split(), strict=True):
-        assert word.tolist() == [int(expected, 16)] * 3
+    c = np.array([[int(word, 16)] * 3 for word in counter.split()], dtype=np.uint64)
+    t = torch.from_numpy(c.astype(np.int64))
+    drawn = philox4x32((t[0], t[1], t[2], t[3]), high << 32 | low)
+    plain = numpy_philox4x32((c[0], c[1], c[2], c[3]), high << 32 | low)
+    for word, same, expected in zip(drawn, plain, answer.split(), strict=True):
+        assert word.tolist() == same.tolist() == [int(expected, 16)] * 3
 
 
 @pytest.mark.parametrize(("counter", "key", "answer"), KNOWN_ANSWERS)
@@ -64,6 +67,20 @@ def test_a_mask_is_a_comparison_of_the_word_that_belongs_to_the_element(
     threshold = Fraction(str(density)) * 2**32 // 1
     expected = [plain_philox(i // 4, key)[i % 4] < threshold for i in range(first, first + count)]
     assert keep_mask(key, first, count, density).tolist() == expected
+
+
+@given(
+    key=st.integers(0, 2**64 - 1),
+    first=st.one_of(st.integers(0, 70_000), st.integers(2**34 - 9000, 2**34), st.integers(2**50, 2**60)),
+    count=st.integers(1, 9001),
+    bound=st.integers(1, 2**32 - 1),
+)
+def test_words_drawn_in_torch_are_numpys(key: int, first: int, count: int, bound: int) -> None:
+    words = numpy_words(key, first, count)
+    assert words_below(key, first, count, bound).tolist() == (words < bound).tolist()
+    # Bounds at a word itself show its every bit.
+    word = int(words[0])
+    assert bool(words_below(key, first, 1, word + 1)) and not bool(words_below(key, first, 1, word))
 
 
 def test_a_mask_of_a_whole_equals_the_masks_of_its_parts_wherever_it_is_cut() -> None:

@@ -14,11 +14,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
-import torch
+
+if TYPE_CHECKING:  # whoever only plans needs no torch
+    import torch
 
 Divisor = Literal["abs_weights", "count", "weights"]
 """What a consensus is divided by, over the models that agree: their absolute weights, number or weights."""
@@ -35,7 +37,7 @@ Sums = npt.NDArray[np.float64]
 
 @dataclass(frozen=True, slots=True)
 class Operands:
-    """A run of elements of one tensor, from every input: flat tensors of equal length on one device.
+    """A run of elements of one tensor, from every input: flat tensors of equal length, in main memory.
 
     Each is float32, bfloat16 or float16 (contiguous, aligned to its element) and may differ from the others.
     """
@@ -128,9 +130,6 @@ class Kernels(Protocol):
     results are on the grid of ``SURVEY_ELEMENTS``, the last block maybe short.
     """
 
-    def place(self, operands: Operands) -> Operands:
-        """The operands where this computes: on its device."""
-
     def merge(self, operands: Operands, formula: Formula, out: torch.Tensor) -> Found:
         """Write the merged elements to ``out``: shape ``[n]``, float32, bfloat16 or float16, rounded once to nearest
         even, NaN as 0x7FC00000, 0x7FC0 or 0x7E00."""
@@ -155,7 +154,7 @@ class Kernels(Protocol):
 
     def norms(self, operands: Operands, formula: Formula) -> Sums:
         """L1 norms of each term's elements before they are dropped and after, unscaled and untrimmed: shape
-        ``[blocks, terms, 2]``, float64, each block summed by the fixed tree of ``reference.block_sum``."""
+        ``[blocks, terms, 2]``, float64, each block summed by the fixed tree of ``reference.block_sums``."""
 
     def products(self, operands: Operands) -> Sums:
         """Of two models: both squared norms and the dot product, shape ``[blocks, 3]``, float64, by the same tree."""

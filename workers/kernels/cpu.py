@@ -10,12 +10,12 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from workers.canonical import SURVEY_ELEMENTS
 from workers.kernels import cpu_dtypes as dtypes
 from workers.kernels import cpu_passes as passes
 from workers.kernels.base import Counts, Divisor, Formula, Found, Operands, Sums, Term
 from workers.kernels.cpu_compile import Records
 from workers.kernels.reference import float32
-from workers.task import SURVEY_ELEMENTS
 
 _CODES = {
     torch.float32: dtypes.FLOAT32,
@@ -30,10 +30,6 @@ class FusedKernels:
     It has no state, and may be used by several threads at once; each call keeps one core busy, without the
     interpreter's lock, and takes up to 1.5 MiB of workspace, however long the run.
     """
-
-    def place(self, operands: Operands) -> Operands:
-        """The operands as they are: in main memory."""
-        return operands
 
     def merge(self, operands: Operands, formula: Formula, out: torch.Tensor) -> Found:
         """Write the merged elements to ``out``, and say what was found."""

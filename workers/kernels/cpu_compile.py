@@ -25,7 +25,7 @@ from llvmlite import ir
 from numba import njit, typeof, types
 from numba.extending import intrinsic
 
-from workers.task import SURVEY_ELEMENTS
+from workers.canonical import SURVEY_ELEMENTS
 
 log = logging.getLogger(__name__)
 

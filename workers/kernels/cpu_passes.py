@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import numpy as np
 
+from workers.canonical import SURVEY_ELEMENTS
 from workers.kernels import cpu_dtypes as dtypes
 from workers.kernels import cpu_tiles as tiles
 from workers.kernels.cpu_compile import Doubles, Floats, Integers, Kernel, Records, Words, inlined
-from workers.task import SURVEY_ELEMENTS
 
 PLACE = np.dtype([("address", "i8"), ("dtype", "i8"), ("width", "i8")], align=True)
 """Where elements are: the address of the first, the code of their dtype, and bytes an element."""

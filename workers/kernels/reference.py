@@ -19,31 +19,20 @@ trim or a mask says; infinities follow arithmetic; and statistics read both as z
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from fractions import Fraction
+from collections.abc import Iterable, Sequence
 from functools import reduce
-from typing import Literal
 
 import numpy as np
 import torch
 
+from workers.canonical import SURVEY_ELEMENTS
 from workers.kernels.base import Divisor
-from workers.task import SURVEY_ELEMENTS
 
 TORCH_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """The torch dtype of each safetensors dtype that arithmetic is done on."""
 
 INFINITY_BITS = 0x7F800000
 """Magnitude bits of infinity; those of NaN are larger, those of finite numbers smaller."""
-
-KeepCount = Literal["exact", "paper", "mergekit"]
-
-PARALLEL = 0.9995
-"""Above this absolute cosine SLERP is linear interpolation."""
-ZERO_NORM = 1e-8
-"""At most this norm SLERP takes a vector for zero."""
-ZERO_WEIGHTS = 1e-8
-"""Below this absolute sum of weights, normalising divides by 1."""
 
 
 def to_float32(raw: torch.Tensor) -> torch.Tensor:
@@ -53,9 +42,7 @@ def to_float32(raw: torch.Tensor) -> torch.Tensor:
 
 def round_to(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Round float32 to ``dtype``, to nearest even, once; NaN becomes 0x7FC0, 0x7E00 or 0x7FC00000."""
-    rounded = x.to(dtype)
-    nan = torch.isnan(x)
-    return rounded.masked_fill(nan, math.nan) if bool(nan.any()) else rounded
+    return x.to(dtype).masked_fill(torch.isnan(x), math.nan)
 
 
 def float32(value: float) -> float:
@@ -109,24 +96,6 @@ def nan_mask(x: torch.Tensor) -> torch.Tensor:
 # --- trim (TIES, 2306.01708, step 1) ----------------------------------------------------------------------
 
 
-def keep_count(density: float, numel: int, rule: KeepCount = "exact") -> int:
-    """How many of ``numel`` elements a trim at ``density`` keeps.
-
-    ``exact`` is floor(density * numel) in exact rationals, at least 1 unless the density is 0. ``paper`` is
-    the authors' code, int(density * numel) + 1 in floats, even at density 0; ``mergekit`` is
-    max(1, int(density * numel)) in floats, 0 at density 0. Density 1 keeps all under every rule.
-    """
-    if density >= 1:
-        return numel
-    if rule == "paper":
-        return min(numel, int(density * numel) + 1)
-    if density <= 0:
-        return 0
-    if rule == "mergekit":
-        return max(1, int(density * numel))
-    return max(1, Fraction(str(density)) * numel // 1)
-
-
 def trim(x: torch.Tensor, threshold: int) -> torch.Tensor:
     """Zero the elements whose magnitude bits are below ``threshold``; those equal to it stay."""
     bits = magnitude_bits(x)
@@ -151,7 +120,7 @@ def drop(x: torch.Tensor, mask: torch.Tensor, factor: float) -> torch.Tensor:
 # --- sums over models -------------------------------------------------------------------------------------
 
 
-def weigh(vectors: Sequence[torch.Tensor], weights: Sequence[float]) -> list[torch.Tensor]:
+def weigh(vectors: Iterable[torch.Tensor], weights: Sequence[float]) -> list[torch.Tensor]:
     """Each vector times its weight."""
     return [scale(vector, weight) for vector, weight in zip(vectors, weights, strict=True)]
 
@@ -159,12 +128,6 @@ def weigh(vectors: Sequence[torch.Tensor], weights: Sequence[float]) -> list[tor
 def accumulate(vectors: Sequence[torch.Tensor]) -> torch.Tensor:
     """The sum of one or more vectors, added in order."""
     return reduce(torch.add, vectors)
-
-
-def weight_sum(weights: Sequence[float]) -> float:
-    """What a normalised weighted sum is divided by: the sum of the weights, or 1 where that vanishes."""
-    total = math.fsum(weights)
-    return total if abs(total) >= ZERO_WEIGHTS else 1.0
 
 
 # --- elect and disjoint merge (TIES, steps 2 and 3) -------------------------------------------------------
@@ -218,31 +181,24 @@ def consensus(
 # --- statistics -------------------------------------------------------------------------------------------
 
 
-def block_sum(x: torch.Tensor) -> float:
-    """The sum of at most ``SURVEY_ELEMENTS`` float64 values, by one fixed tree.
+def by_block(x: torch.Tensor) -> torch.Tensor:
+    """``x`` as rows of ``SURVEY_ELEMENTS``, the last one filled up with zeros; of any dtype."""
+    blocks = math.ceil(x.numel() / SURVEY_ELEMENTS)
+    if x.numel() == blocks * SURVEY_ELEMENTS:
+        return x.view(blocks, SURVEY_ELEMENTS)
+    rows = x.new_zeros(blocks, SURVEY_ELEMENTS)
+    rows.view(-1)[: x.numel()] = x
+    return rows
 
-    The block is padded with zeros to ``SURVEY_ELEMENTS``; then its second half is added to its first until
-    one value is left.
+
+def block_sums(x: torch.Tensor) -> torch.Tensor:
+    """The sum of each block of ``SURVEY_ELEMENTS`` float64 values, by one fixed tree: shape ``[blocks]``.
+
+    The last block is padded with zeros; then the second half of each is added to its first until one value is
+    left.
     """
-    width = SURVEY_ELEMENTS
-    sums = torch.zeros(width, dtype=torch.float64, device=x.device)
-    sums[: x.numel()] = x
+    sums, width = by_block(x), SURVEY_ELEMENTS
     while width > 1:
         width //= 2
-        sums[:width] += sums[width : 2 * width]
-    return float(sums[0])
-
-
-def slerp_coefficients(t: float, first: float, second: float, dot: float) -> tuple[float, float]:
-    """What SLERP multiplies the two vectors by, given their squared norms and their dot product.
-
-    Shoemake 1985. Linear interpolation where the vectors are nearly parallel or one of them is zero.
-    """
-    norms = math.sqrt(first), math.sqrt(second)
-    if min(norms) <= ZERO_NORM:
-        return 1 - t, t
-    cosine = dot / norms[0] / norms[1]
-    if abs(cosine) > PARALLEL:
-        return 1 - t, t
-    angle = math.acos(cosine)
-    return math.sin((1 - t) * angle) / math.sin(angle), math.sin(t * angle) / math.sin(angle)
+        sums = sums[:, :width] + sums[:, width:]
+    return sums[:, 0]

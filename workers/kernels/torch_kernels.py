@@ -1,21 +1,24 @@
-"""Formulas and statistics in torch, on whatever device the operands are: the meaning that ``cpu`` has to match.
+"""Formulas and statistics in torch, on whatever device they are carried to: the meaning that ``cpu`` has to match.
 
-A run is walked block by block of the survey grid, and only one block at a time is widened to float32, so the
-workspace does not grow with the run. Each step is a function of :mod:`workers.kernels.reference`.
+A run is walked in steps of whole survey blocks (:mod:`workers.kernels.conveyor`), and only what is worked on is
+widened to float32, so the workspace does not grow with the run. How many blocks a step has changes nothing: what is
+counted is counted of all, and what is summed is summed block by block. Results are added up on the device and read
+once. Each step is made of functions of :mod:`workers.kernels.reference`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
-import numpy as np
 import torch
 
+from workers.canonical import SURVEY_ELEMENTS
 from workers.kernels import reference
 from workers.kernels.base import KEEP_ALL, Counts, Formula, Found, Operands, Sums, Term
+from workers.kernels.conveyor import Carrier, InPlace
 from workers.random import words_below
-from workers.task import SURVEY_ELEMENTS
 
 _BINS = 1 << 16
 
@@ -23,164 +26,203 @@ _BINS = 1 << 16
 class TorchKernels:
     """The reference implementation of :class:`workers.kernels.base.Kernels`."""
 
-    def __init__(self, device: str = "cpu") -> None:
-        self._device = torch.device(device)
-
-    def place(self, operands: Operands) -> Operands:
-        """The operands on the device; those that are there already are not copied."""
-        base = None if operands.base is None else operands.base.to(self._device)
-        return replace(operands, base=base, models=tuple(model.to(self._device) for model in operands.models))
+    def __init__(self, carrier: Carrier | None = None) -> None:
+        """
+        :param carrier: what brings the elements to the device; else they stay, and are walked a block at a time.
+        """
+        self._carrier = carrier or InPlace()
 
     def merge(self, operands: Operands, formula: Formula, out: torch.Tensor) -> Found:
         """Write the merged elements to ``out``, and say what was found."""
-        nonfinite = [0] * len(operands.inputs)
-        overflowed = 0
-        for block in _blocks(operands):
-            merged = reference.round_to(_merged(block, formula), out.dtype)
-            start = block.first - operands.first
-            out[start : start + block.numel] = merged
-            for number, elements in enumerate(block.inputs):
-                nonfinite[number] += _nonfinite(elements)
-            overflowed += _overflowed(block, merged)
+        counts = self._zeros(len(operands.inputs) + 1)
+
+        def step(run: Operands) -> torch.Tensor:
+            merged = reference.round_to(_merged(run, formula), out.dtype)
+            counts.add_(_not_finite(run, merged))
+            return merged
+
+        cuts = [term.cut[0] for term in formula.terms if term.cut is not None]
+        self._carrier.carry(operands, step, out, cuts)
+        *nonfinite, overflowed = counts.tolist()
         return Found(tuple(nonfinite), overflowed)
 
     def nonfinite(self, operands: Operands) -> tuple[int, ...]:
         """NaN and infinities of each input, the base first."""
-        counts = [[_nonfinite(elements) for elements in block.inputs] for block in _blocks(operands)]
-        return tuple(sum(column) for column in zip(*counts, strict=True))
+        counts = self._zeros(len(operands.inputs))
+
+        def step(run: Operands) -> None:
+            finite = [torch.count_nonzero(torch.isfinite(elements)) for elements in run.inputs]
+            counts.add_(run.numel - torch.stack(finite))
+
+        self._carrier.carry(operands, step)
+        return tuple(counts.tolist())
 
     def histogram(
         self, operands: Operands, formula: Formula, high: Sequence[int] | None, counts: Counts
     ) -> None:
         """Count the high 16 magnitude bits of each term, or the low ones within its bin ``high``, into ``counts``."""
-        for block in _blocks(operands):
-            for index, term in enumerate(formula.terms):
-                bits = reference.finite_bits(_sparse(block, formula, term))
+        found = self._zeros(len(formula.terms), _BINS)
+
+        def step(run: Operands) -> None:
+            for index, vector in enumerate(_sparse_terms(run, formula)):
+                bits = reference.finite_bits(vector)
                 values = bits.bitwise_right_shift_(16) if high is None else bits.sub_(high[index] << 16)
-                counts[index] += _count(values)
+                found[index].add_(_count(values))
+
+        self._carrier.carry(operands, step)
+        counts += found.cpu().numpy()
 
     def equal_counts(self, operands: Operands, formula: Formula, thresholds: Sequence[int]) -> Counts:
         """How many elements of each term have the magnitude bits of its threshold: ``[blocks, terms]``."""
-        counts = [
-            [
-                int(torch.count_nonzero(reference.finite_bits(_sparse(block, formula, term)) == threshold))
-                for term, threshold in zip(formula.terms, thresholds, strict=True)
-            ]
-            for block in _blocks(operands)
-        ]
-        return np.array(counts, dtype=np.int64).reshape(-1, len(formula.terms))
+        found = self._zeros(_blocks(operands), len(formula.terms))
+
+        def step(run: Operands) -> None:
+            rows = found[_rows(operands, run)]
+            for index, vector in enumerate(_sparse_terms(run, formula)):
+                equal = reference.finite_bits(vector) == thresholds[index]
+                rows[:, index] = torch.count_nonzero(reference.by_block(equal), dim=1)
+
+        self._carrier.carry(operands, step)
+        counts: Counts = found.cpu().numpy()
+        return counts
 
     def elected(self, operands: Operands, formula: Formula) -> int:
         """Elements whose terms' weighted sum is above zero, less those where it is below."""
-        balance = 0
-        for block in _blocks(operands):
-            finite = (reference.finite_or_zero(_trimmed(block, formula, term)) for term in formula.terms)
-            total = reference.accumulate(reference.weigh(tuple(finite), _weights(formula)))
-            balance += int(torch.count_nonzero(total > 0)) - int(torch.count_nonzero(total < 0))
-        return balance
+        balance = self._zeros(1)
+
+        def step(run: Operands) -> None:
+            base = _base(run, formula)
+            finite = (reference.finite_or_zero(_trimmed(run, base, term)) for term in formula.terms)
+            total = reference.accumulate(_weighted(finite, formula))
+            balance.add_(torch.count_nonzero(total > 0)).sub_(torch.count_nonzero(total < 0))
+
+        cuts = [term.cut[0] for term in formula.terms if term.cut is not None]
+        self._carrier.carry(operands, step, cuts=cuts)
+        return int(balance)
 
     def norms(self, operands: Operands, formula: Formula) -> Sums:
         """L1 norms of each term before its drop and after, unscaled: ``[blocks, terms, 2]``."""
-        norms = []
-        for block in _blocks(operands):
-            for term in formula.terms:
-                finite = reference.finite_or_zero(_vector(block, formula, term))
-                kept = _dropped(block, replace(term, factor=1.0), finite)
-                norms.append([reference.block_sum(x.abs().double()) for x in (finite, kept)])
-        return np.array(norms, dtype=np.float64).reshape(-1, len(formula.terms), 2)
+        found = self._zeros(_blocks(operands), len(formula.terms), 2, dtype=torch.float64)
+
+        def step(run: Operands) -> None:
+            rows, base = found[_rows(operands, run)], _base(run, formula)
+            for index, term in enumerate(formula.terms):
+                finite = reference.finite_or_zero(_vector(run, base, term))
+                kept = _dropped(run, replace(term, factor=1.0), finite)
+                for side, vector in enumerate((finite, kept)):
+                    rows[:, index, side] = reference.block_sums(vector.abs().double())
+
+        self._carrier.carry(operands, step)
+        return _read(found)
 
     def products(self, operands: Operands) -> Sums:
         """Both squared norms of two models and their dot product: ``[blocks, 3]``."""
-        products = []
-        for block in _blocks(operands):
+        found = self._zeros(_blocks(operands), 3, dtype=torch.float64)
+
+        def step(run: Operands) -> None:
+            rows = found[_rows(operands, run)]
             # In float64 the products of float32 values are exact.
-            first, second = (reference.finite_or_zero(reference.to_float32(x)).double() for x in block.models)
-            pairs = (first, first), (second, second), (first, second)
-            products.append([reference.block_sum(x * y) for x, y in pairs])
-        return np.array(products, dtype=np.float64).reshape(-1, 3)
+            first, second = (reference.finite_or_zero(reference.to_float32(x)).double() for x in run.models)
+            for index, (x, y) in enumerate(((first, first), (second, second), (first, second))):
+                rows[:, index] = reference.block_sums(x * y)
+
+        self._carrier.carry(operands, step)
+        return _read(found)
+
+    def _zeros(self, *shape: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
+        return torch.zeros(shape, dtype=dtype, device=self._carrier.device)
 
 
-def _blocks(operands: Operands) -> Iterator[Operands]:
-    """The operands block by block; the base, which every term may need, is float32 already."""
-    for start in range(0, operands.numel, SURVEY_ELEMENTS):
-        run = slice(start, start + SURVEY_ELEMENTS)
-        yield Operands(
-            first=operands.first + start,
-            base=None if operands.base is None else reference.to_float32(operands.base[run]),
-            models=tuple(model[run] for model in operands.models),
-            mask_keys=operands.mask_keys,
-        )
+# --- blocks -----------------------------------------------------------------------------------------------
 
 
-# --- one block --------------------------------------------------------------------------------------------
+def _blocks(operands: Operands) -> int:
+    return math.ceil(operands.numel / SURVEY_ELEMENTS)
 
 
-def _vector(block: Operands, formula: Formula, term: Term) -> torch.Tensor:
+def _rows(whole: Operands, run: Operands) -> slice:
+    """The survey blocks of a run, numbered from the beginning of the whole."""
+    first = (run.first - whole.first) // SURVEY_ELEMENTS
+    return slice(first, first + _blocks(run))
+
+
+def _read(found: torch.Tensor) -> Sums:
+    sums: Sums = found.cpu().numpy()
+    return sums
+
+
+# --- one step ---------------------------------------------------------------------------------------------
+
+
+def _base(run: Operands, formula: Formula) -> torch.Tensor | None:
+    """What a formula's terms are differences to, in float32; ``None`` when they are none."""
+    if not formula.task_vectors:
+        return None
+    if run.base is None:
+        raise ValueError("task vectors need the base model's elements")
+    return reference.to_float32(run.base)
+
+
+def _vector(run: Operands, base: torch.Tensor | None, term: Term) -> torch.Tensor:
     """A term's model in float32, less the base when the formula is one of task vectors."""
-    model = reference.to_float32(block.models[term.model])
-    return model - _base(block) if formula.task_vectors else model
+    model = reference.to_float32(run.models[term.model])
+    return model if base is None else model - base
 
 
-def _dropped(block: Operands, term: Term, vector: torch.Tensor) -> torch.Tensor:
+def _dropped(run: Operands, term: Term, vector: torch.Tensor) -> torch.Tensor:
     if term.keep_below >= KEEP_ALL:
         return vector
-    key = block.mask_keys[term.model] if term.keep_below else 0  # who keeps nothing draws nothing
-    mask = words_below(key, block.first, block.numel, term.keep_below)
-    return reference.drop(vector, mask.to(vector.device), term.factor)
+    key = run.mask_keys[term.model] if term.keep_below else 0  # who keeps nothing draws nothing
+    mask = words_below(key, run.first, run.numel, term.keep_below, vector.device)
+    return reference.drop(vector, mask, term.factor)
 
 
-def _sparse(block: Operands, formula: Formula, term: Term) -> torch.Tensor:
-    """A term's vector, dropped and rescaled."""
-    return _dropped(block, term, _vector(block, formula, term))
+def _sparse_terms(run: Operands, formula: Formula) -> Iterator[torch.Tensor]:
+    """Each term's vector, dropped and rescaled."""
+    base = _base(run, formula)
+    return (_dropped(run, term, _vector(run, base, term)) for term in formula.terms)
 
 
-def _trimmed(block: Operands, formula: Formula, term: Term) -> torch.Tensor:
-    """A term's vector, dropped, rescaled and trimmed."""
-    vector = _sparse(block, formula, term)
-    threshold, take = term.trim_of(block.first // SURVEY_ELEMENTS)
+def _trimmed(run: Operands, base: torch.Tensor | None, term: Term) -> torch.Tensor:
+    """A term's vector, dropped, rescaled and trimmed; a cut's block is a run of its own."""
+    vector = _dropped(run, term, _vector(run, base, term))
+    threshold, take = term.trim_of(run.first // SURVEY_ELEMENTS)
     if take is not None:
         return reference.trim_equals(vector, threshold, take)
     return reference.trim(vector, threshold) if threshold else vector
 
 
-def _merged(block: Operands, formula: Formula) -> torch.Tensor:
-    weights, election = _weights(formula), formula.election
-    weighted = reference.weigh([_trimmed(block, formula, term) for term in formula.terms], weights)
+def _merged(run: Operands, formula: Formula) -> torch.Tensor:
+    base, election = _base(run, formula), formula.election
+    weighted = _weighted((_trimmed(run, base, term) for term in formula.terms), formula)
     merged = reference.accumulate(weighted)
     if election is not None:
         signs = reference.elect(merged, election.zero_sign)
+        weights = [term.weight for term in formula.terms]
         merged = reference.disjoint_merge(weighted, weights, signs, election.divisor)
     if formula.divide is not None:
         merged = reference.divide(merged, formula.divide)
     merged = reference.scale(merged, formula.lambda_)
-    return _base(block) + merged if formula.task_vectors else merged
+    return merged if base is None else base + merged
 
 
-def _base(block: Operands) -> torch.Tensor:
-    if block.base is None:
-        raise ValueError("task vectors need the base model's elements")
-    return block.base
+def _weighted(vectors: Iterable[torch.Tensor], formula: Formula) -> list[torch.Tensor]:
+    """Each term's vector times its weight; made one by one, so that nothing else of them is held."""
+    return reference.weigh(vectors, [term.weight for term in formula.terms])
 
 
-def _weights(formula: Formula) -> list[float]:
-    return [term.weight for term in formula.terms]
+def _not_finite(run: Operands, merged: torch.Tensor) -> torch.Tensor:
+    """NaN and infinities of each input, and outputs that are not finite though all inputs of theirs are."""
+    overflowed = torch.isfinite(merged).logical_not_()
+    counts = []
+    for elements in run.inputs:
+        finite = torch.isfinite(elements)
+        overflowed &= finite
+        counts.append(run.numel - torch.count_nonzero(finite))
+    return torch.stack([*counts, torch.count_nonzero(overflowed)])
 
 
-def _nonfinite(elements: torch.Tensor) -> int:
-    return elements.numel() - int(torch.count_nonzero(torch.isfinite(elements)))
-
-
-def _overflowed(block: Operands, merged: torch.Tensor) -> int:
-    overflowed = ~torch.isfinite(merged)
-    if not bool(overflowed.any()):
-        return 0
-    for elements in block.inputs:
-        overflowed &= torch.isfinite(elements)
-    return int(torch.count_nonzero(overflowed))
-
-
-def _count(values: torch.Tensor) -> Counts:
+def _count(values: torch.Tensor) -> torch.Tensor:
     """How often each value from 0 to 65535 is among int32 ``values``, which are overwritten."""
     # Two bins more, for what lies below and above: cheaper than picking the rest out first.
-    counts: Counts = torch.bincount(values.clamp_(-1, _BINS).add_(1), minlength=_BINS + 2)[1:-1].cpu().numpy()
-    return counts
+    return torch.bincount(values.clamp_(-1, _BINS).add_(1), minlength=_BINS + 2)[1:-1]

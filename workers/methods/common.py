@@ -10,7 +10,7 @@ from pydantic import AfterValidator, BeforeValidator, Field
 from pydantic_core import PydanticUseDefault
 
 from workers.kernels.base import Formula, Term
-from workers.kernels.reference import weight_sum
+from workers.kernels.scalars import weight_sum
 from workers.methods.base import Parameters
 from workers.task import JSONValue
 

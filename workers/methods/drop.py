@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from workers.kernels.base import Formula, Kernels, Operands, Term
+from workers.kernels.scalars import keep_bound
 from workers.methods.base import BlockwisePass, Summary, SurveyPass
 from workers.methods.common import Rescale
-from workers.random import keep_bound
 from workers.task import Facts, JSONValue
 
 SMALL_NORM = 1e-7

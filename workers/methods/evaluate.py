@@ -1,9 +1,4 @@
-"""Running a method over a tensor, or over all of a model's: no I/O.
-
-``merge_tensor`` and ``merge_tensors`` do the whole on tensors in memory. A worker that reads its elements from
-elsewhere uses ``survey`` and the method's ``formula``; one that sees only a piece of a tensor uses a pass'
-``accumulate``, and whoever gathers the pieces uses ``conclude_pass``.
-"""
+"""A method on whole tensors, or whole models, in memory: survey and merge in one call, no I/O."""
 
 from __future__ import annotations
 
@@ -13,59 +8,11 @@ import torch
 
 from workers.kernels.base import Kernels, Operands
 from workers.kernels.torch_kernels import TorchKernels
-from workers.methods.base import Method, Parameters, Summary, SurveyPass
-from workers.task import Facts
+from workers.methods.base import Method, Parameters
+from workers.methods.survey import survey, survey_all
 
 TORCH: Kernels = TorchKernels()
 """What computes unless other kernels are given."""
-
-_HELD_SUMMARIES = 8
-"""Summaries of a survey that wait to be combined, at most: of 16 models they may have 2 MB each."""
-
-
-def conclude_pass(survey_pass: SurveyPass, summaries: Sequence[Summary], numel: int, facts: Facts) -> Facts:
-    """The facts after a pass, given the summaries of all pieces of what is surveyed, in any order."""
-    return facts | survey_pass.conclude(survey_pass.combine(summaries), numel, facts)
-
-
-def next_pass(passes: Sequence[SurveyPass], number: int, facts: Facts) -> int:
-    """The first pass from ``number`` on that is needed, given the facts so far; ``len(passes)`` when none is."""
-    return next((at for at in range(number, len(passes)) if passes[at].needed(facts)), len(passes))
-
-
-class Tally:
-    """The summaries of a pass, combined as they come, a few at a time: so few are held, and each is opened once."""
-
-    def __init__(self, survey_pass: SurveyPass) -> None:
-        self._pass = survey_pass
-        self._summaries: list[Summary] = []
-
-    def add(self, summary: Summary) -> None:
-        """Take in one more."""
-        self._summaries.append(summary)
-        if len(self._summaries) > _HELD_SUMMARIES:
-            self._summaries = [self.total]
-
-    @property
-    def total(self) -> Summary:
-        """One summary for all that came, of at least one."""
-        return self._pass.combine(self._summaries)
-
-
-def survey(passes: Sequence[SurveyPass], operands: Operands, kernels: Kernels = TORCH) -> Facts:
-    """All that ``passes`` find out about a whole tensor, of at least one element."""
-    return survey_all(passes, [operands], kernels)
-
-
-def survey_all(passes: Sequence[SurveyPass], tensors: Sequence[Operands], kernels: Kernels = TORCH) -> Facts:
-    """All that ``passes`` find out about several whole tensors together, of at least one element."""
-    numel = sum(tensor.numel for tensor in tensors)
-    facts: Facts = {}
-    for survey_pass in passes:
-        if survey_pass.needed(facts):
-            summaries = [survey_pass.accumulate(kernels, tensor, facts) for tensor in tensors]
-            facts = conclude_pass(survey_pass, summaries, numel, facts)
-    return facts
 
 
 def merge_tensor(

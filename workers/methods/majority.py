@@ -20,8 +20,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
-
 from workers.kernels.base import Formula, Kernels, Operands
 from workers.methods.base import Summary, SurveyPass
 from workers.methods.elect import ElectedSigns
@@ -36,7 +34,7 @@ class GuessingHigh(HighHistogram):
     """
 
     def accumulate(self, kernels: Kernels, operands: Operands, facts: Facts) -> Summary:
-        wide = any(elements.dtype == torch.float32 for elements in operands.inputs)
+        wide = any(elements.dtype.itemsize == 4 for elements in operands.inputs)
         return [super().accumulate(kernels, operands, facts), wide]
 
     def combine(self, summaries: Sequence[Summary]) -> Summary:

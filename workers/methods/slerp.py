@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from workers.kernels.base import Formula, Kernels, Operands, Term
-from workers.kernels.reference import slerp_coefficients
+from workers.kernels.scalars import slerp_coefficients
 from workers.methods.base import BlockwisePass, Method, Parameters, Summary, SurveyPass
 from workers.methods.common import NO_PROFILE_DIFFERENCES, Fraction01, NoParameters
 from workers.task import Facts, JSONValue

@@ -19,7 +19,7 @@ import numpy as np
 from pydantic import model_validator
 
 from workers.kernels.base import DROP_NUMBERS, Counts, Formula, Kernels, Operands, Term
-from workers.kernels.reference import KeepCount, keep_count
+from workers.kernels.scalars import KeepCount, keep_count
 from workers.methods.base import BlockwisePass, Summary, SurveyPass, SurveyScope, Terms
 from workers.methods.common import EqualMagnitudes
 from workers.methods.elect import ElectingParameters

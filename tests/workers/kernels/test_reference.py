@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from workers.kernels import reference
+from workers.kernels import reference, scalars
 from workers.kernels.base import Divisor
 from workers.task import SURVEY_ELEMENTS
 
@@ -173,10 +173,10 @@ def test_accumulate_adds_in_order(values: list[float]) -> None:
 
 
 def test_weights_that_vanish_divide_by_one() -> None:
-    assert reference.weight_sum([0.5, 1.0]) == 1.5
-    assert reference.weight_sum([-0.5]) == -0.5
-    assert reference.weight_sum([0.1, 0.2, -0.3]) == 1.0  # 2.8e-17
-    assert reference.weight_sum([0.0]) == 1.0
+    assert scalars.weight_sum([0.5, 1.0]) == 1.5
+    assert scalars.weight_sum([-0.5]) == -0.5
+    assert scalars.weight_sum([0.1, 0.2, -0.3]) == 1.0  # 2.8e-17
+    assert scalars.weight_sum([0.0]) == 1.0
 
 
 def halving(values: list[float]) -> float:
@@ -186,12 +186,16 @@ def halving(values: list[float]) -> float:
     return values[0]
 
 
-@pytest.mark.parametrize("n", [0, 1, 2, 1000, SURVEY_ELEMENTS - 1, SURVEY_ELEMENTS])
-def test_a_block_sum_is_the_written_tree(n: int) -> None:
+BLOCK = SURVEY_ELEMENTS
+
+
+@pytest.mark.parametrize("n", [0, 1, 2, 1000, BLOCK - 1, BLOCK, BLOCK + 1, 3 * BLOCK])
+def test_block_sums_are_the_written_tree_in_each_block(n: int) -> None:
     values = np.random.default_rng(n).normal(0, 1, n) * 10.0 ** np.random.default_rng(n).integers(-9, 9, n)
-    padded = [*values.tolist(), *[0.0] * (SURVEY_ELEMENTS - n)]
+    padded = [*values.tolist(), *[0.0] * (-n % BLOCK)]
     x = torch.from_numpy(values)
-    assert reference.block_sum(x) == halving(padded)
+    wanted = [halving(padded[at : at + BLOCK]) for at in range(0, n, BLOCK)]
+    assert reference.block_sums(x).tolist() == wanted
     assert x.tolist() == values.tolist()
 
 
@@ -213,10 +217,10 @@ def test_consensus_keeps_nan_and_lets_infinity_win(divisor: Divisor | None) -> N
 
 
 def test_slerp_coefficients() -> None:
-    assert reference.slerp_coefficients(0.25, 1.0, 0.0, 0.0) == (0.75, 0.25)
-    assert reference.slerp_coefficients(0.25, 4.0, 9.0, 6.0) == (0.75, 0.25)
-    first, second = reference.slerp_coefficients(0.5, 4.0, 9.0, 0.0)
+    assert scalars.slerp_coefficients(0.25, 1.0, 0.0, 0.0) == (0.75, 0.25)
+    assert scalars.slerp_coefficients(0.25, 4.0, 9.0, 6.0) == (0.75, 0.25)
+    first, second = scalars.slerp_coefficients(0.5, 4.0, 9.0, 0.0)
     assert first == pytest.approx(0.5**0.5)
     assert second == pytest.approx(0.5**0.5)
     # Rounding may push a cosine beyond 1, where it has no angle.
-    assert reference.slerp_coefficients(0.5, 1.0, 1.0, 1.0000000000000002) == (0.5, 0.5)
+    assert scalars.slerp_coefficients(0.5, 1.0, 1.0, 1.0000000000000002) == (0.5, 0.5)

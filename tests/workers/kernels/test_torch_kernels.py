@@ -12,9 +12,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.workers.philox import numpy_words
 from workers.kernels.base import DROP_NUMBERS, KEEP_ALL, Election, Formula, Operands, Term
 from workers.kernels.torch_kernels import TorchKernels
-from workers.random import mask_key, philox4x32
+from workers.random import mask_key
 from workers.task import SURVEY_ELEMENTS
 
 pytestmark = pytest.mark.fast
@@ -29,8 +30,7 @@ NAN = {torch.float32: 0x7FC00000, torch.bfloat16: 0x7FC0, torch.float16: 0x7E00}
 
 def word(key: int, index: int) -> int:
     """The 32-bit Philox word of one flat element."""
-    counter = tuple(np.array([part], dtype=np.uint64) for part in (index // 4, 0, 0, 0))
-    return int(philox4x32(counter, key)[index % 4][0])  # type: ignore[arg-type]
+    return int(numpy_words(key, index, 1)[0])
 
 
 def bits(x: np.float32) -> int:

@@ -13,7 +13,8 @@ import torch
 from tests.workers.methods.cases import CASES, LONG, WIDE, Case, tensors
 from workers.kernels.base import Operands
 from workers.methods import METHODS
-from workers.methods.evaluate import TORCH, conclude_pass, merge_tensor, survey
+from workers.methods.evaluate import TORCH, merge_tensor
+from workers.methods.survey import conclude_pass, survey
 from workers.task import SURVEY_ELEMENTS, Facts, canonical_json
 
 pytestmark = pytest.mark.fast
@@ -34,7 +35,7 @@ def merge(of: Case, base: torch.Tensor | None, models: list[torch.Tensor]) -> to
 
 
 def facts_of(of: Case, base: torch.Tensor | None, models: list[torch.Tensor]) -> Facts:
-    return survey(of.method.survey(of.parameters, of.models), run(of, base, models))
+    return survey(of.method.survey(of.parameters, of.models), run(of, base, models), TORCH)
 
 
 def run(

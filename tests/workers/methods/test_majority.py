@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from workers.kernels.base import Operands
 from workers.methods import METHODS
 from workers.methods.base import SurveyPass
-from workers.methods.evaluate import TORCH, conclude_pass, survey
+from workers.methods.evaluate import TORCH
 from workers.methods.resolve import resolve_parameters
+from workers.methods.survey import conclude_pass, survey
 from workers.task import Facts
 
 pytestmark = pytest.mark.fast
@@ -98,7 +99,7 @@ def test_what_the_second_pass_is_certain_of_is_what_the_third_counts_whatever_th
     event("certain" if "zero_sign" in facts else "not certain")
     assert facts.get("zero_sign", counted["zero_sign"]) == counted["zero_sign"]
     assert passes[2].needed(facts) is ("zero_sign" not in facts)
-    assert survey(passes, operands)["zero_sign"] == counted["zero_sign"]
+    assert survey(passes, operands, TORCH)["zero_sign"] == counted["zero_sign"]
     balance, wrong = bound_of(vectors, densities, weights, facts)
     assert ("zero_sign" in facts) is (balance > 2 * wrong or balance <= -2 * wrong)
 

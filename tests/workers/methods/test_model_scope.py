@@ -18,8 +18,9 @@ from workers.errors import RecipeError
 from workers.kernels.base import Operands
 from workers.methods import METHODS
 from workers.methods.base import Parameters
-from workers.methods.evaluate import TORCH, conclude_pass, merge_tensor, merge_tensors, survey_all
+from workers.methods.evaluate import TORCH, merge_tensor, merge_tensors
 from workers.methods.resolve import resolve_parameters
+from workers.methods.survey import conclude_pass, survey_all
 from workers.random import keep_mask, mask_key
 from workers.task import SURVEY_ELEMENTS, Facts, canonical_json
 
@@ -181,7 +182,7 @@ def test_pieces_of_all_tensors_in_any_order_and_grouping_find_the_same_facts() -
         random.Random(3).shuffle(summaries)
         nested = [survey_pass.combine(summaries[:2]), survey_pass.combine(summaries[2:])]
         facts = conclude_pass(survey_pass, nested, sum(lengths), facts)
-    assert facts == survey_all(passes, runs)
+    assert facts == survey_all(passes, runs, TORCH)
 
 
 def part(run: Operands, first: int, last: int) -> Operands:

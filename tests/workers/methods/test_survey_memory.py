@@ -15,7 +15,7 @@ from tests.checkpoints import Tensors, write_checkpoint
 from tests.workers.execute import plan
 from tests.workers.memory import Task, growth
 from workers.binding import bind
-from workers.methods.evaluate import conclude_pass
+from workers.methods.survey import conclude_pass
 from workers.run import run_survey
 from workers.store import StoreSettings
 from workers.store.local import LocalStore

@@ -14,7 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.workers.store.contract import MIB, StoreContract, filled
+from tests.workers.store.contract import StoreContract
+from tests.workers.store.payloads import MIB, filled
 from workers.errors import (
     AccessDeniedError,
     InvalidPartError,

@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from tests.workers.store.contract import filled
 from tests.workers.store.faulty import Answer, FaultyServer, error, faulty_server, ranged
+from tests.workers.store.payloads import filled
 from workers.errors import (
     AccessDeniedError,
     AlreadyExistsError,

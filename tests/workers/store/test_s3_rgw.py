@@ -12,7 +12,9 @@ import pytest
 from botocore.awsrequest import AWSPreparedRequest
 from botocore.exceptions import ClientError
 
-from tests.workers.store.contract import MIB, MIN_PART_BYTES, StoreContract, filled
+from tests.workers.store.contract import StoreContract
+from tests.workers.store.payloads import MIB, filled
+from tests.workers.store.upload_contract import MIN_PART_BYTES
 from workers.errors import AccessDeniedError, ObjectNotFoundError, StoreError, UploadNotFoundError
 from workers.store import Stores, StoreSettings, from_path, join, read_bytes, read_range
 from workers.store.s3 import S3Store

@@ -15,8 +15,8 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
-from tests.workers.store.contract import filled
 from tests.workers.store.faulty import Answer, FaultyServer, faulty_server, ranged
+from tests.workers.store.payloads import filled
 from tests.workers.store.test_s3_faults import UPLOAD, URI, WRITTEN, settings_for
 from workers.errors import StoreUnavailableError
 from workers.store import read_range
