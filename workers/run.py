@@ -281,9 +281,8 @@ def run_tasks(makers: Sequence[Callable[[], Task]]) -> Generator[tuple[int, Task
     the biggest of them; the more it has, the further reading runs ahead.
     """
     tasks: list[Task | None] = [None] * len(makers)
-    contexts = [
-        copy_context() for _ in makers
-    ]  # what a task binds for its logs goes with it from thread to thread
+    # What a task binds for its logs and its trace goes with it from thread to thread.
+    contexts = [copy_context() for _ in makers]
 
     def make_and_read(number: int) -> None:
         task = tasks[number] = makers[number]()

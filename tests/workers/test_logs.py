@@ -34,7 +34,7 @@ class Lines(logging.Handler):
         self.found.append((record.getMessage(), bound, getattr(record, "part", None)))
 
 
-def test_each_task_s_lines_have_its_ids(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_task_s_lines_have_its_ids(tmp_path: Path) -> None:
     base = llama_tensors(1)
     models = {"base": base} | {name: fine_tune(base, seed) for seed, name in enumerate("ab")}
     write_models(tmp_path, models)
@@ -46,7 +46,8 @@ def test_each_task_s_lines_have_its_ids(tmp_path: Path, monkeypatch: pytest.Monk
     del asked[2]["ids"]
     lines = Lines()
     logger = logging.getLogger("workers")
-    monkeypatch.setattr(logger, "level", logging.INFO)
+    before = logger.level
+    logger.setLevel(logging.INFO)
     logger.addHandler(lines)
     try:
         with structlog.contextvars.bound_contextvars(mine="kept"):
@@ -54,6 +55,7 @@ def test_each_task_s_lines_have_its_ids(tmp_path: Path, monkeypatch: pytest.Monk
             assert structlog.contextvars.get_contextvars() == {"mine": "kept"}
     finally:
         logger.removeHandler(lines)
+        logger.setLevel(before)
     assert len(answers) == len(asked) > 3
     written = [bound for told, bound, _ in lines.found if told == "part written"]
     wanted = [{"job": "merge-x", "part": f"part {number}"} for number in range(len(asked))]
