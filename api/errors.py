@@ -17,6 +17,7 @@ from api.schemas import Problem
 from workers.errors import (
     ConflictError,
     CursorError,
+    IdempotencyMismatchError,
     IllegalTransitionError,
     JobNotFoundError,
     JobStoreUnavailableError,
@@ -35,6 +36,7 @@ ANSWERS: Mapping[type[MergemillError], tuple[int, str]] = {
     RecipeError: (422, "The recipe cannot be merged"),
     CursorError: (400, "No such page"),
     MalformedRequestError: (400, "The request cannot be read"),
+    IdempotencyMismatchError: (422, "Another request had this Idempotency-Key"),
     RequestTooLargeError: (413, "The request is too long"),
     UnsupportedMediaTypeError: (415, "Not a content type that is read"),
     JobNotFoundError: (404, "No such job"),

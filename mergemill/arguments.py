@@ -34,6 +34,14 @@ PartSize = Annotated[int | None, typer.Option(help="Output bytes of one unit of 
 WorkerMemory = Annotated[int | None, typer.Option(help="Most memory of one worker, as 2GiB.", **_SIZE)]
 
 
+IdempotencyKey = Annotated[
+    str | None,
+    typer.Option(
+        help="The same key and merge again, within a day, are the same job. A fresh one by default."
+    ),
+]
+
+
 def merge_options(
     overwrite: bool, allow_nonfinite: bool, shard: int | None, part: int | None, memory: int | None
 ) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import builtins
 import json
 import os
 import time
+import uuid
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Self
@@ -16,6 +17,7 @@ from mergemill import download, recipes
 from mergemill.jobs import File, Job, JobPage
 from workers.errors import (
     ConflictError,
+    IdempotencyKeyError,
     JobCancelledError,
     JobFailedError,
     JobNotFoundError,
@@ -35,6 +37,9 @@ DEFAULT_URL = "http://127.0.0.1:8080"
 
 POLL_S = (0.1, 1.0)
 """Shortest and longest time between two looks at a job, in seconds; in between, a tenth of the time waited."""
+
+SUBMIT_RETRIES_S = (0.2, 0.5, 1.0, 2.0, 4.0)
+"""Pauses before :meth:`Client.submit` asks again when no answer came, in seconds."""
 
 PATIENCE_S = 60.0
 """How long :meth:`Client.wait` bears with an API that does not answer (it may be restarted), in seconds."""
@@ -87,17 +92,39 @@ class Client:
     def __repr__(self) -> str:
         return f"Client({self.url!r})"
 
-    def submit(self, recipe: Mapping[str, Any] | str, output: str, **options: Any) -> Job:
-        """Have a merge queued.
+    def submit(
+        self,
+        recipe: Mapping[str, Any] | str,
+        output: str,
+        *,
+        idempotency_key: str | None = None,
+        **options: Any,
+    ) -> Job:
+        """Have a merge queued; once, also where the service's answer is lost and it has to be asked again.
 
         :param recipe: mergekit's YAML, or the same as a mapping.
         :param output: ``s3://bucket/prefix`` or ``file:///directory`` (on the service's machine).
+        :param idempotency_key: the same key and request again, within a day, are the same job; a fresh UUID if
+            left out.
         :param options: ``shard_bytes``, ``part_bytes``, ``whole_tensor_bytes``, ``worker_memory_bytes``,
             ``overwrite``, ``allow_nonfinite``; what is ``None`` or left out is the service's default.
         :raises RecipeError: the request is wrong; lists every problem.
         :raises RequestTooLargeError: the recipe is longer than the service reads.
+        :raises IdempotencyMismatchError: the key came with another request before.
         """
-        return Job.from_json(self._post("/v1/merges", _request(recipe, output, options)))
+        body = _request(recipe, output, options)
+        key = str(uuid.uuid4()) if idempotency_key is None else idempotency_key
+        if not key.isascii() or not key.isprintable():  # no header could hold it
+            raise IdempotencyKeyError("the idempotency key is not made of visible ASCII characters")
+        for number, pause in enumerate((*SUBMIT_RETRIES_S, None)):
+            try:
+                return Job.from_json(self._post("/v1/merges", body, {"Idempotency-Key": key}))
+            except (ServiceUnavailableError, JobStoreUnavailableError) as error:
+                nobody = number == 0 and isinstance(error.__cause__, httpx.ConnectError)
+                if pause is None or nobody:
+                    raise
+                time.sleep(pause)
+        raise AssertionError  # the last try returns or raises
 
     def plan(
         self, recipe: Mapping[str, Any] | str, output: str | None = None, **options: Any
@@ -215,14 +242,16 @@ class Client:
     def _get(self, path: str, params: Mapping[str, Any] | None = None) -> Any:
         return self._answer(self._http.build_request("GET", path, params=params))
 
-    def _post(self, path: str, body: Mapping[str, Any] | None) -> Any:
+    def _post(
+        self, path: str, body: Mapping[str, Any] | None, more_headers: Mapping[str, str] | None = None
+    ) -> Any:
         if body is None:
             return self._answer(self._http.build_request("POST", path))
         try:
             content = json.dumps(body, allow_nan=False)
         except (TypeError, ValueError) as error:
             raise RecipeError(f"the recipe cannot be written as JSON: {error}") from error
-        headers = {"Content-Type": "application/json"}
+        headers = {"Content-Type": "application/json", **(more_headers or {})}
         return self._answer(self._http.build_request("POST", path, content=content, headers=headers))
 
     def _answer(self, request: httpx.Request) -> Any:

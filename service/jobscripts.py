@@ -32,17 +32,29 @@ return 'saved'
 """
 
 # A record and its place in the indexes are one fact; the check that the id is new belongs to it, or two
-# creators would both see it free.
+# creators would both see it free. So does the idempotency key: one that is known without its job, or a job
+# without its key, would lose or double a request. A key whose job was swept away binds nobody.
 CREATE: Final = """
+if ARGV[7] ~= '' then
+  local print, job = unpack(redis.call('HMGET', KEYS[4], 'fingerprint', 'job'))
+  if print and redis.call('EXISTS', string.sub(KEYS[1], 1, -#ARGV[1] - 1) .. job) == 1 then
+    if print ~= ARGV[7] then return 'another' end
+    if job ~= ARGV[1] then return job end
+  end
+end
 if redis.call('EXISTS', KEYS[1]) == 1 then
-  return redis.call('LPOS', KEYS[1] .. ':writes', ARGV[2]) and 'created' or 'exists'
+  return redis.call('LPOS', KEYS[1] .. ':writes', ARGV[2]) and ARGV[1] or 'exists'
 end
 redis.call('HSET', KEYS[1], 'record', ARGV[3], 'version', ARGV[4], 'state', ARGV[5])
 redis.call('LPUSH', KEYS[1] .. ':writes', ARGV[2])
 redis.call('ZADD', KEYS[2], 0, ARGV[1])
 redis.call('ZADD', KEYS[2] .. ':' .. ARGV[5], 0, ARGV[1])
 if ARGV[6] ~= 'terminal' then redis.call('ZADD', KEYS[3], 0, ARGV[1]) end
-return 'created'
+if ARGV[7] ~= '' then
+  redis.call('HSET', KEYS[4], 'fingerprint', ARGV[7], 'job', ARGV[1])
+  redis.call('PEXPIRE', KEYS[4], ARGV[8])
+end
+return ARGV[1]
 """
 
 # Seeing that a lease is free and taking it must be one step, or two would take it. The token is new because

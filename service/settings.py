@@ -57,6 +57,8 @@ class Settings(BaseSettings):
     """How often finished parts are also written beside the output, in case Redis is lost."""
     presign_seconds: int = Field(default=3600, ge=1, le=604800)
     """How long a presigned download URL works."""
+    idempotency_seconds: float = Field(default=86400.0, gt=0)
+    """How long an `Idempotency-Key` is remembered."""
     log_format: str = Field(default="auto", pattern="^(auto|json|console)$")
     """`json`, `console`, or `auto`: console on a terminal."""
 

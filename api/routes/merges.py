@@ -12,6 +12,7 @@ from fastapi.responses import FileResponse, RedirectResponse
 
 from api.bodies import Body, BodyDep, Wanted, read
 from api.deps import JobsDep, PlanLimiterDep, SettingsDep, StoreDep
+from api.idempotency import REPLAYED, KeyDep, once_of
 from api.looking import plan_wanted
 from api.openapi import problems, recipe_body
 from api.routing import readable
@@ -46,6 +47,8 @@ _FILE: dict[int | str, dict[str, Any]] = {
 )
 async def submit(
     body: BodyDep,
+    key: KeyDep,
+    request: Request,
     response: Response,
     settings: SettingsDep,
     jobs: JobsDep,
@@ -53,6 +56,9 @@ async def submit(
     limiter: PlanLimiterDep,
 ) -> Job:
     """Accept a merge. The recipe is checked now; models are opened, checked and priced when planning.
+
+    With an `Idempotency-Key` that came before, the job of that time is answered, as it is now, and
+    `Idempotent-Replayed: true` says so; 422, when another request came with it.
 
     A recipe that is refused has its models and its output looked at now, so that all there is to mend is said.
     """
@@ -62,8 +68,12 @@ async def submit(
     assert wanted.recipe is not None and wanted.output is not None  # noqa: S101 - it is a whole request
     options = wanted.options.model_dump(mode="json")
     record = new_job(wanted.recipe.to_json(), wanted.output, options, time.time())
-    await run_sync(jobs.create, record)
-    response.headers["Location"] = f"{BASE}/{record.id}"
+    once = await run_sync(once_of, key, request, body, wanted, settings.idempotency_seconds)
+    made = await run_sync(jobs.create, record, once)
+    response.headers["Location"] = f"{BASE}/{made}"
+    if made != record.id:
+        response.headers[REPLAYED] = "true"
+        return job_of(await run_sync(jobs.status, made), BASE)
     return job_of(JobStatus(record), BASE)  # not read again: if that failed, nobody would know of the job
 
 
