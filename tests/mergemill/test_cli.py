@@ -31,9 +31,12 @@ class Service:
         self.refusal: tuple[int, dict[str, Any]] | None = None
         self.asked: list[tuple[str, str]] = []
         self.bodies: list[dict[str, Any]] = []
+        self.keys: list[str] = []
 
     def handle(self, request: httpx.Request) -> httpx.Response:
         self.asked.append((request.method, request.url.path))
+        if "Idempotency-Key" in request.headers:
+            self.keys.append(request.headers["Idempotency-Key"])
         if request.content:
             self.bodies.append(json.loads(request.content))
         if self.refusal is not None:
@@ -127,6 +130,14 @@ def test_submit_sends_uris_and_bytes(recipe: Path, service: Service) -> None:
     assert body["options"] == {
         "overwrite": True, "shard_bytes": 5 * 10**9, "part_bytes": 64 * MIB, "worker_memory_bytes": 2048 * MIB
     }  # fmt: skip
+
+
+def test_the_idempotency_key_can_be_chosen(recipe: Path, service: Service) -> None:
+    for command in ("submit", "merge"):
+        assert run(command, recipe, "./out", "--url", URL, "--idempotency-key", "mine").exit_code == 0
+        assert run(command, recipe, "./out", "--url", URL).exit_code == 0
+    assert service.keys[::2] == ["mine", "mine"]
+    assert len(set(service.keys)) == 3
 
 
 def test_merge_waits_and_prints_plain_lines(recipe: Path, service: Service) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import redis
 
@@ -85,19 +87,9 @@ def test_every_key_is_in_the_table(job_store: JobStore, raw: redis.Redis) -> Non
     other = fresh(0)
     job_store.create(other, asked)
     keys = {key.removeprefix(f"{job_store._namespace}:") for key in raw.keys(f"{job_store._namespace}:*")}
-    names = {
-        record.id: "<id>",
-        other.id: "<id>",
-        "file:///out": "<uri>",
-        asked.key: "<key>",
-        "running": "<state>",
-    }
-    names["queued"] = "<state>"
-    shown = set()
-    for key in keys:
-        for name, placeholder in names.items():
-            key = key.replace(name, placeholder)
-        shown.add(key)
+    names = {record.id: "<id>", other.id: "<id>", "file:///out": "<uri>", asked.key: "<key>"}
+    names |= {"jobs:running": "jobs:<state>", "jobs:queued": "jobs:<state>"}
+    shown = {functools.reduce(lambda text, name: text.replace(name, names[name]), names, key) for key in keys}
     assert len(shown) == 12
     for key in shown:
         assert f"``{key}``" in (jobstore.__doc__ or "")
