@@ -11,7 +11,8 @@ from fastapi import FastAPI
 
 from api import errors
 from api.openapi import Application
-from api.routes import health, merges, methods, plans
+from api.routes import events, health, merges, methods, plans
+from api.streams import streaming
 from service.jobstore import JobStore
 from service.settings import Settings
 from workers.store import open_stores
@@ -33,7 +34,8 @@ def create_app(settings: Settings) -> FastAPI:
         ):
             app.state.store = store
             app.state.jobs = jobs
-            yield
+            async with streaming(settings.redis_url, settings.namespace) as app.state.streams:
+                yield
 
     app = Application(
         title="Mergemill",
@@ -42,6 +44,6 @@ def create_app(settings: Settings) -> FastAPI:
         lifespan=lifespan,
     )
     errors.install(app)
-    for module in (merges, plans, methods, health):
+    for module in (merges, events, plans, methods, health):
         app.include_router(module.router)
     return app

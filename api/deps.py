@@ -10,6 +10,7 @@ from fastapi import Depends, Request
 from pydantic import ValidationError
 
 from api.schemas import OptionsBody
+from api.streams import Streams
 from service.jobstore import JobStore
 from service.plan import PlanOptions
 from service.recipe import validation_problems
@@ -42,8 +43,15 @@ async def plan_limiter_of(request: Request) -> CapacityLimiter:
     return found
 
 
+async def streams_of(request: Request) -> Streams:
+    """Event streams."""
+    found: Streams = request.app.state.streams
+    return found
+
+
 SettingsDep = Annotated[Settings, Depends(settings_of)]
 JobsDep = Annotated[JobStore, Depends(jobs_of)]
+StreamsDep = Annotated[Streams, Depends(streams_of)]
 StoreDep = Annotated[ObjectStore, Depends(store_of)]
 PlanLimiterDep = Annotated[CapacityLimiter, Depends(plan_limiter_of)]
 

@@ -171,6 +171,8 @@ class Job(_Model):
     """Its id."""
     state: JobState
     """Where it stands."""
+    version: int
+    """Grows by one with every change of the job, but for its progress."""
     recipe: dict[str, Any]
     """What was asked for."""
     output: str
@@ -307,6 +309,7 @@ def _job(record: JobRecord, progress: Progress, base: str) -> Job:
     return Job(
         id=record.id,
         state=record.state,
+        version=record.version,
         recipe=record.recipe,
         output=record.output,
         options=record.options,
@@ -321,7 +324,12 @@ def _job(record: JobRecord, progress: Progress, base: str) -> Job:
             HistoryItem(at=_time(entry.at), event=entry.event, state=entry.state, detail=entry.detail)
             for entry in record.history
         ),
-        links={"self": here, "cancel": f"{here}/cancel", "files": f"{here}/files"},
+        links={
+            "self": here,
+            "cancel": f"{here}/cancel",
+            "events": f"{here}/events",
+            "files": f"{here}/files",
+        },
     )
 
 

@@ -7,15 +7,17 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mergemill.client import Client as Client
+    from mergemill.events import Event as Event
     from mergemill.jobs import File as File
     from mergemill.jobs import Job as Job
     from mergemill.jobs import JobPage as JobPage
     from mergemill.jobs import Progress as Progress
 
-__all__ = ["Client", "File", "Job", "JobPage", "Progress"]
+__all__ = ["Client", "Event", "File", "Job", "JobPage", "Progress"]
 
 _HOMES = {
     "Client": "mergemill.client",
+    "Event": "mergemill.events",
     **dict.fromkeys(("File", "Job", "JobPage", "Progress"), "mergemill.jobs"),
 }
 

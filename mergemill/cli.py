@@ -115,6 +115,7 @@ def serve(
     import uvicorn
 
     from api.app import create_app
+    from api.server import Server
     from service.logs import configure
 
     settings = _settings()
@@ -127,7 +128,7 @@ def serve(
         server_header=False,
         timeout_graceful_shutdown=10,
     )
-    server = uvicorn.Server(config)
+    server = Server(config)
     server.run(None if fd is None else [socket.socket(fileno=fd)])
     if not server.started:
         raise typer.Exit(1)

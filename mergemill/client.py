@@ -8,12 +8,14 @@ import os
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import Any, Self
 
 import httpx
 
 from mergemill import download, recipes
+from mergemill.events import Event, Follower, stream
 from mergemill.jobs import File, Job, JobPage
 from workers.errors import (
     ConflictError,
@@ -172,33 +174,69 @@ class Client:
     def wait(
         self, job: str, on_progress: Callable[[Job], None] | None = None, timeout: float | None = None
     ) -> Job:
-        """Wait until a job has succeeded.
+        """Wait until a job has succeeded: by its events, or by looking again and again where there are none.
 
-        :param on_progress: called with the job after every look at it.
+        :param on_progress: called with the job after every look at it, and with every event of its progress.
         :param timeout: the longest wait, in seconds.
         :raises JobFailedError: it failed (its own error is the ``__cause__``) or was cancelled.
         :raises JobTimeoutError: it has not ended in time.
         """
         begun = heard = time.monotonic()
+        with closing(Follower(self._http, f"/v1/merges/{_segment(job)}/events")) as follower:
+            while True:
+                found = None
+                try:
+                    found = self.get(job)
+                except (ServiceUnavailableError, JobStoreUnavailableError):
+                    if time.monotonic() - heard > PATIENCE_S:
+                        raise
+                else:
+                    heard = time.monotonic()
+                    if on_progress is not None:
+                        on_progress(found)
+                    if found.is_terminal:
+                        return _succeeded(found)
+                waited = time.monotonic() - begun
+                left = None if timeout is None else timeout - waited
+                if left is not None and left <= 0:
+                    raise JobTimeoutError(f"{job} has not ended within {timeout:g} s")
+                if found is None or not follower.listen(found, on_progress, left):
+                    pause = min(max(POLL_S[0], waited / 10), POLL_S[1])
+                    time.sleep(pause if left is None else min(pause, left))
+
+    def events(self, job: str, after: str | None = None) -> Iterator[Event]:
+        """What happens to a job, as it happens, from its beginning until its end.
+
+        Where the connection breaks, or the service is started again, it goes on after the last event that came.
+
+        :param after: id of an event: begin after it.
+        :raises JobNotFoundError: there is no such job.
+        :raises NoStreamError: the service, or a proxy before it, does not tell events.
+        """
+        heard, path = time.monotonic(), f"/v1/merges/{_segment(job)}/events"
         while True:
+            came = False
             try:
-                found = self.get(job)
+                for event in stream(self._http, path, after):
+                    heard = time.monotonic()
+                    if event is None:
+                        continue
+                    came, after = True, event.id or after
+                    yield event
+                    if event.is_terminal:
+                        return
+                if not came and self.get(job).is_terminal:  # all had been told before
+                    return
+            except httpx.HTTPStatusError as error:
+                if not error.response.is_server_error:
+                    raise _problem(error.response) from error
+            except httpx.HTTPError as error:
+                if time.monotonic() - heard > PATIENCE_S:
+                    raise _unreachable(self.url, error) from error
             except (ServiceUnavailableError, JobStoreUnavailableError):
                 if time.monotonic() - heard > PATIENCE_S:
                     raise
-            else:
-                heard = time.monotonic()
-                if on_progress is not None:
-                    on_progress(found)
-                if found.is_terminal:
-                    return _succeeded(found)
-            waited = time.monotonic() - begun
-            pause = min(max(POLL_S[0], waited / 10), POLL_S[1])
-            if timeout is not None:
-                if waited >= timeout:
-                    raise JobTimeoutError(f"{job} has not ended within {timeout:g} s")
-                pause = min(pause, timeout - waited)
-            time.sleep(pause)
+            time.sleep(POLL_S[0] if came else POLL_S[1])
 
     def files(self, job: str) -> builtins.list[File]:
         """The files of a merged checkpoint.

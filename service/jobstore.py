@@ -9,12 +9,14 @@ Every key, after the namespace (``mergemill:`` unless told otherwise):
 ``leases``                   string      counter of all leases ever given out
 ``output:<uri>``             string      id of the job that claims this output
 ``once:<key>``               hash        ``job`` and request's ``fingerprint`` of an idempotency key; expires
-``job:<id>``                 hash        ``record`` (JSON of the JobRecord), and its ``version`` and ``state``
+``events``                   stream      ids of the jobs that have news, for those who wait for any job's
+``job:<id>``                 hash        ``record`` (JSON of the JobRecord), its ``version``, ``state`` and ``totals``
+``job:<id>:events``          stream      what happened to the job, see :mod:`service.events`
 ``job:<id>:writes``          list        nonces of the latest writes of the record
 ``job:<id>:lease``           hash        ``token`` and ``owner``; expires when the lease does
 ``job:<id>:parts``           hash        part id → JSON of the PartResult
 ``job:<id>:surveys``         hash        ``<survey id>:<pass>`` → JSON of the facts
-``job:<id>:progress``        hash        ``bytes_done`` (output) and ``bytes_read`` (input)
+``job:<id>:progress``        hash        ``bytes_done`` (output), ``bytes_read`` (input), ``told_at`` (last event)
 ===========================  ==========  ===============================================================
 
 Everything that changes a job's keys under a lease checks the lease's token in the same Lua script, so an
@@ -36,9 +38,11 @@ from typing import Any, Final, Self
 import redis
 
 from service import jobscripts as scripts
+from service.events import telling
+from service.eventscripts import WARN
 from service.idempotency import Once
 from service.jobpages import JobPage, JobStatus, page_of, read_cursor, read_status
-from service.jobs import JOB_ID, CancelRequested, Event, JobRecord, JobState, Restarted, advance
+from service.jobs import DETAIL_CHARS, JOB_ID, CancelRequested, Event, JobRecord, JobState, Restarted, advance
 from service.redis_connection import CONNECTION_TRIES, connect, guarded
 from workers.errors import (
     ConflictError,
@@ -110,7 +114,8 @@ class JobStore:
         known = ("", 0) if once is None else (once.fingerprint, _milliseconds(once.ttl_s))
         remembered = self._key("once", "" if once is None else once.key)
         keys = (self._job(record.id), self._key("jobs"), self._key("active"), remembered)
-        answer = str(self._run(scripts.CREATE, keys, record.id, secrets.token_hex(8), *fields, *known))
+        told = telling(None, record)[:2]
+        answer = str(self._run(scripts.CREATE, keys, record.id, secrets.token_hex(8), *fields, *known, *told))
         if answer == "another":
             raise IdempotencyMismatchError(
                 "this Idempotency-Key came with another request before: every request needs one of its own"
@@ -190,12 +195,20 @@ class JobStore:
             effect = "restarted" if isinstance(event, Restarted) else _terminal(after)
             fields = (after.model_dump_json(), after.version, after.state, REMEMBERED_WRITES, effect)
             keys = (key, self._key("jobs"), self._key("active"))
-            answer = self._run(scripts.SAVE, keys, job, nonce, token or "", record.version, *fields)
+            told = telling(record, after)
+            answer = self._run(scripts.SAVE, keys, job, nonce, token or "", record.version, *fields, *told)
             if answer == "saved":
                 return after
             if answer == "fenced":
                 raise LeaseLostError(f"{job}: the lease {token} is not in force")
         raise ConflictError(f"{job}: it changed {CONFLICT_TRIES} times while {event} was to be stored")
+
+    @guarded
+    def warn(self, lease: Lease, detail: str) -> None:
+        """Tell those who follow the job that something went wrong, and that it goes on."""
+        entry = json.dumps({"at": self._clock(), "detail": detail[:DETAIL_CHARS]})
+        fields = (lease.token, secrets.token_hex(8), REMEMBERED_WRITES, entry)
+        self._check(lease, self._run(WARN, (self._job(lease.job),), *fields))
 
     # Leases
 

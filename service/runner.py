@@ -144,6 +144,7 @@ class JobRunner:
                 if outages > MAX_OUTAGES:
                     raise
                 self._log.warning("the store is out of reach; trying again", error=str(error))
+                self.tools.jobs.warn(self.lease, f"the store is out of reach; trying again: {error}")
                 self.tools.stopping.wait(self.tools.settings.poll_seconds)
 
     def _go_on(self) -> None:

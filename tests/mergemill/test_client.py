@@ -15,6 +15,7 @@ import pytest
 import uvicorn
 
 from api.app import create_app
+from api.server import Server
 from mergemill import Client, Job
 from mergemill.client import PATIENCE_S, SUBMIT_RETRIES_S
 from service.jobs import CommitStarted, Event, Failed, JobState, PlanningStarted, Succeeded
@@ -53,7 +54,7 @@ NOWHERE = "merge-0" + "0" * 25
 def client(valkey_url: str, valkey_namespace: str) -> Iterator[Client]:
     """A client of an API of its own."""
     settings = Settings(redis_url=valkey_url, namespace=valkey_namespace)
-    server = uvicorn.Server(uvicorn.Config(create_app(settings), log_config=None, lifespan="on"))
+    server = Server(uvicorn.Config(create_app(settings), log_config=None, lifespan="on"))
     listener = socket.create_server(("127.0.0.1", 0))
     thread = threading.Thread(target=server.run, args=([listener],))
     thread.start()
@@ -287,7 +288,9 @@ class TestOddAnswers:
             httpx.Response(200, json=_body("succeeded")),
         ]
 
-        def handler(_: httpx.Request) -> httpx.Response:
+        def handler(request: httpx.Request) -> httpx.Response:
+            if request.url.path.endswith("/events"):
+                return httpx.Response(404)
             answer = answers.pop(0)
             if isinstance(answer, Exception):
                 raise answer
