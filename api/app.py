@@ -11,10 +11,11 @@ from fastapi import FastAPI
 
 from api import errors
 from api.openapi import Application
-from api.routes import events, health, merges, methods, plans
+from api.routes import deliveries, events, health, merges, methods, plans
 from api.streams import streaming
 from service.jobstore import JobStore
 from service.settings import Settings
+from service.webhookstore import WebhookStore
 from workers.store import open_stores
 
 PLAN_THREADS = 4
@@ -31,6 +32,7 @@ def create_app(settings: Settings) -> FastAPI:
         with (
             closing(open_stores(settings.store)) as store,
             JobStore(settings.redis_url, settings.namespace) as jobs,
+            WebhookStore(settings.redis_url, settings.namespace) as app.state.webhooks,
         ):
             app.state.store = store
             app.state.jobs = jobs
@@ -44,6 +46,6 @@ def create_app(settings: Settings) -> FastAPI:
         lifespan=lifespan,
     )
     errors.install(app)
-    for module in (merges, events, plans, methods, health):
+    for module in (merges, events, deliveries, plans, methods, health):
         app.include_router(module.router)
     return app

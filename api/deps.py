@@ -15,6 +15,7 @@ from service.jobstore import JobStore
 from service.plan import PlanOptions
 from service.recipe import validation_problems
 from service.settings import Settings
+from service.webhookstore import WebhookStore
 from workers.errors import RecipeError
 from workers.store.base import ObjectStore
 
@@ -43,6 +44,12 @@ async def plan_limiter_of(request: Request) -> CapacityLimiter:
     return found
 
 
+async def webhooks_of(request: Request) -> WebhookStore:
+    """Webhooks."""
+    found: WebhookStore = request.app.state.webhooks
+    return found
+
+
 async def streams_of(request: Request) -> Streams:
     """Event streams."""
     found: Streams = request.app.state.streams
@@ -51,6 +58,7 @@ async def streams_of(request: Request) -> Streams:
 
 SettingsDep = Annotated[Settings, Depends(settings_of)]
 JobsDep = Annotated[JobStore, Depends(jobs_of)]
+WebhooksDep = Annotated[WebhookStore, Depends(webhooks_of)]
 StreamsDep = Annotated[Streams, Depends(streams_of)]
 StoreDep = Annotated[ObjectStore, Depends(store_of)]
 PlanLimiterDep = Annotated[CapacityLimiter, Depends(plan_limiter_of)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, SecretStr
 
 from service.jobpages import JobStatus
 from service.jobs import JobRecord, JobState
@@ -47,6 +47,17 @@ class RecipeQuery(OptionsBody):
         return OptionsBody(**{name: getattr(self, name) for name in OptionsBody.model_fields})
 
 
+class WebhookBody(_Model):
+    """Who is to be told about a merge (Standard Webhooks)."""
+
+    url: str
+    """Where to POST to: https, at a public address, unless the service allows others."""
+    events: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
+    """Names of the events to tell, `progress` excepted; `succeeded`, `failed` and `cancelled` by default."""
+    secret: SecretStr | None = None
+    """What to sign with: `whsec_` and 24 to 64 random bytes in base64. It is never shown again."""
+
+
 class MergeRequest(_Model):
     """A merge to run."""
 
@@ -56,6 +67,8 @@ class MergeRequest(_Model):
     """Where the checkpoint goes: `s3://bucket/prefix` or `file:///directory`."""
     options: OptionsBody = OptionsBody()
     """How to run it."""
+    webhook: WebhookBody | None = None
+    """Who is to be told about it."""
 
 
 class PlanRequest(_Model):
@@ -328,6 +341,7 @@ def _job(record: JobRecord, progress: Progress, base: str) -> Job:
             "self": here,
             "cancel": f"{here}/cancel",
             "events": f"{here}/events",
+            "deliveries": f"{here}/deliveries",
             "files": f"{here}/files",
         },
     )

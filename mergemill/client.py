@@ -100,6 +100,7 @@ class Client:
         output: str,
         *,
         idempotency_key: str | None = None,
+        webhook: Mapping[str, Any] | None = None,
         **options: Any,
     ) -> Job:
         """Have a merge queued; once, also where the service's answer is lost and it has to be asked again.
@@ -108,13 +109,14 @@ class Client:
         :param output: ``s3://bucket/prefix`` or ``file:///directory`` (on the service's machine).
         :param idempotency_key: the same key and request again, within a day, are the same job; a fresh UUID if
             left out.
+        :param webhook: who is to be told: ``url``, and if wanted ``events`` and ``secret`` (see docs/rest.md).
         :param options: ``shard_bytes``, ``part_bytes``, ``whole_tensor_bytes``, ``worker_memory_bytes``,
             ``overwrite``, ``allow_nonfinite``; what is ``None`` or left out is the service's default.
         :raises RecipeError: the request is wrong; lists every problem.
         :raises RequestTooLargeError: the recipe is longer than the service reads.
         :raises IdempotencyMismatchError: the key came with another request before.
         """
-        body = _request(recipe, output, options)
+        body = _request(recipe, output, options) | ({} if webhook is None else {"webhook": dict(webhook)})
         key = str(uuid.uuid4()) if idempotency_key is None else idempotency_key
         if not key.isascii() or not key.isprintable():  # no header could hold it
             raise IdempotencyKeyError("the idempotency key is not made of visible ASCII characters")

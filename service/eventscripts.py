@@ -15,16 +15,25 @@ PROGRESS_MS: Final = 1000
 
 # `events` of the job is what happened; `events` of the deployment is only who has news, so that a process that
 # serves the streams of many jobs waits at one place. An event that tells how far the job is reads that in the
-# step that made it so. Numbers are text on both sides, as in every stream.
+# step that made it so. What a webhook wants to be told is queued for it here, so that it is told of exactly
+# what happened; it holds the event itself, since the stream forgets.
 TELL: Final = f"""
 local function tell(job, event, state, version, entry)
   local done = redis.call('HMGET', job .. ':progress', 'bytes_done', 'bytes_read')
-  redis.call('XADD', job .. ':events', 'MAXLEN', '~', {KEPT_EVENTS}, '*',
+  local fields = {{
     'event', event, 'state', state, 'version', version, 'entry', entry,
     'totals', redis.call('HGET', job, 'totals') or '0 0 0',
     'parts', redis.call('HLEN', job .. ':parts'), 'surveys', redis.call('HLEN', job .. ':surveys'),
-    'bytes_done', done[1] or 0, 'bytes_read', done[2] or 0)
+    'bytes_done', done[1] or 0, 'bytes_read', done[2] or 0,
+  }}
+  local event_id = redis.call('XADD', job .. ':events', 'MAXLEN', '~', {KEPT_EVENTS}, '*', unpack(fields))
   local namespace, id = string.match(job, '^(.*)job:([^:]+)$')
+  local wanted = redis.call('HGET', job .. ':webhook', 'events')
+  if wanted and string.find(wanted, ' ' .. event .. ' ', 1, true) then
+    local time = redis.call('TIME')
+    redis.call('HSET', job .. ':deliveries', event_id, cjson.encode(fields))
+    redis.call('ZADD', namespace .. 'webhooks', time[1] * 1000 + math.floor(time[2] / 1000), id .. ' ' .. event_id)
+  end
   redis.call('XADD', namespace .. 'events', 'MAXLEN', '~', {KEPT_WAKINGS}, '*', 'job', id)
 end
 """

@@ -62,6 +62,9 @@ if ARGV[7] ~= '' then
   redis.call('HSET', KEYS[4], 'fingerprint', ARGV[7], 'job', ARGV[1])
   redis.call('PEXPIRE', KEYS[4], ARGV[8])
 end
+if ARGV[11] then
+  redis.call('HSET', KEYS[1] .. ':webhook', 'url', ARGV[11], 'events', ARGV[12], 'secret', ARGV[13])
+end
 tell(KEYS[1], ARGV[9], ARGV[5], ARGV[4], ARGV[10])
 return ARGV[1]
 """

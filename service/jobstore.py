@@ -23,7 +23,8 @@ Everything that changes a job's keys under a lease checks the lease's token in t
 owner that was paused past its lease changes nothing. Connections are retried, and Redis may have acted
 before a connection broke; every script therefore gives the same answer when it is run again: the record's
 by a nonce, leases by their token's random epoch. Scripts build key names from ids: Redis Cluster, where all
-keys of a script have to be named in advance and live in one slot, is not supported.
+keys of a script have to be named in advance and live in one slot, is not supported. The keys of webhooks are
+in :mod:`service.webhookstore`.
 """
 
 from __future__ import annotations
@@ -44,6 +45,7 @@ from service.idempotency import Once
 from service.jobpages import JobPage, JobStatus, page_of, read_cursor, read_status
 from service.jobs import DETAIL_CHARS, JOB_ID, CancelRequested, Event, JobRecord, JobState, Restarted, advance
 from service.redis_connection import CONNECTION_TRIES, connect, guarded
+from service.webhooks import Webhook
 from workers.errors import (
     ConflictError,
     IdempotencyMismatchError,
@@ -104,8 +106,10 @@ class JobStore:
     # Records
 
     @guarded
-    def create(self, record: JobRecord, once: Once | None = None) -> str:
+    def create(self, record: JobRecord, once: Once | None = None, webhook: Webhook | None = None) -> str:
         """Store a new job, unless the same request has made one before; its id, or that one's.
+
+        :param webhook: who is to be told about it.
 
         :raises ConflictError: there is one with this id.
         :raises IdempotencyMismatchError: the idempotency key came with another request.
@@ -115,7 +119,10 @@ class JobStore:
         remembered = self._key("once", "" if once is None else once.key)
         keys = (self._job(record.id), self._key("jobs"), self._key("active"), remembered)
         told = telling(None, record)[:2]
-        answer = str(self._run(scripts.CREATE, keys, record.id, secrets.token_hex(8), *fields, *known, *told))
+        hook = () if webhook is None else (webhook.url, f" {' '.join(webhook.events)} ", webhook.secret)
+        answer = str(
+            self._run(scripts.CREATE, keys, record.id, secrets.token_hex(8), *fields, *known, *told, *hook)
+        )
         if answer == "another":
             raise IdempotencyMismatchError(
                 "this Idempotency-Key came with another request before: every request needs one of its own"

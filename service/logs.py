@@ -28,6 +28,7 @@ _SECRET_TEXT = (
         ),
         rf"\g<before>{HIDDEN}",
     ),
+    (re.compile(r"(?P<before>\bwhsec_)[A-Za-z0-9+/=_-]+"), rf"\g<before>{HIDDEN}"),
     (
         re.compile(r"(?i)(?P<before>\bauthorization['\"]?\s*[:=]\s*['\"]?(?:bearer |basic )?)[^\s'\",]+"),
         rf"\g<before>{HIDDEN}",

@@ -13,11 +13,13 @@ from types import FrameType
 import structlog
 from pydantic import ValidationError
 
+from service.courier import Courier
 from service.driver import Driver
 from service.fleet_process import FleetSettings
 from service.jobstore import JobStore
 from service.runner import JobRunner
 from service.settings import Settings
+from service.webhookstore import WebhookStore
 from service.work import Tools
 from workers.errors import FleetError, JobStoreUnavailableError, LeaseLostError
 from workers.store import open_stores
@@ -113,7 +115,12 @@ def main(settings: Settings, ready_file: Path | None = None) -> None:
         num_cpus=settings.ray_cpus,
         state_dir=settings.state_dir.expanduser(),
     )
-    with JobStore(settings.redis_url, settings.namespace) as jobs, Driver(fleet) as driver:
+    with (
+        JobStore(settings.redis_url, settings.namespace) as jobs,
+        WebhookStore(settings.redis_url, settings.namespace) as webhooks,
+        Driver(fleet) as driver,
+        Courier(webhooks, settings),
+    ):
         scheduler = Scheduler(settings, jobs, driver)
 
         def stop(signum: int, _: FrameType | None) -> None:

@@ -69,7 +69,7 @@ async def submit(
     options = wanted.options.model_dump(mode="json")
     record = new_job(wanted.recipe.to_json(), wanted.output, options, time.time())
     once = await run_sync(once_of, key, request, body, wanted, settings.idempotency_seconds)
-    made = await run_sync(jobs.create, record, once)
+    made = await run_sync(jobs.create, record, once, wanted.webhook)
     response.headers["Location"] = f"{BASE}/{made}"
     if made != record.id:
         response.headers[REPLAYED] = "true"

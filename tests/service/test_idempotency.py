@@ -7,13 +7,15 @@ import random
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from service.idempotency import MAX_KEY_CHARS, once, read_key
 from workers.errors import IdempotencyKeyError
 
 pytestmark = pytest.mark.fast
+
+quick = settings(max_examples=50, deadline=None)
 
 UUID = "8e03978e-40d5-43e8-bc93-6894a57f9324"
 ASKED: dict[str, Any] = {
@@ -59,6 +61,7 @@ class TestKeys:
         with pytest.raises(IdempotencyKeyError, match="255"):
             read_key(["x" * (MAX_KEY_CHARS + 1)])
 
+    @quick
     @given(st.text(st.characters(min_codepoint=0x21, max_codepoint=0x7E), min_size=1, max_size=255))
     def test_every_visible_text_is_a_key_once_it_is_quoted(self, key: str) -> None:
         escaped = key.replace("\\", "\\\\").replace('"', '\\"')
@@ -66,6 +69,7 @@ class TestKeys:
 
 
 class TestRequests:
+    @quick
     @given(
         st.dictionaries(st.text(max_size=5), st.integers() | st.text(max_size=5), min_size=1), st.randoms()
     )
