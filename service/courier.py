@@ -6,22 +6,27 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from importlib.metadata import version
-from typing import Final, Self
+from typing import TYPE_CHECKING, Final, Self
 
 import structlog
 
 from service.addresses import Destinations
-from service.settings import Settings
 from service.webhook_http import DEADLINE_S, Answer, post
 from service.webhooks import BACKOFF, Backoff, Try, message, message_id, outcome, signature
 from service.webhookstore import Claim, WebhookStore
 from workers.errors import JobStoreUnavailableError
+
+if TYPE_CHECKING:
+    from service.settings import Settings
 
 THREADS: Final = 4
 """Deliveries that one courier makes at once: a receiver that hangs holds up one of them."""
 
 CLAIM_S: Final = 2 * DEADLINE_S
 """How long a delivery belongs to who took it, in seconds; then another courier makes it again."""
+
+CLOSE_S: Final = 3.0
+"""How long a courier that is closed waits for what it is sending, in seconds."""
 
 POLL_S: Final = 0.5
 """How often a thread that has nothing to send looks for something, in seconds."""
@@ -69,10 +74,11 @@ class Courier:
         self.close()
 
     def close(self) -> None:
-        """Begin no further delivery, and wait for those on their way."""
+        """Begin no further delivery, and wait a little for those on their way; the rest is sent again by others."""
         self._stopping.set()
+        deadline = time.monotonic() + CLOSE_S
         for thread in self._threads:
-            thread.join()
+            thread.join(max(0.0, deadline - time.monotonic()))
 
     def _run(self) -> None:
         while not self._stopping.is_set():
@@ -102,7 +108,7 @@ class Courier:
             next_at=None if pause is None else time.time() + pause,
         )
         self._store.finish(claim, done, result, pause or 0.0)
-        told = {"job": claim.event.job, "event": claim.event.event, "number": claim.number, "outcome": result}
+        told = {"job": claim.event.job, "about": claim.event.event, "number": claim.number, "outcome": result}
         if result == "delivered":
             log.info("webhook delivered", **told)
         else:
