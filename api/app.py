@@ -12,10 +12,12 @@ from fastapi import FastAPI
 from api import errors
 from api.openapi import Application
 from api.readiness import StoreProbe
-from api.routes import health, merges, methods, metrics, plans
+from api.routes import deliveries, events, health, merges, methods, metrics, plans
+from api.streams import streaming
 from service.deployment import Deployment
 from service.jobstore import JobStore
 from service.settings import Settings
+from service.webhookstore import WebhookStore
 from workers import tracing
 from workers.store import open_stores
 
@@ -34,6 +36,7 @@ def create_app(settings: Settings) -> FastAPI:
         with (
             closing(open_stores(settings.store)) as store,
             JobStore(settings.redis_url, settings.namespace) as jobs,
+            WebhookStore(settings.redis_url, settings.namespace) as app.state.webhooks,
             Deployment(settings.redis_url, settings.namespace) as deployment,
             StoreProbe(store, settings.model_roots) as store_probe,
         ):
@@ -41,7 +44,8 @@ def create_app(settings: Settings) -> FastAPI:
             app.state.jobs = jobs
             app.state.deployment = deployment
             app.state.store_probe = store_probe
-            yield
+            async with streaming(settings.redis_url, settings.namespace) as app.state.streams:
+                yield
 
     app = Application(
         title="Mergemill",
@@ -50,6 +54,6 @@ def create_app(settings: Settings) -> FastAPI:
         lifespan=lifespan,
     )
     errors.install(app)
-    for module in (merges, plans, methods, health, metrics):
+    for module in (merges, events, deliveries, plans, methods, health, metrics):
         app.include_router(module.router)
     return app

@@ -13,10 +13,12 @@ from starlette.requests import ClientDisconnect
 
 from api.deps import plan_options
 from api.schemas import MergeRequest, OptionsBody, PlanRequest, RecipeQuery
+from api.webhooks import webhook_of
 from service.plan import PlanOptions
 from service.recipe import Recipe, key_hint, load_yaml, parse_recipe, validation_problems
 from service.salvage import salvage
 from service.settings import Settings
+from service.webhooks import Webhook
 from workers.errors import (
     MalformedRequestError,
     RecipeError,
@@ -64,6 +66,8 @@ class Wanted:
     """The request's options over the deployment's defaults; these alone when something is wrong with the former."""
     problems: tuple[str, ...]
     """What is wrong with the request itself."""
+    webhook: Webhook | None = None
+    """Who is to be told about it."""
 
 
 async def receive(request: Request, query: Annotated[RecipeQuery, Query()]) -> Body:
@@ -104,7 +108,10 @@ def read(body: Body, settings: Settings, model: type[MergeRequest | PlanRequest]
     """
     if not body.is_yaml:
         request = _request(body, model)
-        return check(lambda: request.recipe, request.output, request.options, settings)
+        wanted = check(lambda: request.recipe, request.output, request.options, settings)
+        asked = request.webhook if isinstance(request, MergeRequest) else None
+        webhook, problems = webhook_of(asked, settings)
+        return replace(wanted, webhook=webhook, problems=(*wanted.problems, *problems))
     text = _text(body.data)
     wanted = check(lambda: load_yaml(text), body.query.output, body.query.options, settings)
     if body.query.output is None and model is MergeRequest:

@@ -11,11 +11,13 @@ from pydantic import ValidationError
 
 from api.readiness import StoreProbe
 from api.schemas import OptionsBody
+from api.streams import Streams
 from service.deployment import Deployment
 from service.jobstore import JobStore
 from service.plan import PlanOptions
 from service.recipe import validation_problems
 from service.settings import Settings
+from service.webhookstore import WebhookStore
 from workers.errors import RecipeError
 from workers.store.base import ObjectStore
 
@@ -56,8 +58,22 @@ async def store_probe_of(request: Request) -> StoreProbe:
     return found
 
 
+async def webhooks_of(request: Request) -> WebhookStore:
+    """Webhooks."""
+    found: WebhookStore = request.app.state.webhooks
+    return found
+
+
+async def streams_of(request: Request) -> Streams:
+    """Event streams."""
+    found: Streams = request.app.state.streams
+    return found
+
+
 SettingsDep = Annotated[Settings, Depends(settings_of)]
 JobsDep = Annotated[JobStore, Depends(jobs_of)]
+WebhooksDep = Annotated[WebhookStore, Depends(webhooks_of)]
+StreamsDep = Annotated[Streams, Depends(streams_of)]
 StoreDep = Annotated[ObjectStore, Depends(store_of)]
 DeploymentDep = Annotated[Deployment, Depends(deployment_of)]
 StoreProbeDep = Annotated[StoreProbe, Depends(store_probe_of)]

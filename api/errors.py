@@ -19,6 +19,7 @@ from service.recipe import key_hint
 from workers.errors import (
     ConflictError,
     CursorError,
+    IdempotencyMismatchError,
     IllegalTransitionError,
     JobNotFoundError,
     JobStoreUnavailableError,
@@ -38,6 +39,7 @@ ANSWERS: Mapping[type[MergemillError], tuple[int, str]] = {
     RecipeError: (422, "The recipe cannot be merged"),
     CursorError: (400, "No such page"),
     MalformedRequestError: (400, "The request cannot be read"),
+    IdempotencyMismatchError: (422, "Another request had this Idempotency-Key"),
     RequestTooLargeError: (413, "The request is too long"),
     UnsupportedMediaTypeError: (415, "Not a content type that is read"),
     JobNotFoundError: (404, "No such job"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, SecretStr
 
 from service.jobpages import JobStatus
 from service.jobs import JobRecord, JobState
@@ -47,6 +47,17 @@ class RecipeQuery(OptionsBody):
         return OptionsBody(**{name: getattr(self, name) for name in OptionsBody.model_fields})
 
 
+class WebhookBody(_Model):
+    """Who is to be told about a merge (Standard Webhooks)."""
+
+    url: str
+    """Where to POST to: https, at a public address, unless the service allows others."""
+    events: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
+    """Names of the events to tell, `progress` excepted; `succeeded`, `failed` and `cancelled` by default."""
+    secret: SecretStr | None = None
+    """What to sign with: `whsec_` and 24 to 64 random bytes in base64. It is never shown again."""
+
+
 class MergeRequest(_Model):
     """A merge to run."""
 
@@ -56,6 +67,8 @@ class MergeRequest(_Model):
     """Where the checkpoint goes: `s3://bucket/prefix` or `file:///directory`."""
     options: OptionsBody = OptionsBody()
     """How to run it."""
+    webhook: WebhookBody | None = None
+    """Who is to be told about it."""
 
 
 class PlanRequest(_Model):
@@ -173,6 +186,8 @@ class Job(_Model):
     """Its id."""
     state: JobState
     """Where it stands."""
+    version: int
+    """Grows by one with every change of the job, but for its progress."""
     recipe: dict[str, Any]
     """What was asked for."""
     output: str
@@ -326,6 +341,7 @@ def _job(record: JobRecord, progress: Progress, base: str) -> Job:
     return Job(
         id=record.id,
         state=record.state,
+        version=record.version,
         recipe=record.recipe,
         output=record.output,
         options=record.options,
@@ -340,7 +356,13 @@ def _job(record: JobRecord, progress: Progress, base: str) -> Job:
             HistoryItem(at=_time(entry.at), event=entry.event, state=entry.state, detail=entry.detail)
             for entry in record.history
         ),
-        links={"self": here, "cancel": f"{here}/cancel", "files": f"{here}/files"},
+        links={
+            "self": here,
+            "cancel": f"{here}/cancel",
+            "events": f"{here}/events",
+            "deliveries": f"{here}/deliveries",
+            "files": f"{here}/files",
+        },
     )
 
 

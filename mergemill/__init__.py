@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mergemill.client import Client as Client
+    from mergemill.events import Event as Event
     from mergemill.jobs import File as File
     from mergemill.jobs import Job as Job
     from mergemill.jobs import JobPage as JobPage
@@ -41,10 +42,11 @@ _ERRORS = (
     "StoreUnavailableError",
 )  # fmt: skip
 
-__all__ = ["Client", *_JOBS, *_ERRORS]  # noqa: PLE0604 - all of them are texts
+__all__ = ["Client", "Event", *_JOBS, *_ERRORS]  # noqa: PLE0604 - all of them are texts
 
 _HOMES = {
     "Client": "mergemill.client",
+    "Event": "mergemill.events",
     **dict.fromkeys(_JOBS, "mergemill.jobs"),
     **dict.fromkeys(_ERRORS, "workers.errors"),
 }

@@ -61,6 +61,14 @@ WorkerMemory = Annotated[
 ]
 
 
+IdempotencyKey = Annotated[
+    str | None,
+    typer.Option(
+        help="The same key and merge again, within a day, are the same job. A fresh one by default."
+    ),
+]
+
+
 def merge_options(
     overwrite: bool, allow_nonfinite: bool, shard: int | None, part: int | None, memory: int | None
 ) -> dict[str, Any]:

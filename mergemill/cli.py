@@ -15,6 +15,7 @@ from typer.core import TyperGroup
 from mergemill.arguments import (
     AllowNonfinite,
     AsJson,
+    IdempotencyKey,
     JobId,
     Overwrite,
     PartSize,
@@ -114,6 +115,7 @@ def serve(
     import uvicorn
 
     from api.app import create_app
+    from api.server import Server
     from service.logs import configure
 
     settings = _settings()
@@ -127,7 +129,7 @@ def serve(
         server_header=False,
         timeout_graceful_shutdown=10,
     )
-    server = uvicorn.Server(config)
+    server = Server(config)
     server.run(None if fd is None else [socket.socket(fileno=fd)])
     if not server.started:
         raise typer.Exit(1)
@@ -160,6 +162,7 @@ def merge(
     shard_size: ShardSize = None,
     part_size: PartSize = None,
     worker_memory: WorkerMemory = None,
+    idempotency_key: IdempotencyKey = None,
     as_json: AsJson = False,
 ) -> None:
     """Merge, and wait for it: on the service, or on an embedded stack of its own. Ctrl-C cancels."""
@@ -170,7 +173,7 @@ def merge(
     options = merge_options(overwrite, allow_nonfinite, shard_size, part_size, worker_memory)
     console = _console()
     with session.interruptible(), session.open_service(url, console) as client:
-        job = session.submit_recipe(client, document, output, options)
+        job = session.submit_recipe(client, document, output, options, idempotency_key)
         with job_progress(console) as show:
             try:
                 done = client.wait(job.id, show)
@@ -222,6 +225,7 @@ def submit(
     shard_size: ShardSize = None,
     part_size: PartSize = None,
     worker_memory: WorkerMemory = None,
+    idempotency_key: IdempotencyKey = None,
     as_json: AsJson = False,
 ) -> None:
     """Have a merge queued and print the job's id."""
@@ -230,7 +234,7 @@ def submit(
     document = _read_recipe(recipe)
     options = merge_options(overwrite, allow_nonfinite, shard_size, part_size, worker_memory)
     with session.open_client(url) as client:
-        job = session.submit_recipe(client, document, output, options)
+        job = session.submit_recipe(client, document, output, options, idempotency_key)
     typer.echo(_json(job.body) if as_json else job.id)
 
 

@@ -6,16 +6,20 @@ import builtins
 import json
 import os
 import time
+import uuid
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import Any, Self
 
 import httpx
 
 from mergemill import download, recipes
+from mergemill.events import Event, Follower, stream
 from mergemill.jobs import File, Job, JobPage
 from workers.errors import (
     ConflictError,
+    IdempotencyKeyError,
     JobCancelledError,
     JobFailedError,
     JobNotFoundError,
@@ -35,6 +39,9 @@ DEFAULT_URL = "http://127.0.0.1:8080"
 
 POLL_S = (0.1, 1.0)
 """Shortest and longest time between two looks at a job, in seconds; in between, a tenth of the time waited."""
+
+SUBMIT_RETRIES_S = (0.2, 0.5, 1.0, 2.0, 4.0)
+"""Pauses before :meth:`Client.submit` asks again when no answer came, in seconds."""
 
 PATIENCE_S = 60.0
 """How long :meth:`Client.wait` bears with an API that does not answer (it may be restarted), in seconds."""
@@ -87,17 +94,41 @@ class Client:
     def __repr__(self) -> str:
         return f"Client({self.url!r})"
 
-    def submit(self, recipe: Mapping[str, Any] | str, output: str, **options: Any) -> Job:
-        """Have a merge queued.
+    def submit(
+        self,
+        recipe: Mapping[str, Any] | str,
+        output: str,
+        *,
+        idempotency_key: str | None = None,
+        webhook: Mapping[str, Any] | None = None,
+        **options: Any,
+    ) -> Job:
+        """Have a merge queued; once, also where the service's answer is lost and it has to be asked again.
 
         :param recipe: mergekit's YAML, or the same as a mapping.
         :param output: ``s3://bucket/prefix`` or ``file:///directory`` (on the service's machine).
+        :param idempotency_key: the same key and request again, within a day, are the same job; a fresh UUID if
+            left out.
+        :param webhook: who is to be told: ``url``, and if wanted ``events`` and ``secret`` (see docs/rest.md).
         :param options: ``shard_bytes``, ``part_bytes``, ``whole_tensor_bytes``, ``worker_memory_bytes``,
             ``overwrite``, ``allow_nonfinite``; what is ``None`` or left out is the service's default.
         :raises RecipeError: the request is wrong; lists every problem.
         :raises RequestTooLargeError: the recipe is longer than the service reads.
+        :raises IdempotencyMismatchError: the key came with another request before.
         """
-        return Job.from_json(self._post("/v1/merges", _request(recipe, output, options)))
+        body = _request(recipe, output, options) | ({} if webhook is None else {"webhook": dict(webhook)})
+        key = str(uuid.uuid4()) if idempotency_key is None else idempotency_key
+        if not key.isascii() or not key.isprintable():  # no header could hold it
+            raise IdempotencyKeyError("the idempotency key is not made of visible ASCII characters")
+        for number, pause in enumerate((*SUBMIT_RETRIES_S, None)):
+            try:
+                return Job.from_json(self._post("/v1/merges", body, {"Idempotency-Key": key}))
+            except (ServiceUnavailableError, JobStoreUnavailableError) as error:
+                nobody = number == 0 and isinstance(error.__cause__, httpx.ConnectError)
+                if pause is None or nobody:
+                    raise
+                time.sleep(pause)
+        raise AssertionError  # the last try returns or raises
 
     def plan(
         self, recipe: Mapping[str, Any] | str, output: str | None = None, **options: Any
@@ -145,7 +176,7 @@ class Client:
     def wait(
         self, job: str, on_progress: Callable[[Job], None] | None = None, timeout: float | None = None
     ) -> Job:
-        """Wait until a job has succeeded.
+        """Wait until a job has succeeded: by its events, or by looking again and again where there are none.
 
         :param on_progress: called with the job whenever its state or progress has changed; ``print`` will do.
         :param timeout: the longest wait, in seconds.
@@ -154,24 +185,60 @@ class Client:
         """
         on_progress = _on_change(on_progress)
         begun = heard = time.monotonic()
+        with closing(Follower(self._http, f"/v1/merges/{_segment(job)}/events")) as follower:
+            while True:
+                found = None
+                try:
+                    found = self.get(job)
+                except (ServiceUnavailableError, JobStoreUnavailableError):
+                    if time.monotonic() - heard > PATIENCE_S:
+                        raise
+                else:
+                    heard = time.monotonic()
+                    on_progress(found)
+                    if found.is_terminal:
+                        return _succeeded(found)
+                waited = time.monotonic() - begun
+                left = None if timeout is None else timeout - waited
+                if left is not None and left <= 0:
+                    raise JobTimeoutError(f"{job} has not ended within {timeout:g} s")
+                if found is None or not follower.listen(found, on_progress, left):
+                    pause = min(max(POLL_S[0], waited / 10), POLL_S[1])
+                    time.sleep(pause if left is None else min(pause, left))
+
+    def events(self, job: str, after: str | None = None) -> Iterator[Event]:
+        """What happens to a job, as it happens, from its beginning until its end.
+
+        Where the connection breaks, or the service is started again, it goes on after the last event that came.
+
+        :param after: id of an event: begin after it.
+        :raises JobNotFoundError: there is no such job.
+        :raises NoStreamError: the service, or a proxy before it, does not tell events.
+        """
+        heard, path = time.monotonic(), f"/v1/merges/{_segment(job)}/events"
         while True:
+            came = False
             try:
-                found = self.get(job)
+                for event in stream(self._http, path, after):
+                    heard = time.monotonic()
+                    if event is None:
+                        continue
+                    came, after = True, event.id or after
+                    yield event
+                    if event.is_terminal:
+                        return
+                if not came and self.get(job).is_terminal:  # all had been told before
+                    return
+            except httpx.HTTPStatusError as error:
+                if not error.response.is_server_error:
+                    raise _problem(error.response) from error
+            except httpx.HTTPError as error:
+                if time.monotonic() - heard > PATIENCE_S:
+                    raise _unreachable(self.url, error) from error
             except (ServiceUnavailableError, JobStoreUnavailableError):
                 if time.monotonic() - heard > PATIENCE_S:
                     raise
-            else:
-                heard = time.monotonic()
-                on_progress(found)
-                if found.is_terminal:
-                    return _succeeded(found)
-            waited = time.monotonic() - begun
-            pause = min(max(POLL_S[0], waited / 10), POLL_S[1])
-            if timeout is not None:
-                if waited >= timeout:
-                    raise JobTimeoutError(f"{job} has not ended within {timeout:g} s")
-                pause = min(pause, timeout - waited)
-            time.sleep(pause)
+            time.sleep(POLL_S[0] if came else POLL_S[1])
 
     def files(self, job: str) -> builtins.list[File]:
         """The files of a merged checkpoint.
@@ -224,14 +291,16 @@ class Client:
     def _get(self, path: str, params: Mapping[str, Any] | None = None) -> Any:
         return self._answer(self._http.build_request("GET", path, params=params))
 
-    def _post(self, path: str, body: Mapping[str, Any] | None) -> Any:
+    def _post(
+        self, path: str, body: Mapping[str, Any] | None, more_headers: Mapping[str, str] | None = None
+    ) -> Any:
         if body is None:
             return self._answer(self._http.build_request("POST", path))
         try:
             content = json.dumps(body, allow_nan=False)
         except (TypeError, ValueError) as error:
             raise RecipeError(f"the recipe cannot be written as JSON: {error}") from error
-        headers = {"Content-Type": "application/json"}
+        headers = {"Content-Type": "application/json", **(more_headers or {})}
         return self._answer(self._http.build_request("POST", path, content=content, headers=headers))
 
     def _answer(self, request: httpx.Request) -> Any:

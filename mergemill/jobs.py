@@ -119,6 +119,11 @@ class Job:
         return found
 
     @property
+    def version(self) -> int:
+        """Grows with every change of the job; 0 where the service does not tell."""
+        return int(self.body.get("version", 0))
+
+    @property
     def method(self) -> str:
         """The recipe's merge method."""
         return str(self.recipe["merge_method"])

@@ -36,10 +36,12 @@ def open_service(url: str | None, console: Console) -> Iterator[Client]:
         yield client
 
 
-def submit_recipe(client: Client, recipe: dict[str, Any], output: str, options: dict[str, Any]) -> Job:
+def submit_recipe(
+    client: Client, recipe: dict[str, Any], output: str, options: dict[str, Any], key: str | None = None
+) -> Job:
     """Have a merge queued; ``output`` may be a local path."""
     with hub_names_explained(recipe):
-        return client.submit(recipe, recipes.output_uri(output, Path.cwd()), **options)
+        return client.submit(recipe, recipes.output_uri(output, Path.cwd()), idempotency_key=key, **options)
 
 
 @contextmanager

@@ -324,7 +324,12 @@ def advance(record: JobRecord, event: Event, now: float) -> JobRecord:
 
 def event_name(event: Event) -> str:
     """The event's name in snake case."""
-    return re.sub(r"(?<!^)(?=[A-Z])", "_", type(event).__name__).lower()
+    return event_name_of(type(event))
+
+
+def event_name_of(kind: type[Event]) -> str:
+    """The name of a kind of event in snake case."""
+    return re.sub(r"(?<!^)(?=[A-Z])", "_", kind.__name__).lower()
 
 
 def _refusal(record: JobRecord, event: Event) -> str | None:

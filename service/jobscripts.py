@@ -9,17 +9,21 @@ from __future__ import annotations
 
 from typing import Final
 
-# A record, its version, its place in the indexes and, when planning starts over, the end of everything that
-# belonged to the old uploads are one fact: a reader must never see one without the other, and a crash
-# between them would leave parts that name uploads that are gone.
-SAVE: Final = """
+from service.eventscripts import TELL, TELL_PROGRESS
+
+# A record, its version, its place in the indexes, the event that tells of it and, when planning starts over, the
+# end of everything that belonged to the old uploads are one fact: a reader must never see one without the other,
+# and a crash between them would leave parts that name uploads that are gone.
+SAVE: Final = (
+    TELL
+    + """
 local job, lease, id = KEYS[1], KEYS[1] .. ':lease', ARGV[1]
 if redis.call('LPOS', KEYS[1] .. ':writes', ARGV[2]) then return 'saved' end
 local version, state = unpack(redis.call('HMGET', job, 'version', 'state'))
 if not version then return 'missing' end
 if ARGV[3] ~= '' and redis.call('HGET', lease, 'token') ~= ARGV[3] then return 'fenced' end
 if version ~= ARGV[4] then return 'conflict' end
-redis.call('HSET', job, 'record', ARGV[5], 'version', ARGV[6], 'state', ARGV[7])
+redis.call('HSET', job, 'record', ARGV[5], 'version', ARGV[6], 'state', ARGV[7], 'totals', ARGV[12])
 redis.call('LPUSH', job .. ':writes', ARGV[2])
 redis.call('LTRIM', job .. ':writes', 0, tonumber(ARGV[8]) - 1)
 if state ~= ARGV[7] then
@@ -28,22 +32,43 @@ if state ~= ARGV[7] then
 end
 if ARGV[9] == 'terminal' then redis.call('ZREM', KEYS[3], id) end
 if ARGV[9] == 'restarted' then redis.call('DEL', job .. ':parts', job .. ':surveys', job .. ':progress') end
+if ARGV[10] ~= '' then tell(job, ARGV[10], ARGV[7], ARGV[6], ARGV[11]) end
 return 'saved'
 """
+)
 
 # A record and its place in the indexes are one fact; the check that the id is new belongs to it, or two
-# creators would both see it free.
-CREATE: Final = """
+# creators would both see it free. So does the idempotency key: one that is known without its job, or a job
+# without its key, would lose or double a request. A key whose job was swept away binds nobody.
+CREATE: Final = (
+    TELL
+    + """
+if ARGV[7] ~= '' then
+  local print, job = unpack(redis.call('HMGET', KEYS[4], 'fingerprint', 'job'))
+  if print and redis.call('EXISTS', string.sub(KEYS[1], 1, -#ARGV[1] - 1) .. job) == 1 then
+    if print ~= ARGV[7] then return 'another' end
+    if job ~= ARGV[1] then return job end
+  end
+end
 if redis.call('EXISTS', KEYS[1]) == 1 then
-  return redis.call('LPOS', KEYS[1] .. ':writes', ARGV[2]) and 'created' or 'exists'
+  return redis.call('LPOS', KEYS[1] .. ':writes', ARGV[2]) and ARGV[1] or 'exists'
 end
 redis.call('HSET', KEYS[1], 'record', ARGV[3], 'version', ARGV[4], 'state', ARGV[5])
 redis.call('LPUSH', KEYS[1] .. ':writes', ARGV[2])
 redis.call('ZADD', KEYS[2], 0, ARGV[1])
 redis.call('ZADD', KEYS[2] .. ':' .. ARGV[5], 0, ARGV[1])
 if ARGV[6] ~= 'terminal' then redis.call('ZADD', KEYS[3], 0, ARGV[1]) end
-return 'created'
+if ARGV[7] ~= '' then
+  redis.call('HSET', KEYS[4], 'fingerprint', ARGV[7], 'job', ARGV[1])
+  redis.call('PEXPIRE', KEYS[4], ARGV[8])
+end
+if ARGV[11] then
+  redis.call('HSET', KEYS[1] .. ':webhook', 'url', ARGV[11], 'events', ARGV[12], 'secret', ARGV[13])
+end
+tell(KEYS[1], ARGV[9], ARGV[5], ARGV[4], ARGV[10])
+return ARGV[1]
 """
+)
 
 # Seeing that a lease is free and taking it must be one step, or two would take it. The token is new because
 # of its random epoch even if Redis forgot the counter; the counter tells people which lease came later. A
@@ -91,7 +116,9 @@ return redis.call('DEL', KEYS[1] .. ':lease')
 # A result and the progress that it makes are one fact, or a retry would count it twice; the token and the
 # state are checked in the same step, since results of a former owner, or for uploads that are gone, are void.
 # Results that came together are one step too: each step waits for the disk.
-RECORD: Final = """
+RECORD: Final = (
+    TELL_PROGRESS
+    + """
 if redis.call('HGET', KEYS[1] .. ':lease', 'token') ~= ARGV[1] then return 'fenced' end
 local state = redis.call('HGET', KEYS[1], 'state')
 if ARGV[2] ~= '' and state ~= ARGV[2] then return 'the job is ' .. (state or 'gone') end
@@ -103,8 +130,10 @@ for at = 3, #ARGV, 4 do
     new = new + 1
   end
 end
+if new > 0 then tell_progress(KEYS[1]) end
 return new
 """
+)
 
 # Seeing that an output is free and claiming it must be one step. A claim whose job has ended, or was lost
 # with its record, binds nobody: its scheduler died between the job's last change and the release.

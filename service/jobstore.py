@@ -8,19 +8,23 @@ Every key, after the namespace (``mergemill:`` unless told otherwise):
 ``active``                   sorted set  the ids of the jobs that are not in a final state, likewise
 ``leases``                   string      counter of all leases ever given out
 ``output:<uri>``             string      id of the job that claims this output
-``job:<id>``                 hash        ``record`` (JSON of the JobRecord), and its ``version`` and ``state``
+``once:<key>``               hash        ``job`` and request's ``fingerprint`` of an idempotency key; expires
+``events``                   stream      ids of the jobs that have news, for those who wait for any job's
+``job:<id>``                 hash        ``record`` (JSON of the JobRecord), its ``version``, ``state`` and ``totals``
+``job:<id>:events``          stream      what happened to the job, see :mod:`service.events`
 ``job:<id>:writes``          list        nonces of the latest writes of the record
 ``job:<id>:lease``           hash        ``token`` and ``owner``; expires when the lease does
 ``job:<id>:parts``           hash        part id → JSON of the PartResult
 ``job:<id>:surveys``         hash        ``<survey id>:<pass>`` → JSON of the facts
-``job:<id>:progress``        hash        ``bytes_done`` (output) and ``bytes_read`` (input)
+``job:<id>:progress``        hash        ``bytes_done`` (output), ``bytes_read`` (input), ``told_at`` (last event)
 ===========================  ==========  ===============================================================
 
 Everything that changes a job's keys under a lease checks the lease's token in the same Lua script, so an
 owner that was paused past its lease changes nothing. Connections are retried, and Redis may have acted
 before a connection broke; every script therefore gives the same answer when it is run again: the record's
 by a nonce, leases by their token's random epoch. Scripts build key names from ids: Redis Cluster, where all
-keys of a script have to be named in advance and live in one slot, is not supported.
+keys of a script have to be named in advance and live in one slot, is not supported. The keys of webhooks are
+in :mod:`service.webhookstore`.
 """
 
 from __future__ import annotations
@@ -36,19 +40,21 @@ from typing import Any, Final, Self
 import redis
 
 from service import jobscripts as scripts
+from service.events import telling
+from service.eventscripts import WARN
+from service.idempotency import Once
 from service.jobpages import JobPage, JobStatus, page_of, read_cursor, read_status
-from service.jobs import JOB_ID, CancelRequested, Event, JobRecord, JobState, Restarted, advance
+from service.jobs import DETAIL_CHARS, JOB_ID, CancelRequested, Event, JobRecord, JobState, Restarted, advance
 from service.redis_connection import connect, guarded
+from service.webhooks import Webhook
 from workers.errors import (
     ConflictError,
+    IdempotencyMismatchError,
     JobNotFoundError,
     LeaseLostError,
     OutputConflictError,
 )
 from workers.task import PART_RESULT, Facts, PartResult
-
-CONNECTION_TRIES: Final = 8
-"""How often a broken connection is tried again, with backoff: about four seconds when refused at once."""
 
 CONFLICT_TRIES: Final = 20
 """How often :meth:`JobStore.apply` reads and writes again when somebody else wrote in between."""
@@ -84,7 +90,7 @@ class JobStore:
     def __init__(
         self, url: str, namespace: str = "mergemill", *, clock: Callable[[], float] = time.time
     ) -> None:
-        self._redis = connect(url, CONNECTION_TRIES)
+        self._redis = connect(url)
         self._namespace = namespace
         self._clock = clock
 
@@ -101,15 +107,38 @@ class JobStore:
     # Records
 
     @guarded
-    def create(self, record: JobRecord) -> None:
-        """Store a new job.
+    def create(self, record: JobRecord, once: Once | None = None, webhook: Webhook | None = None) -> str:
+        """Store a new job, unless the same request has made one before; its id, or that one's.
+
+        :param webhook: who is to be told about it.
 
         :raises ConflictError: there is one with this id.
+        :raises IdempotencyMismatchError: the idempotency key came with another request.
         """
         fields = (record.model_dump_json(), record.version, record.state, _terminal(record))
-        keys = (self._job(record.id), self._key("jobs"), self._key("active"))
-        if self._run(scripts.CREATE, keys, record.id, secrets.token_hex(8), *fields) != "created":
+        known = ("", 0) if once is None else (once.fingerprint, _milliseconds(once.ttl_s))
+        remembered = self._key("once", "" if once is None else once.key)
+        keys = (self._job(record.id), self._key("jobs"), self._key("active"), remembered)
+        told = telling(None, record)[:2]
+        hook = () if webhook is None else (webhook.url, f" {' '.join(webhook.events)} ", webhook.secret)
+        answer = str(
+            self._run(scripts.CREATE, keys, record.id, secrets.token_hex(8), *fields, *known, *told, *hook)
+        )
+        if answer == "another":
+            raise IdempotencyMismatchError(
+                "this Idempotency-Key came with another request before: every request needs one of its own"
+            )
+        if answer == "exists":
             raise ConflictError(f"there is already a job {record.id}")
+        return answer
+
+    @guarded
+    def made_by(self, once: Once | None) -> str | None:
+        """The job that the same request has made before, if it has and is remembered."""
+        if once is None:
+            return None
+        fingerprint, job = self._redis.hmget(self._key("once", once.key), "fingerprint", "job")
+        return job if fingerprint == once.fingerprint else None
 
     @guarded
     def get(self, job: str) -> JobRecord:
@@ -188,12 +217,20 @@ class JobStore:
             effect = "restarted" if isinstance(event, Restarted) else _terminal(after)
             fields = (after.model_dump_json(), after.version, after.state, REMEMBERED_WRITES, effect)
             keys = (key, self._key("jobs"), self._key("active"))
-            answer = self._run(scripts.SAVE, keys, job, nonce, token or "", record.version, *fields)
+            told = telling(record, after)
+            answer = self._run(scripts.SAVE, keys, job, nonce, token or "", record.version, *fields, *told)
             if answer == "saved":
                 return after
             if answer == "fenced":
                 raise LeaseLostError(f"{job}: the lease {token} is not in force")
         raise ConflictError(f"{job}: it changed {CONFLICT_TRIES} times while {event} was to be stored")
+
+    @guarded
+    def warn(self, lease: Lease, detail: str) -> None:
+        """Tell those who follow the job that something went wrong, and that it goes on."""
+        entry = json.dumps({"at": self._clock(), "detail": detail[:DETAIL_CHARS]})
+        fields = (lease.token, secrets.token_hex(8), REMEMBERED_WRITES, entry)
+        self._check(lease, self._run(WARN, (self._job(lease.job),), *fields))
 
     # Leases
 

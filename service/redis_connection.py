@@ -1,12 +1,14 @@
-"""How everything that keeps state in Redis connects to it, and what its failures become."""
+"""Connections to Redis, alike for everything that keeps something there, and its errors as ours."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import wraps
-from typing import Final, ParamSpec, TypeVar
+from typing import Any, Concatenate, Final, ParamSpec, TypeVar
 
 import redis
+import redis.asyncio
+from redis.asyncio.retry import Retry as AsyncRetry
 from redis.backoff import ExponentialWithJitterBackoff
 from redis.retry import Retry
 
@@ -15,36 +17,65 @@ from workers.errors import JobStoreUnavailableError
 TIMEOUT_S: Final = 5.0
 """Longest wait for a connection or an answer, in seconds."""
 
+CONNECTION_TRIES: Final = 8
+"""How often a broken connection is tried again, with backoff: about four seconds when refused at once."""
+
+_S = TypeVar("_S")
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 
 
-def connect(url: str, tries: int, timeout_s: float = TIMEOUT_S) -> redis.Redis:
-    """A client of the Redis at ``url``; safe to share between threads.
+def connect(url: str, tries: int = CONNECTION_TRIES, timeout_s: float = TIMEOUT_S) -> redis.Redis:
+    """A pool of connections for threads; what breaks is tried again, though Redis may have acted already.
 
     :param tries: how often a broken connection is tried again, with backoff.
     :param timeout_s: longest wait for a connection or an answer.
     """
-    return redis.Redis.from_url(
+    return redis.Redis.from_url(url, retry=Retry(_backoff(), tries), **_options(timeout_s))
+
+
+def connect_async(
+    url: str, tries: int = CONNECTION_TRIES, max_connections: int | None = None
+) -> redis.asyncio.Redis:
+    """The same for an event loop; whoever comes when ``max_connections`` are in use waits for one."""
+    pool = redis.asyncio.BlockingConnectionPool.from_url(
         url,
-        decode_responses=True,
-        protocol=2,
-        socket_timeout=timeout_s,
-        socket_connect_timeout=timeout_s,
-        socket_keepalive=True,
-        health_check_interval=15,
-        retry=Retry(ExponentialWithJitterBackoff(cap=1.0, base=0.05), tries),
+        retry=AsyncRetry(_backoff(), tries),
+        max_connections=max_connections or 2**31,
+        timeout=None,
+        **_options(),
     )
+    return redis.asyncio.Redis.from_pool(pool)
 
 
-def guarded(method: Callable[_P, _R]) -> Callable[_P, _R]:
-    """Turn what redis raises after its last retry into :class:`JobStoreUnavailableError`."""
+def guarded(method: Callable[Concatenate[_S, _P], _R]) -> Callable[Concatenate[_S, _P], _R]:
+    """Turn what redis raises after its last retry into our own error."""
 
     @wraps(method)
-    def call(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+    def call(self: _S, /, *args: _P.args, **kwargs: _P.kwargs) -> _R:
         try:
-            return method(*args, **kwargs)
+            return method(self, *args, **kwargs)
         except redis.RedisError as error:
-            raise JobStoreUnavailableError(f"job store: {type(error).__name__}: {error}") from error
+            raise unavailable(error) from error
 
     return call
+
+
+def unavailable(error: redis.RedisError) -> JobStoreUnavailableError:
+    """Our own error for one of redis's."""
+    return JobStoreUnavailableError(f"job store: {type(error).__name__}: {error}")
+
+
+def _options(timeout_s: float = TIMEOUT_S) -> dict[str, Any]:
+    return {
+        "decode_responses": True,
+        "protocol": 2,
+        "socket_timeout": timeout_s,
+        "socket_connect_timeout": timeout_s,
+        "socket_keepalive": True,
+        "health_check_interval": 15,
+    }
+
+
+def _backoff() -> ExponentialWithJitterBackoff:
+    return ExponentialWithJitterBackoff(cap=1.0, base=0.05)

@@ -158,6 +158,7 @@ class JobRunner:
                     raise
                 metrics.JOB_RETRIES.labels("store").inc()
                 self._log.warning("the store is out of reach; trying again", error=str(error))
+                self.tools.jobs.warn(self.lease, f"the store is out of reach; trying again: {error}")
                 self.tools.stopping.wait(self.tools.settings.poll_seconds)
 
     def _go_on(self) -> None:

@@ -15,6 +15,7 @@ import structlog
 from pydantic import ValidationError
 
 from service import metrics
+from service.courier import Courier
 from service.driver import Driver
 from service.fleet_process import FleetSettings
 from service.heartbeat import Heart
@@ -22,6 +23,7 @@ from service.jobstore import JobStore
 from service.metrics_server import MetricsServer
 from service.runner import JobRunner
 from service.settings import Settings
+from service.webhookstore import WebhookStore
 from service.work import Tools
 from workers import tracing
 from workers.errors import FleetError, JobStoreUnavailableError, LeaseLostError
@@ -129,7 +131,9 @@ def main(settings: Settings, ready_file: Path | None = None) -> None:
     token = settings.metrics_token
     with (
         JobStore(settings.redis_url, settings.namespace) as jobs,
+        WebhookStore(settings.redis_url, settings.namespace) as webhooks,
         Driver(fleet) as driver,
+        Courier(webhooks, settings),
         MetricsServer(
             settings.metrics_host,
             settings.metrics_port,

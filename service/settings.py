@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pydantic import AliasChoices, Field, SecretStr
+from pydantic import AliasChoices, Field, SecretStr, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from service.addresses import Destinations
 from service.plan import PlanOptions
 from service.price import BASELINE_BYTES
+from service.webhooks import read_secret
 from workers.store import StoreSettings
 
 
@@ -57,6 +59,12 @@ class Settings(BaseSettings):
     """How often finished parts are also written beside the output, in case Redis is lost."""
     presign_seconds: int = Field(default=3600, ge=1, le=604800)
     """How long a presigned download URL works."""
+    idempotency_seconds: float = Field(default=86400.0, gt=0)
+    """How long an `Idempotency-Key` is remembered."""
+    webhook_secret: SecretStr | None = None
+    """Signs webhooks that bring no secret of their own: `whsec_` and 24 to 64 random bytes in base64."""
+    webhook_allow_private: tuple[str, ...] = ()
+    """Addresses, CIDRs and hosts that webhooks may reach though they are not public, also by http: `["10.0.0.0/8"]`."""
     log_format: str = Field(default="auto", pattern="^(auto|json|console)$")
     """`json`, `console`, or `auto`: console on a terminal."""
     metrics_host: str = "127.0.0.1"
@@ -73,6 +81,24 @@ class Settings(BaseSettings):
         A look costs half a millisecond of CPU time, which ten a second would make half a per cent of a job.
         """
         return 5 * self.poll_seconds
+
+    @field_validator("webhook_secret")
+    @classmethod
+    def _is_secret(cls, value: SecretStr | None) -> SecretStr | None:
+        if value is not None:
+            read_secret(value.get_secret_value())
+        return value
+
+    @field_validator("webhook_allow_private")
+    @classmethod
+    def _are_places(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        Destinations.parse(value)
+        return value
+
+    @property
+    def webhook_destinations(self) -> Destinations:
+        """Where webhooks may go."""
+        return Destinations.parse(self.webhook_allow_private)
 
     @property
     def default_options(self) -> PlanOptions:

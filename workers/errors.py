@@ -9,7 +9,9 @@
     ├── NonFiniteError (ArithmeticError)     NaN or Inf in an input, or an overflow on rounding
     ├── RequestError                         an HTTP request cannot be taken
     │   ├── MalformedRequestError (ValueError)       it is not what its content type says
-    │   │   └── CursorError                  the cursor is not one that a page gave out
+    │   │   ├── CursorError                  the cursor is not one that a page gave out
+    │   │   └── IdempotencyKeyError          the idempotency key cannot be one
+    │   ├── IdempotencyMismatchError         the idempotency key came with another request before
     │   ├── RequestTooLargeError             its body is longer than is read
     │   └── UnsupportedMediaTypeError        its content type is not one that is read
     ├── ServiceUnavailableError (ConnectionError)   the REST API cannot be reached (raised by the client)
@@ -93,6 +95,14 @@ class MalformedRequestError(RequestError, ValueError):
 
 class CursorError(MalformedRequestError):
     """The cursor is not one that a page of jobs gave out."""
+
+
+class IdempotencyKeyError(MalformedRequestError):
+    """The idempotency key is empty, too long, of other characters than visible ASCII, or there are several."""
+
+
+class IdempotencyMismatchError(RequestError):
+    """The idempotency key came before, with another request than this one."""
 
 
 class RequestTooLargeError(RequestError):

@@ -13,6 +13,7 @@ from fastapi.responses import FileResponse, RedirectResponse
 
 from api.bodies import Body, BodyDep, Wanted, read
 from api.deps import JobsDep, PlanLimiterDep, SettingsDep, StoreDep
+from api.idempotency import REPLAYED, KeyDep, once_of
 from api.looking import plan_wanted, refuse_taken
 from api.observing import origin
 from api.openapi import problems, recipe_body
@@ -51,6 +52,8 @@ _FILE: dict[int | str, dict[str, Any]] = {
 )
 async def submit(
     body: BodyDep,
+    key: KeyDep,
+    request: Request,
     response: Response,
     settings: SettingsDep,
     jobs: JobsDep,
@@ -60,19 +63,28 @@ async def submit(
     """Accept a merge. The recipe is checked now; models are opened, checked and priced when planning.
 
     An output that holds a checkpoint is refused, unless `overwrite` is set.
+
+    With an `Idempotency-Key` that came before, the job of that time is answered, as it is now, and
+    `Idempotent-Replayed: true` says so; 422, when another request came with it.
+
     A recipe that is refused has its models and its output looked at now, so that all there is to mend is said.
     """
     wanted = await run_sync(_checked, body, settings)
     if wanted.problems:
         await run_sync(plan_wanted, wanted, settings, store, limiter=limiter)
     assert wanted.recipe is not None and wanted.output is not None  # noqa: S101 - it is a whole request
-    if not wanted.options.overwrite:
+    once = await run_sync(once_of, key, request, body, wanted, settings.idempotency_seconds)
+    # What was accepted once is not refused for the output that it has made since.
+    if not wanted.options.overwrite and await run_sync(jobs.made_by, once) is None:
         await refuse_taken(store, wanted.output, limiter)
     options = wanted.options.model_dump(mode="json")
     record = new_job(wanted.recipe.to_json(), wanted.output, options, time.time(), origin())
-    await run_sync(jobs.create, record)
+    made = await run_sync(jobs.create, record, once, wanted.webhook)
+    response.headers["Location"] = f"{BASE}/{made}"
+    if made != record.id:
+        response.headers[REPLAYED] = "true"
+        return job_of(await run_sync(jobs.status, made), BASE)
     log.info("job accepted", job=record.id)
-    response.headers["Location"] = f"{BASE}/{record.id}"
     return job_of(JobStatus(record), BASE)  # not read again: if that failed, nobody would know of the job
 
 

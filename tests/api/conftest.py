@@ -14,6 +14,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from api.app import create_app
+from api.server import Server
 from service import jobstore
 from service.settings import Settings
 
@@ -21,7 +22,7 @@ from service.settings import Settings
 @contextmanager
 def serving(app: FastAPI) -> Iterator[httpx.Client]:
     """A client of the application on a real server."""
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_config=None, lifespan="on", ws="none"))
+    server = Server(uvicorn.Config(app, port=0, log_config=None, lifespan="on", ws="none"))
     thread = threading.Thread(target=server.run)
     thread.start()
     try:

@@ -18,6 +18,8 @@ PROBLEMS = {
     ("get", "/v1/merges"): {400, 422, 503},
     ("get", "/v1/merges/{job}"): {404, 503},
     ("post", "/v1/merges/{job}/cancel"): {404, 409, 503},
+    ("get", "/v1/merges/{job}/events"): {400, 404, 503},
+    ("get", "/v1/merges/{job}/deliveries"): {404, 503},
     ("get", "/v1/merges/{job}/files"): {404, 409, 410, 502, 503},
     ("get", "/v1/merges/{job}/files/{name}"): {404, 409, 410, 502, 503},
     ("post", "/v1/plans"): {400, 413, 415, 422, 502},

@@ -34,13 +34,17 @@ class Service:
         self.refusal: tuple[int, dict[str, Any]] | None = None
         self.asked: list[tuple[str, str]] = []
         self.bodies: list[dict[str, Any]] = []
+        self.keys: list[str] = []
 
     def handle(self, request: httpx.Request) -> httpx.Response:
         self.asked.append((request.method, request.url.path))
+        if "Idempotency-Key" in request.headers:
+            self.keys.append(request.headers["Idempotency-Key"])
         if request.content:
             self.bodies.append(json.loads(request.content))
-        if self.refusal is not None:
-            return httpx.Response(self.refusal[0], json=self.refusal[1])
+        refusal = (404, {}) if request.url.path.endswith("/events") else self.refusal
+        if refusal is not None:
+            return httpx.Response(refusal[0], json=refusal[1])
         if request.url.path == "/v1/plans":
             return httpx.Response(200, json={"digest": "d"})
         if request.method == "GET" and request.url.path == "/v1/merges":
@@ -163,6 +167,14 @@ def test_submit_sends_uris_and_bytes(recipe: Path, service: Service) -> None:
     }  # fmt: skip
 
 
+def test_the_idempotency_key_can_be_chosen(recipe: Path, service: Service) -> None:
+    for command in ("submit", "merge"):
+        assert run(command, recipe, "./out", "--url", URL, "--idempotency-key", "mine").exit_code == 0
+        assert run(command, recipe, "./out", "--url", URL).exit_code == 0
+    assert service.keys[::2] == ["mine", "mine"]
+    assert len(set(service.keys)) == 3
+
+
 def test_merge_waits_and_prints_plain_lines(recipe: Path, service: Service) -> None:
     found = run("merge", recipe, "s3://bucket/out", env={"MERGEMILL_URL": URL})
     assert found.exit_code == 0
@@ -230,7 +242,8 @@ def test_ctrl_c_cancels_and_waits(recipe: Path, service: Service, monkeypatch: p
     assert found.exit_code == 130
     assert found.stderr.splitlines()[-1] == f"{JOB} was cancelled"
     cancelled = service.asked.index(("POST", f"/v1/merges/{JOB}/cancel"))
-    assert service.asked[cancelled + 1 :] == [("GET", f"/v1/merges/{JOB}")] * 2
+    looks = [asked for asked in service.asked[cancelled + 1 :] if not asked[1].endswith("/events")]
+    assert looks == [("GET", f"/v1/merges/{JOB}")] * 2
 
 
 def test_a_service_that_is_not_there(recipe: Path) -> None:

@@ -15,8 +15,9 @@ import pytest
 import uvicorn
 
 from api.app import create_app
+from api.server import Server
 from mergemill import Client, Job
-from mergemill.client import PATIENCE_S
+from mergemill.client import PATIENCE_S, SUBMIT_RETRIES_S
 from service.jobs import CommitStarted, Event, Failed, JobState, PlanningStarted, Succeeded
 from service.jobstore import JobStore
 from service.settings import Settings
@@ -24,6 +25,8 @@ from tests.service.job_steps import ALL_COMPLETE, PATHS, TO_RUNNING, fresh
 from workers.errors import (
     ConflictError,
     CursorError,
+    IdempotencyKeyError,
+    IdempotencyMismatchError,
     IllegalTransitionError,
     JobCancelledError,
     JobFailedError,
@@ -51,7 +54,7 @@ NOWHERE = "merge-0" + "0" * 25
 def client(valkey_url: str, valkey_namespace: str) -> Iterator[Client]:
     """A client of an API of its own."""
     settings = Settings(redis_url=valkey_url, namespace=valkey_namespace)
-    server = uvicorn.Server(uvicorn.Config(create_app(settings), log_config=None, lifespan="on"))
+    server = Server(uvicorn.Config(create_app(settings), log_config=None, lifespan="on"))
     listener = socket.create_server(("127.0.0.1", 0))
     thread = threading.Thread(target=server.run, args=([listener],))
     thread.start()
@@ -101,6 +104,13 @@ class TestOnARealApi:
         assert client.cancel(job.id).state == "cancelled"
         with pytest.raises(JobCancelledError, match=job.id):
             client.wait(job.id, timeout=5)
+
+    def test_a_merge_is_submitted_once_for_a_key(self, client: Client) -> None:
+        jobs = [client.submit(RECIPE, "s3://bucket/out", idempotency_key="mine") for _ in range(2)]
+        assert jobs[0].id == jobs[1].id
+        with pytest.raises(IdempotencyMismatchError):
+            client.submit(RECIPE, "s3://bucket/other", idempotency_key="mine")
+        assert client.submit(RECIPE, "s3://bucket/out").id != jobs[0].id
 
     def test_yaml_and_a_mapping_are_the_same(self, client: Client) -> None:
         text = "merge_method: linear\nmodels:\n  - model: s3://bucket/a\n  - {model: s3://bucket/b}\n"
@@ -282,7 +292,9 @@ class TestOddAnswers:
             httpx.Response(200, json=_body("succeeded")),
         ]
 
-        def handler(_: httpx.Request) -> httpx.Response:
+        def handler(request: httpx.Request) -> httpx.Response:
+            if request.url.path.endswith("/events"):
+                return httpx.Response(404)
             answer = answers.pop(0)
             if isinstance(answer, Exception):
                 raise answer
@@ -315,6 +327,51 @@ class TestOddAnswers:
         fake(handler).wait(NOWHERE, lambda job: told.append(str(job)))
         assert 590 < looks[0] < 660
         assert told == [f"{NOWHERE} running 50 %", f"{NOWHERE} succeeded"]  # what stays as it is is told once
+
+    def test_a_submission_is_sent_again_with_its_key(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        clock, keys = Clock(), []
+        monkeypatch.setattr("mergemill.client.time", clock)
+        answers: list[httpx.Response | Exception] = [
+            httpx.ReadError("lost"),
+            httpx.ConnectError("the API starts again"),
+            httpx.Response(503, json={"detail": "no redis"}),
+            httpx.Response(202, json=_body("queued")),
+        ]
+
+        def handler(request: httpx.Request) -> httpx.Response:
+            keys.append(request.headers["idempotency-key"])
+            answer = answers.pop(0)
+            if isinstance(answer, Exception):
+                raise answer
+            return answer
+
+        assert fake(handler).submit(RECIPE, "s3://b/o").id == NOWHERE
+        assert (len(keys), len(set(keys)), clock.now) == (4, 1, sum(SUBMIT_RETRIES_S[:3]))
+        answers += [httpx.ReadError("lost")] * 10
+        with pytest.raises(ServiceUnavailableError):
+            fake(handler).submit(RECIPE, "s3://b/o", idempotency_key="mine")
+        assert keys[4:] == ["mine"] * (len(SUBMIT_RETRIES_S) + 1)
+        assert len({keys[0], keys[4]}) == 2
+
+    @pytest.mark.parametrize(
+        "answer", [httpx.ConnectError("refused"), httpx.Response(422, json={"detail": "x"})]
+    )
+    def test_what_waiting_does_not_mend_is_not_sent_again(self, answer: httpx.Response | Exception) -> None:
+        asked = []
+
+        def handler(request: httpx.Request) -> httpx.Response:
+            asked.append(request.headers["idempotency-key"])
+            if isinstance(answer, Exception):
+                raise answer
+            return answer
+
+        for _ in range(2):
+            with pytest.raises(MergemillError):
+                fake(handler).submit(RECIPE, "s3://b/o")
+        assert len(set(asked)) == 2
+        with pytest.raises(IdempotencyKeyError):
+            fake(handler).submit(RECIPE, "s3://b/o", idempotency_key="a\nb")
+        assert len(asked) == 2
 
     @pytest.mark.parametrize("recipe", ["a: [", "- list", "", "a: 1\n---\nb: 2", "x: 2020-01-01", "x: .nan"])
     def test_a_recipe_that_is_none_is_not_even_sent(self, recipe: str) -> None:

@@ -20,6 +20,7 @@ import pytest
 import uvicorn
 
 from api.app import create_app
+from api.server import Server
 from service.driver import Driver
 from service.jobstore import JobStore
 from service.scheduler import Scheduler
@@ -95,7 +96,7 @@ def running_service(
     config = uvicorn.Config(
         create_app(chosen), host="127.0.0.1", port=0, log_config=None, ws="none", timeout_graceful_shutdown=5
     )
-    server = uvicorn.Server(config)
+    server = Server(config)
     loops: list[asyncio.AbstractEventLoop] = []
 
     async def serve() -> None:

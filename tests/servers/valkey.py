@@ -7,6 +7,7 @@ import uuid
 from collections.abc import Iterator
 
 import pytest
+import redis
 
 from service.jobstore import JobStore
 from service.valkey import EmbeddedValkey
@@ -43,3 +44,10 @@ def job_store(valkey_url: str, valkey_namespace: str) -> Iterator[JobStore]:
     """An empty job store."""
     with JobStore(valkey_url, valkey_namespace) as store:
         yield store
+
+
+@pytest.fixture
+def raw(valkey_url: str) -> Iterator[redis.Redis]:
+    """A bare connection, to look behind the job store's back."""
+    with redis.Redis.from_url(valkey_url, decode_responses=True) as client:
+        yield client

@@ -2,21 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import redis
 
 from tests.checkpoints import llama_config, write_checkpoint
 from tests.service.models_on_disk import LLAMA
-
-
-@pytest.fixture
-def raw(valkey_url: str) -> Iterator[redis.Redis]:
-    """A bare connection, to look behind the job store's back."""
-    with redis.Redis.from_url(valkey_url, decode_responses=True) as client:
-        yield client
 
 
 @pytest.fixture

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import redis
 
 from service import jobstore
+from service.idempotency import once
 from service.jobs import PlanningStarted
 from service.jobstore import JobStore
 from tests.service.held_jobs import claimed
-from tests.service.job_steps import TO_RUNNING, part
+from tests.service.job_steps import TO_RUNNING, fresh, part
 from workers.errors import JobStoreUnavailableError
 
 pytestmark = pytest.mark.valkey
@@ -80,10 +83,13 @@ def test_every_key_is_in_the_table(job_store: JobStore, raw: redis.Redis) -> Non
     job_store.record_part(lease, part(1))
     job_store.record_survey(lease, "s", 0, {}, 1)
     job_store.claim_output(lease, "file:///out")
-    keys = {
-        str(key).removeprefix(f"{job_store._namespace}:") for key in raw.keys(f"{job_store._namespace}:*")
-    }
-    shown = {key.replace(record.id, "<id>").replace("file:///out", "<uri>") for key in keys}
-    assert len(shown) == 11
+    asked = once("key", "POST", "/", [], {}, 60)
+    other = fresh(0)
+    job_store.create(other, asked)
+    keys = {key.removeprefix(f"{job_store._namespace}:") for key in raw.keys(f"{job_store._namespace}:*")}
+    names = {record.id: "<id>", other.id: "<id>", "file:///out": "<uri>", asked.key: "<key>"}
+    names |= {"jobs:running": "jobs:<state>", "jobs:queued": "jobs:<state>"}
+    shown = {functools.reduce(lambda text, name: text.replace(name, names[name]), names, key) for key in keys}
+    assert len(shown) == 14
     for key in shown:
-        assert f"``{key.replace('running', '<state>')}``" in (jobstore.__doc__ or "")
+        assert f"``{key}``" in (jobstore.__doc__ or "")
