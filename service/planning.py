@@ -226,7 +226,7 @@ def _completed(
 
 def _like(checkpoint: Checkpoint, name: str, uris: Mapping[str, str]) -> Checkpoint:
     """A stand-in of the same tensors, whose bytes count as its own where they may differ."""
-    uri = uris.get(name, name)
+    uri = uris.get(name) or f"file:///{quote(name, safe='')}"  # who is nowhere is told apart, never read
     tensors = {
         key: replace(tensor, ref=replace(tensor.ref, uri=f"{uri}/{base_name(tensor.ref.uri)}"))
         if tensor.is_float

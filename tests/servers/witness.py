@@ -69,6 +69,11 @@ class Witness:
             default=0,
         )
 
+    @property
+    def known_capacity(self) -> Capacity | None:
+        """As the driver's."""
+        return self._driver.known_capacity
+
     def submit(self, request: TaskRequest) -> Future[Any]:
         """As the driver's, noted."""
         witness = {"directory": str(self._directory), "processes": self._processes}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -117,7 +116,7 @@ def test_a_heart_beats_and_says_goodbye(
 ) -> None:
     settings = Settings(redis_url=valkey_url, namespace=valkey_namespace, lease_seconds=0.4)
     fleet = Fleet()
-    with Heart(settings, "me", fleet, lambda: 7):
+    with Heart(settings, "me", fleet, lambda: 7) as heart:
         until({"me"}, deployment)
         (scheduler,) = deployment.look().schedulers
         assert (scheduler.beat.nodes, scheduler.beat.jobs) == (0, 7)
@@ -131,7 +130,7 @@ def test_a_heart_beats_and_says_goodbye(
             assert owners(deployment) == {"me"}
             time.sleep(0.02)
     assert owners(deployment) == set()
-    assert "heartbeat" not in {thread.name for thread in threading.enumerate()}
+    assert not heart._thread.is_alive()
 
 
 def test_a_heart_survives_that_redis_is_away() -> None:

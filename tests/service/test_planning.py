@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -148,6 +149,20 @@ def test_without_the_base_only_what_no_base_could_reconcile_is_said(family: Path
 
 def test_where_no_model_opened_nothing_is_priced(family: Path) -> None:
     assert len(looked_at(family / "nowhere", "a", "b")) == 3
+
+
+def test_a_name_of_no_place_and_a_broken_model_are_said_together(model: Path, tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "copied", LLAMA | {"ids": torch.arange(3)})
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / SINGLE).write_bytes(b"not a header")
+    for first, second in itertools.permutations([model, tmp_path / "copied"]):
+        names = ["0", str(first), str(second), str(tmp_path / "broken")]
+        for method in ("linear", "ties"):
+            value = {"merge_method": method, "models": [{"model": name} for name in names]}
+            recipe = parse_recipe(value | ({"base_model": "0"} if method == "ties" else {}))
+            problems = examine(recipe, PlanOptions(), LocalStore(), {}).problems
+            assert any(problem.startswith("'0' is a hub name") for problem in problems)
+            assert any("broken" in problem for problem in problems)
 
 
 def test_a_store_that_is_away_for_one_model_hides_nothing_of_the_others(family: Path) -> None:
