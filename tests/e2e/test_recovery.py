@@ -14,6 +14,7 @@ import redis
 import torch
 
 from service.jobs import CancelRequested, JobRecord, JobState
+from service.runner import MAX_OUTAGES
 from tests.checkpoints import fine_tune, llama_tensors, read_checkpoint, write_checkpoint
 from tests.e2e.bench import Bench, KilledError, Steps
 from workers.errors import (
@@ -127,7 +128,7 @@ def test_a_refusal_to_put_what_is_our_own_index_is_no_error(
 
 
 def test_a_store_that_stays_away_fails_the_job_in_the_end(
-    bench: Bench, base: dict[str, torch.Tensor], tmp_path: Path
+    bench: Bench, base: dict[str, torch.Tensor], tmp_path: Path, raw: redis.Redis
 ) -> None:
     def gone(_: int, moment: str, name: str) -> None:
         if moment == "before" and name.startswith("complete"):
@@ -137,6 +138,10 @@ def test_a_store_that_stays_away_fails_the_job_in_the_end(
     assert record.state == JobState.FAILED
     assert record.error is not None
     assert record.error["type"] == "StoreUnavailableError"
+    told: Any = raw.xrange(f"{bench.jobs._namespace}:job:{record.id}:events")
+    warnings = [fields["entry"] for _, fields in told if fields["event"] == "warning"]
+    assert len(warnings) == MAX_OUTAGES
+    assert all("trying again: the answer was lost" in entry for entry in warnings)
     assert nothing_at(tmp_path / "out")
 
 
