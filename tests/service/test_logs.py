@@ -126,3 +126,10 @@ def test_any_password_of_a_url_is_hidden(password: str) -> None:
 
 def test_a_whole_page_takes_no_time() -> None:
     assert re.fullmatch(r"a+", hidden_text("a" * 1_000_000))
+
+
+def test_a_webhooks_secret_is_hidden_wherever_it_stands() -> None:
+    assert (
+        hidden_text("told with whsec_MfKQ9r8GKYqrTwjUPD8I/PZ+o2LaLaSw== and more")
+        == "told with whsec_*** and more"
+    )
