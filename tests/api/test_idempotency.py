@@ -21,7 +21,7 @@ from service.valkey import EmbeddedValkey
 from tests.api.conftest import serving
 from tests.servers.redis_proxy import AnswerLosingProxy
 from tests.service.job_steps import fresh
-from workers.errors import ConflictError, IdempotencyMismatchError
+from workers.errors import ConflictError, IdempotencyMismatchError, JobStoreUnavailableError
 
 pytestmark = pytest.mark.valkey
 
@@ -140,6 +140,25 @@ class TestOneKey:
         with serving(create_app(settings)) as after:
             assert post(after, key).headers["location"] == first.headers["location"]
             assert post(after, key, {**BODY, "output": "/o"}).status_code == 422
+
+    @pytest.mark.parametrize("made", [False, True])
+    def test_an_api_that_dies_before_it_answered(
+        self, api: httpx.Client, monkeypatch: pytest.MonkeyPatch, key: str, made: bool
+    ) -> None:
+        create = JobStore.create
+
+        def dying(*arguments: Any) -> str:
+            if made:
+                create(*arguments)
+            raise JobStoreUnavailableError("the end")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(JobStore, "create", dying)
+            assert post(api, key).status_code == 503
+        before = jobs_of(api)
+        again = post(api, key)
+        assert (len(before), REPLAYED in again.headers) == ((1, True) if made else (0, False))
+        assert jobs_of(api) == [again.json()["id"]]
 
     def test_it_is_forgotten_in_the_end(
         self, valkey_url: str, valkey_namespace: str, raw: redis.Redis, key: str

@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import uuid
 from pathlib import Path
+from typing import Any
 
 import pytest
 import redis
 import torch
 
 from service.jobs import CancelRequested, JobRecord, JobState
+from service.runner import MAX_OUTAGES
 from tests.checkpoints import fine_tune, write_checkpoint
 from tests.e2e.bench import Bench, KilledError, Steps, at_step, raising
 from tests.e2e.means import SHARD_BYTES, is_mean, nothing_at, submit
@@ -66,7 +68,7 @@ def test_a_refusal_to_put_what_is_our_own_index_is_no_error(
 
 
 def test_a_store_that_stays_away_fails_the_job_in_the_end(
-    bench: Bench, base: dict[str, torch.Tensor], tmp_path: Path
+    bench: Bench, base: dict[str, torch.Tensor], tmp_path: Path, raw: redis.Redis
 ) -> None:
     def gone(_: int, moment: str, name: str) -> None:
         if moment == "before" and name.startswith("complete"):
@@ -76,6 +78,10 @@ def test_a_store_that_stays_away_fails_the_job_in_the_end(
     assert record.state == JobState.FAILED
     assert record.error is not None
     assert record.error["type"] == "StoreUnavailableError"
+    told: Any = raw.xrange(f"{bench.jobs._namespace}:job:{record.id}:events")
+    warnings = [fields["entry"] for _, fields in told if fields["event"] == "warning"]
+    assert len(warnings) == MAX_OUTAGES
+    assert all("trying again: the answer was lost" in entry for entry in warnings)
     assert nothing_at(tmp_path / "out")
 
 

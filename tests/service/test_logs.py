@@ -161,3 +161,10 @@ def test_a_whole_page_takes_no_time() -> None:
         begun = time.process_time()
         hidden_text(page * (300_000 // len(page)))
         assert time.process_time() - begun < 2, page
+
+
+def test_a_webhooks_secret_is_hidden_wherever_it_stands() -> None:
+    assert (
+        hidden_text("told with whsec_MfKQ9r8GKYqrTwjUPD8I/PZ+o2LaLaSw== and more")
+        == "told with whsec_*** and more"
+    )
