@@ -116,7 +116,7 @@ def serve(
     from api.app import create_app
     from service.logs import configure
 
-    settings = _settings()
+    settings = _settings().served()
     configure(settings.log_format)
     config = uvicorn.Config(
         create_app(settings),
@@ -142,7 +142,7 @@ def schedule(
     from service import scheduler
     from service.logs import configure
 
-    settings = _settings()
+    settings = _settings().served()
     configure(settings.log_format)
     scheduler.main(settings, ready_file)
 

@@ -11,6 +11,7 @@
     │   ├── MalformedRequestError (ValueError)       it is not what its content type says
     │   │   └── CursorError                  the cursor is not one that a page gave out
     │   ├── RequestTooLargeError             its body is longer than is read
+    │   ├── RequestTimeoutError (TimeoutError)   its body does not come to an end
     │   └── UnsupportedMediaTypeError        its content type is not one that is read
     ├── ServiceUnavailableError (ConnectionError)   the REST API cannot be reached (raised by the client)
     ├── StackError                           the embedded stack did not come up
@@ -93,6 +94,10 @@ class CursorError(MalformedRequestError):
 
 class RequestTooLargeError(RequestError):
     """The request's body is longer than is read."""
+
+
+class RequestTimeoutError(RequestError, TimeoutError):
+    """The request's body takes longer to come than is waited for."""
 
 
 class UnsupportedMediaTypeError(RequestError):

@@ -8,10 +8,11 @@ from typing import Annotated, Any
 
 from anyio.to_thread import run_sync
 from fastapi import APIRouter, Query, Request, Response
-from fastapi.responses import FileResponse, RedirectResponse
+from fastapi.responses import RedirectResponse
 
 from api.bodies import Body, BodyDep, Wanted, read
 from api.deps import JobsDep, PlanLimiterDep, SettingsDep, StoreDep
+from api.files import served
 from api.looking import plan_wanted
 from api.openapi import problems, recipe_body
 from api.routing import readable
@@ -21,7 +22,8 @@ from service.jobs import CancelRequested, JobRecord, JobState, new_job
 from service.planning import resolve_model
 from service.settings import Settings
 from workers.errors import NotReadyError, ObjectNotFoundError, RecipeError, StoreError
-from workers.store.uris import join, scheme, to_path
+from workers.store.local import LocalStore
+from workers.store.uris import join, scheme
 
 router = APIRouter(prefix="/v1/merges", tags=["merges"])
 
@@ -42,7 +44,7 @@ _FILE: dict[int | str, dict[str, Any]] = {
     status_code=202,
     response_model=Job,
     openapi_extra=recipe_body(MergeRequest),
-    responses=problems(400, 413, 415, 422, 503),
+    responses=problems(400, 408, 413, 415, 422, 503),
 )
 async def submit(
     body: BodyDep,
@@ -119,8 +121,7 @@ def download(
         raise ObjectNotFoundError(f"{job} has no file {name!r}")
     uri = join(record.output, name)
     if scheme(uri) == "file":
-        store.head(uri)
-        return FileResponse(to_path(uri), filename=name, media_type=BYTES)
+        return served(LocalStore(settings.store), uri)
     if request.method == "HEAD":  # a presigned URL is for GET alone
         headers = {"Content-Length": str(store.head(uri).size), "Accept-Ranges": "bytes"}
         return Response(headers=headers, media_type=BYTES)
