@@ -105,7 +105,8 @@ def test_a_body_that_does_not_end_is_not_waited_for(
     lonely_api: httpx.Client, route: str, framing: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(bodies, "BODY_SECONDS", 0.2)
-    answer = raw(lonely_api, f"POST {route} HTTP/1.1\r\nHost: x\r\n{framing}\r\n\r\n5\r\n".encode())
+    head = f"POST {route} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n{framing}\r\n\r\n"
+    answer = raw(lonely_api, head.encode() + b"5\r\n")
     assert answer.startswith(b"HTTP/1.1 408 ")
     assert b"urn:mergemill:error:request_timeout" in answer
 
@@ -129,7 +130,7 @@ def test_headers_are_bounded_and_clear(
 ) -> None:
     monkeypatch.setattr(bodies, "BODY_SECONDS", 0.2)
     try:
-        answer = raw(lonely_api, b"POST %s HTTP/1.1\r\nHost: x\r\n%s\r\n" % (route.encode(), head))
+        answer = raw(lonely_api, b"POST %s HTTP/1.1\r\nHost: x\r\nConnection: close\r\n%s\r\n" % (route.encode(), head))
     except ConnectionResetError:  # closed with much of it unread
         answer = b"HTTP/1.1 400 "
     assert answer.startswith(b"HTTP/1.1 4") or answer.startswith(b"HTTP/1.1 501 ")

@@ -105,7 +105,8 @@ def test_anchors_and_merge_keys_work_as_in_yaml() -> None:
 
 TOKENS = st.sampled_from(
     ["a", "weight", "model", "0", "-1", "0x", "1e9", "1.5", ".nan", "1:30", "2020-01-01", "~", "", "=", "''",
-     '"\\uD800"', "!!int ", "!!float ", "!!bool ", "!!null ", "!!str ", "!!timestamp ", "!!binary ", "!!set ", "!!omap ", "!!pairs ",
+     '"\\uD800"', "!!int ", "!!float ", "!!bool ", "!!null ", "!!str ", "!!timestamp ", "!!binary ", "!!set ",
+     "!!omap ", "!!pairs ",
      "!!seq ", "!!map ", "!!merge ", "!!value ", "!!python/name:os.system ", "!x ", "! ", "!<tag:yaml.org,2002:int> ",
      "&a ", "*a", "&b ", "*b", "<<", ": ", ":", ", ", "- ", "? ", "[", "]", "{", "}", "|", ">", "%YAML 9.9", "---",
      "...",
