@@ -130,7 +130,9 @@ def test_headers_are_bounded_and_clear(
 ) -> None:
     monkeypatch.setattr(bodies, "BODY_SECONDS", 0.2)
     try:
-        answer = raw(lonely_api, b"POST %s HTTP/1.1\r\nHost: x\r\nConnection: close\r\n%s\r\n" % (route.encode(), head))
+        answer = raw(
+            lonely_api, b"POST %s HTTP/1.1\r\nHost: x\r\nConnection: close\r\n%s\r\n" % (route.encode(), head)
+        )
     except ConnectionResetError:  # closed with much of it unread
         answer = b"HTTP/1.1 400 "
     assert answer.startswith(b"HTTP/1.1 4") or answer.startswith(b"HTTP/1.1 501 ")
