@@ -43,6 +43,10 @@ demo: $(VENV)/.installed ## Install, merge small digit classifiers over REST and
 test: $(VENV)/.installed test-packages ## Install what the tests need and run the whole suite (ARGS=... goes to pytest)
 	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder --durations=25 $(ARGS)
 
+.PHONY: fuzz
+fuzz: $(VENV)/.installed ## Throw made-up headers, indexes, recipes, YAML and requests at the code, for MINUTES (10)
+	$(BIN)/python -m tests.fuzzing $(or $(MINUTES),10)
+
 .PHONY: check
 check: $(VENV)/.installed ## Formatting, lint, types, import directions and the fast tests
 	$(BIN)/ruff format --check .

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Final, TypeVar
 
+from anyio import fail_after
 from fastapi import Depends, Query, Request
 from pydantic import BaseModel, ValidationError
 from starlette.requests import ClientDisconnect
@@ -22,6 +23,7 @@ from service.webhooks import Webhook
 from workers.errors import (
     MalformedRequestError,
     RecipeError,
+    RequestTimeoutError,
     RequestTooLargeError,
     StoreError,
     UnsupportedMediaTypeError,
@@ -33,6 +35,9 @@ MAX_BODY_BYTES: Final = 2 << 20
 
 DRAINED_BYTES: Final = 16 << 20
 """Longest body that is let in and thrown away: a connection closed while it is written never shows our answer."""
+
+BODY_SECONDS: Final = 60.0
+"""Longest wait for the whole of a body, in seconds: 2 MiB take a minute at 35 kB/s."""
 
 JSON_TYPE: Final = "application/json"
 YAML_TYPES: Final = ("application/yaml", "application/x-yaml", "text/yaml", "text/x-yaml")
@@ -75,7 +80,11 @@ async def receive(request: Request, query: Annotated[RecipeQuery, Query()]) -> B
 
     :raises UnsupportedMediaTypeError: it is neither JSON nor YAML.
     :raises RequestTooLargeError: it is longer than :data:`MAX_BODY_BYTES`.
+    :raises RequestTimeoutError: it does not end within :data:`BODY_SECONDS`.
     """
+    encoding = request.headers.get("content-encoding", "identity").strip().lower()
+    if encoding not in ("", "identity"):  # what is compressed has no length until it is read
+        raise UnsupportedMediaTypeError(f"a body with the Content-Encoding {encoding[:100]!r} is not read")
     kind = request.headers.get("content-type", JSON_TYPE).partition(";")[0].strip().lower()
     if kind != JSON_TYPE and kind not in YAML_TYPES:
         raise UnsupportedMediaTypeError(
@@ -84,12 +93,15 @@ async def receive(request: Request, query: Annotated[RecipeQuery, Query()]) -> B
         )
     data, length = bytearray(), 0
     try:
-        async for chunk in request.stream():
-            length += len(chunk)
-            if length <= MAX_BODY_BYTES:
-                data += chunk
-            elif length > DRAINED_BYTES:
-                break
+        with fail_after(BODY_SECONDS):
+            async for chunk in request.stream():
+                length += len(chunk)
+                if length <= MAX_BODY_BYTES:
+                    data += chunk
+                elif length > DRAINED_BYTES:
+                    break
+    except TimeoutError as error:
+        raise RequestTimeoutError(f"the body had not come to an end after {BODY_SECONDS:g} s") from error
     except ClientDisconnect as error:
         raise MalformedRequestError("the client went away before the request was whole") from error
     if length > MAX_BODY_BYTES:

@@ -118,7 +118,7 @@ def serve(
     from api.server import Server
     from service.logs import configure
 
-    settings = _settings()
+    settings = _settings().served()
     configure(settings.log_format)
     config = uvicorn.Config(
         create_app(settings),
@@ -145,7 +145,7 @@ def schedule(
     from service import scheduler
     from service.logs import configure
 
-    settings = _settings()
+    settings = _settings().served()
     configure(settings.log_format)
     scheduler.main(settings, ready_file)
 

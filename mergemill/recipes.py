@@ -9,20 +9,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from service.yaml_text import load_documents
 from workers.errors import RecipeError
 
 
 def read(text: str) -> dict[str, Any]:
     """A recipe's YAML (or JSON, which is YAML) as a mapping.
 
-    :raises RecipeError: it is not one YAML document, or not a mapping.
+    :raises RecipeError: it is not one YAML document, not a mapping, or asks for too much.
     """
-    try:
-        documents = list(yaml.safe_load_all(text))
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
-        raise RecipeError(f"the recipe is not valid YAML: {error}") from error
+    documents = load_documents(text)
     if len(documents) != 1:
         raise RecipeError(f"the recipe must be one YAML document, this is {len(documents)}")
     if not isinstance(documents[0], dict):

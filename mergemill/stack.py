@@ -31,6 +31,11 @@ STOP_TIMEOUT_S: Final = 20.0
 POLL_S: Final = 0.1
 """Time between two looks at the children, in seconds."""
 
+LOOPBACK: Final = frozenset({"127.0.0.1", "::1", "localhost"})
+"""Addresses that only users of this machine reach."""
+
+FILE_ROOTS: Final = "MERGEMILL_STORE__FILE_ROOTS"
+"""The setting of the directories that `file:` URIs may lie in."""
 
 log = logging.getLogger(__name__)
 
@@ -65,6 +70,7 @@ class EmbeddedStack:
         **settings: Any,
     ) -> None:
         self._temporary = state_dir is None
+        self._host = host
         self.state_dir = Path(state_dir or tempfile.mkdtemp(prefix="mergemill-")).expanduser().resolve()
         self.state_dir.mkdir(parents=True, exist_ok=True)
         self._lock = StackLock(self.state_dir)
@@ -160,7 +166,9 @@ class EmbeddedStack:
         if redis_url is None:
             self._valkey = EmbeddedValkey(self.state_dir / "valkey")
             redis_url = self._valkey.url
-        env = self._environment(redis_url)
+        env = child_environment(
+            self._settings, host=self._host, redis_url=redis_url, state_dir=self.state_dir
+        )
         listener = self._socket.fileno()
         self._ready_file.unlink(missing_ok=True)
         schedule = ["schedule", "--ready-file", str(self._ready_file)]
@@ -170,16 +178,6 @@ class EmbeddedStack:
         )
         for child in self._children:
             child.start()
-
-    def _environment(self, redis_url: str) -> dict[str, str]:
-        """This process's environment, and the settings over it."""
-        own = {"log_format": "console", **self._settings, "redis_url": redis_url, "state_dir": self.state_dir}
-        env = dict(os.environ)
-        for name, value in own.items():
-            env[f"MERGEMILL_{name.upper()}"] = (
-                json.dumps(value) if isinstance(value, dict | list) else str(value)
-            )
-        return env
 
     def _wait_until_up(self) -> None:
         deadline = time.monotonic() + self._start_timeout_s
@@ -219,6 +217,19 @@ class EmbeddedStack:
             child.end(patience)
         if self._valkey is not None:
             self._valkey.stop()
+
+
+def child_environment(
+    settings: Mapping[str, Any], *, host: str, redis_url: str, state_dir: Path
+) -> dict[str, str]:
+    """This process's environment, and the settings over it."""
+    own = {"log_format": "console", **settings, "redis_url": redis_url, "state_dir": state_dir}
+    env = dict(os.environ)
+    for name, value in own.items():
+        env[f"MERGEMILL_{name.upper()}"] = json.dumps(value) if isinstance(value, dict | list) else str(value)
+    if host in LOOPBACK and "file_roots" not in env.get("MERGEMILL_STORE", ""):
+        env.setdefault(FILE_ROOTS, '["/"]')  # whoever asks is a user of this machine
+    return env
 
 
 def _listen(host: str, port: int) -> socket.socket:

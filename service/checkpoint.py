@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from workers.errors import HeaderError
-from workers.safetensors_format import Header
+from workers.json_text import most_values
+from workers.safetensors_format import MAX_TENSORS, Header, clip, unique
 from workers.store.base import ObjectInfo
 from workers.store.uris import join
 from workers.task import MERGEABLE_DTYPES, TensorRef
@@ -19,10 +20,19 @@ SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 CONFIG_FILE = "config.json"
 
-MAX_INDEX_BYTES = 256 << 20
+MAX_INDEX_BYTES = 100_000_000
 """Longest shard index that is read."""
 MAX_CONFIG_BYTES = 16 << 20
 """Longest config.json that is read."""
+MAX_CONFIG_VALUES = 1 << 18
+"""Most JSON values of a config.json."""
+MAX_COPIED_BYTES = 256 << 20
+"""Longest file that is copied beside the merged weights: each is held in memory whole."""
+MAX_FILES = 100_000
+"""Most files of a checkpoint's directory that are looked at."""
+MAX_HEADERS_BYTES = 256 << 20
+"""Most bytes of headers of all of a checkpoint's weight files."""
+_MAX_FILE_NAME = 255
 
 TIED_NAMES = (
     "lm_head.weight",
@@ -38,7 +48,8 @@ TIED_NAMES = (
 
 _SHARD = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
 _WEIGHTS = re.compile(r"\.(safetensors|bin|pt|pth|ckpt|h5|msgpack|onnx|gguf|pkl|pickle|npz)(\.index\.json)?$")
-_SHARD_NAME = re.compile(r"[^/\\\x00-\x1f]+\.safetensors")
+_SHARD_NAME = re.compile(r"[^/\\]+\.safetensors")
+_INDEX_EXTRAS = 1000
 _TOKENIZER = re.compile(
     r"^(tokenizer.*|vocab.*|merges\.txt|special_tokens_map\.json|added_tokens\.json|.*\.model|.*\.tiktoken"
     r"|chat_template.*|spiece\..*)$"
@@ -112,8 +123,10 @@ def parse_index(text: bytes, uri: str) -> dict[str, str]:
 
     :raises HeaderError: it is malformed, or names a file outside its directory.
     """
+    if most_values(text) > MAX_TENSORS + _INDEX_EXTRAS:
+        raise HeaderError(f"{uri}: it names more than the {MAX_TENSORS} tensors that are read")
     try:
-        document = json.loads(text)
+        document = json.loads(text, object_pairs_hook=unique)
         weight_map = document["weight_map"]
     except (ValueError, RecursionError, KeyError, TypeError) as error:
         raise HeaderError(
@@ -122,9 +135,10 @@ def parse_index(text: bytes, uri: str) -> dict[str, str]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise HeaderError(f"{uri}: weight_map must map tensor names to files, and be non-empty")
     for name, file in weight_map.items():
-        if not isinstance(file, str) or not _SHARD_NAME.fullmatch(file) or file.startswith("."):
+        if not isinstance(file, str) or not _SHARD_NAME.fullmatch(file) or not is_plain(file):
             raise HeaderError(
-                f"{uri}: tensor {name!r} points to {file!r}, which is not a .safetensors file beside it"
+                f"{uri}: tensor {clip(repr(name))} points to {clip(repr(file))}, which is not a .safetensors file "
+                "beside it"
             )
     return weight_map
 
@@ -151,6 +165,8 @@ def gather(
     found: dict[str, StoredTensor] = {}
     for file, tensors in files.items():
         for name, tensor in tensors.items():
+            if len(found) == MAX_TENSORS:
+                raise HeaderError(f"{uri}: it holds more than the {MAX_TENSORS} tensors that are read")
             if name in found:
                 raise HeaderError(f"{uri}: tensor {name!r} is in two weight files, {file} and another")
             if weight_map is not None and weight_map.get(name) != file:
@@ -160,7 +176,7 @@ def gather(
             found[name] = tensor
     if weight_map is not None and (lost := [name for name in weight_map if name not in found]):
         raise HeaderError(
-            f"{uri}: the index lists {len(lost)} tensor(s) that no file holds, first {lost[0]!r}"
+            f"{uri}: the index lists {len(lost)} tensor(s) that no file holds, first {clip(repr(lost[0]))}"
         )
     return found
 
@@ -177,7 +193,24 @@ def is_shard(name: str) -> bool:
 
 def is_copied(name: str) -> bool:
     """Whether a file of the reference model goes to the merged checkpoint as it is."""
-    return _COPIED.match(name) is not None and name not in _NEVER_COPIED and not is_weight_file(name)
+    return (
+        _COPIED.fullmatch(name) is not None
+        and is_plain(name)
+        and name not in _NEVER_COPIED
+        and not is_weight_file(name)
+    )
+
+
+def is_plain(name: str) -> bool:
+    """Whether a name is one that every store and every JSON takes, and shows as it is: no hidden file either."""
+    return name.isprintable() and len(name.encode()) <= _MAX_FILE_NAME and not name.startswith(".")
+
+
+def copied_files(reference: Checkpoint, tokenizer: Checkpoint) -> dict[str, ObjectInfo]:
+    """The files that go beside the merged weights: the reference's own, and the tokenizer's of its model."""
+    own = {name: info for name, info in reference.files.items() if not is_tokenizer_file(name)}
+    chosen = {name: info for name, info in tokenizer.files.items() if is_tokenizer_file(name)}
+    return dict(sorted({**own, **chosen}.items()))
 
 
 def is_tokenizer_file(name: str) -> bool:

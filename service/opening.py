@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import json
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
 from typing import TypeVar
 
@@ -13,6 +14,9 @@ from service.checkpoint import (
     CONFIG_FILE,
     INDEX_FILE,
     MAX_CONFIG_BYTES,
+    MAX_CONFIG_VALUES,
+    MAX_FILES,
+    MAX_HEADERS_BYTES,
     MAX_INDEX_BYTES,
     SINGLE_FILE,
     Checkpoint,
@@ -32,7 +36,8 @@ from workers.errors import (
     StoreError,
     StoreUnavailableError,
 )
-from workers.safetensors_format import LENGTH_BYTES, header_length, parse
+from workers.json_text import load
+from workers.safetensors_format import LENGTH_BYTES, clip, header_length, parse
 from workers.store.base import ObjectInfo, ObjectStore
 from workers.store.uris import join, scheme, to_path
 from workers.store.uris import name as base_name
@@ -47,6 +52,9 @@ WELL_KNOWN_FILES = (
     "spiece.model", "chat_template.jinja", "preprocessor_config.json",
 )  # fmt: skip
 """What a checkpoint may hold besides shards: looked for one by one where listing is not permitted."""
+
+_PARSING = threading.Lock()
+"""Headers are parsed one at a time: it takes the interpreter alone, and many times their size in memory."""
 
 _DIGEST_STEP = 8 << 20
 
@@ -80,11 +88,21 @@ def open_checkpoint(store: ObjectStore, uri: str) -> Checkpoint:
     config = attempt(lambda: _read_json(store, uri, CONFIG_FILE))
     shards = [SINGLE_FILE] if weight_map is None else sorted(set(weight_map.values()))
     infos = parallel(lambda name: attempt(lambda: store.head(shard_uri(uri, name))), shards)
-    tensors = parallel(
-        lambda info: None if info is None else attempt(lambda: _read_header(store, info)), infos
+    lengths = parallel(
+        lambda info: None if info is None else attempt(lambda: _header_length(store, info)), infos
     )
-    read = {name: own for name, own in zip(shards, tensors, strict=True) if own is not None}
-    found = attempt(lambda: gather(uri, weight_map, read)) if len(read) == len(shards) else None
+    if (total := sum(length or 0 for length in lengths)) > MAX_HEADERS_BYTES:
+        raise PlanError(
+            f"{uri}: the headers have {total} bytes, more than the {MAX_HEADERS_BYTES} that are read"
+        )
+
+    def read(at: tuple[ObjectInfo | None, int | None]) -> dict[str, StoredTensor] | None:
+        info, length = at
+        return None if info is None or length is None else attempt(lambda: _read_header(store, info, length))
+
+    tensors = parallel(read, list(zip(infos, lengths, strict=True)))
+    known = {name: own for name, own in zip(shards, tensors, strict=True) if own is not None}
+    found = attempt(lambda: gather(uri, weight_map, known)) if len(known) == len(shards) else None
     if found is None or problems:
         raise PlanError(*sorted(problems))
     small = {name: info for name, info in files.items() if is_copied(name)}
@@ -94,7 +112,12 @@ def open_checkpoint(store: ObjectStore, uri: str) -> Checkpoint:
 def _files(store: ObjectStore, uri: str) -> dict[str, ObjectInfo]:
     """The files of a checkpoint, by name; those of well-known names where listing is not permitted."""
     try:
-        return {base_name(info.uri): info for info in store.list(uri + "/", beside=True)}
+        found = {
+            base_name(info.uri): info for info in islice(store.list(uri + "/", beside=True), MAX_FILES + 1)
+        }
+        if len(found) > MAX_FILES:
+            raise HeaderError(f"{uri} holds more than {MAX_FILES} files: is it a model?")
+        return found
     except AccessDeniedError:
         pass
 
@@ -104,8 +127,8 @@ def _files(store: ObjectStore, uri: str) -> dict[str, ObjectInfo]:
         except (ObjectNotFoundError, AccessDeniedError):  # without the permission S3 says 403 for either
             return None
 
-    found = zip(WELL_KNOWN_FILES, parallel(look, WELL_KNOWN_FILES), strict=True)
-    return {name: info for name, info in found if info is not None}
+    looked = zip(WELL_KNOWN_FILES, parallel(look, WELL_KNOWN_FILES), strict=True)
+    return {name: info for name, info in looked if info is not None}
 
 
 def _weight_map(store: ObjectStore, uri: str, files: Mapping[str, ObjectInfo]) -> dict[str, str] | None:
@@ -143,10 +166,18 @@ def _exists(store: ObjectStore, uri: str, files: Mapping[str, ObjectInfo], name:
     return True
 
 
-def _read_header(store: ObjectStore, info: ObjectInfo) -> dict[str, StoredTensor]:
+def _header_length(store: ObjectStore, info: ObjectInfo) -> int:
     try:
-        length = header_length(_read_range(store, info, 0, min(LENGTH_BYTES, info.size)), info.size)
-        header = parse(_read_range(store, info, LENGTH_BYTES, LENGTH_BYTES + length), info.size)
+        return header_length(_read_range(store, info, 0, min(LENGTH_BYTES, info.size)), info.size)
+    except HeaderError as error:
+        raise HeaderError(f"{info.uri}: {error}") from error
+
+
+def _read_header(store: ObjectStore, info: ObjectInfo, length: int) -> dict[str, StoredTensor]:
+    text = _read_range(store, info, LENGTH_BYTES, LENGTH_BYTES + length)
+    try:
+        with _PARSING:
+            header = parse(text, info.size)
     except HeaderError as error:
         raise HeaderError(f"{info.uri}: {error}") from error
     return tensors_of(info.uri, info.etag, header)
@@ -158,9 +189,11 @@ def _read_json(store: ObjectStore, uri: str, name: str) -> dict[str, object] | N
     except ObjectNotFoundError:
         return None
     try:
-        document = json.loads(_read(store, info, MAX_CONFIG_BYTES))
-    except (ValueError, RecursionError) as error:
-        raise HeaderError(f"{info.uri} is not valid JSON: {error}") from error
+        document = load(_read(store, info, MAX_CONFIG_BYTES), MAX_CONFIG_VALUES)
+    except HeaderError:
+        raise
+    except ValueError as error:
+        raise HeaderError(f"{info.uri} is not valid JSON: {clip(str(error))}") from error
     if not isinstance(document, dict):
         raise HeaderError(f"{info.uri} is not a JSON object")
     return document

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import TypeVar
 from urllib.parse import quote
 
-from service.checkpoint import Checkpoint
+from service.checkpoint import MAX_COPIED_BYTES, Checkpoint, copied_files
 from service.matching import Inputs, needs_digest
 from service.opening import content_digest, open_checkpoint, parallel
 from service.plan import Plan, PlanOptions, draft_plan
@@ -196,10 +196,16 @@ def examine(
         plan, misfits = draft_plan(wanted, inputs, options, baseline_bytes)
         problems.extend(misfits)
     price = None if plan is None else plan.price
-    if plan is None or problems or away:
-        return Outcome(None, price, tuple(sorted(set(problems))), tuple(sorted(set(away))))
     source = recipe.tokenizer_source
-    tokenizer = opened[recipe.reference if source in {None, "base"} else str(source)]
+    tokenizer = opened.get(recipe.reference if source in {None, "base"} else str(source))
+    if tokenizer is not None and recipe.reference in opened:
+        problems.extend(
+            f"{info.uri} has {info.size} bytes, more than the {MAX_COPIED_BYTES} of a file that is copied"
+            for info in copied_files(opened[recipe.reference], tokenizer).values()
+            if info.size > MAX_COPIED_BYTES
+        )
+    if plan is None or tokenizer is None or problems or away:
+        return Outcome(None, price, tuple(sorted(set(problems))), tuple(sorted(set(away))))
     return Outcome(Planned(recipe, inputs, plan, uris, tokenizer), price, (), ())
 
 

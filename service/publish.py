@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator, Mapping
 from importlib.metadata import version
 
-from service.checkpoint import INDEX_FILE, is_tokenizer_file
+from service.checkpoint import INDEX_FILE, copied_files
 from service.commit import Output
 from service.planning import Planned
 from service.sidecars import (
@@ -71,11 +71,8 @@ def published(output: Output, plan_digest: str) -> list[OutputFile] | None:
 
 def _small_files(planned: Planned, output: Output) -> Iterator[tuple[str, bytes]]:
     """Card and config, and the reference's other files with the tokenizer of the chosen model, one at a time."""
-    reference, tokenizer = planned.inputs.reference, planned.tokenizer
     yield CARD, model_card(planned, version("mergemill")).encode()
     if (config := config_json(planned)) is not None:
         yield CONFIG, config.encode()
-    own = {name: info for name, info in reference.files.items() if not is_tokenizer_file(name)}
-    chosen = {name: info for name, info in tokenizer.files.items() if is_tokenizer_file(name)}
-    for name, info in sorted({**own, **chosen}.items()):
+    for name, info in copied_files(planned.inputs.reference, planned.tokenizer).items():
         yield name, output.read(info.uri, info.etag)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Self
 
 from pydantic import AliasChoices, Field, SecretStr, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -104,3 +105,9 @@ class Settings(BaseSettings):
     def default_options(self) -> PlanOptions:
         """Plan options of a job that sets none."""
         return PlanOptions(worker_memory_bytes=self.worker_memory_bytes)
+
+    def served(self) -> Self:
+        """The settings of a process that works for others: no ``file:`` directory but those that are named."""
+        if self.store.file_roots is not None:
+            return self
+        return self.model_copy(update={"store": self.store.model_copy(update={"file_roots": ()})})

@@ -43,6 +43,8 @@ def load_documents(text: str) -> list[Any]:
         raise
     except (yaml.YAMLError, ValueError, OverflowError) as error:
         raise RecipeError(f"the recipe is not valid YAML: {error}") from error
+    except (LookupError, AttributeError) as error:  # PyYAML's, of `!!int ''`, `!!bool x` and `!!timestamp x`
+        raise RecipeError("the recipe is not valid YAML: a value does not suit its `!!` tag") from error
 
 
 def _check_depth(text: str) -> None:

@@ -13,6 +13,7 @@
     │   │   └── IdempotencyKeyError          the idempotency key cannot be one
     │   ├── IdempotencyMismatchError         the idempotency key came with another request before
     │   ├── RequestTooLargeError             its body is longer than is read
+    │   ├── RequestTimeoutError (TimeoutError)   its body does not come to an end
     │   └── UnsupportedMediaTypeError        its content type is not one that is read
     ├── ServiceUnavailableError (ConnectionError)   the REST API cannot be reached (raised by the client)
     ├── StackError                           the embedded stack did not come up
@@ -107,6 +108,10 @@ class IdempotencyMismatchError(RequestError):
 
 class RequestTooLargeError(RequestError):
     """The request's body is longer than is read."""
+
+
+class RequestTimeoutError(RequestError, TimeoutError):
+    """The request's body takes longer to come than is waited for."""
 
 
 class UnsupportedMediaTypeError(RequestError):

@@ -15,12 +15,22 @@ from typing import Any
 
 from workers.canonical import DTYPE_BYTES
 from workers.errors import HeaderError
+from workers.json_text import most_values
 
 LENGTH_BYTES = 8
 """Bytes of the length prefix."""
 
 MAX_HEADER_BYTES = 100_000_000
 """Longest header that is accepted, as in the reference implementation."""
+
+MAX_TENSORS = 1 << 18
+"""Most tensors of one file, and of one checkpoint: about twice as many as any known one has."""
+
+MAX_VALUES = 10 * MAX_TENSORS
+"""Most JSON values of a header; a tensor of four dimensions takes ten. More would only take memory."""
+
+MAX_NAME = 1024
+"""Longest name of a tensor, in characters: names are repeated in plans, manifests and messages."""
 
 MAX_SIZE = 2**63 - 1
 """Largest dimension, position and number of elements."""
@@ -89,8 +99,12 @@ def parse(text: bytes, file_size: int) -> Header:
     """
     if not text.startswith(b"{"):  # white space before it is legal JSON, and refused by the specification
         raise HeaderError("the header does not begin with '{': it is not the JSON of a safetensors file")
+    if most_values(text) > MAX_VALUES:
+        raise HeaderError(
+            f"the header holds more than {MAX_VALUES} values: it is not one of up to {MAX_TENSORS} tensors"
+        )
     try:
-        document = json.loads(text.decode("utf-8"), object_pairs_hook=_no_duplicates)
+        document = json.loads(text.decode("utf-8"), object_pairs_hook=unique)
     except HeaderError:
         raise
     except (ValueError, RecursionError) as error:
@@ -98,6 +112,10 @@ def parse(text: bytes, file_size: int) -> Header:
     metadata = document.pop(_METADATA, {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise HeaderError("__metadata__ must map strings to strings")
+    if len(document) > MAX_TENSORS:
+        raise HeaderError(
+            f"the header names {len(document)} tensors, more than the {MAX_TENSORS} that are read"
+        )
     entries = sorted(
         (_entry(name, value) for name, value in document.items()), key=lambda e: (e.start, e.end)
     )
@@ -116,7 +134,7 @@ def validate(entries: Sequence[Entry], data_bytes: int) -> None:
         expected = _numel(entry) * DTYPE_BYTES[entry.dtype]
         if entry.nbytes != expected:
             raise HeaderError(
-                f"{_label(entry.name)}: {entry.dtype} of shape {_clip(str(list(entry.shape)))} takes {expected} bytes, "
+                f"{_label(entry.name)}: {entry.dtype} of shape {clip(str(list(entry.shape)))} takes {expected} bytes, "
                 f"but its data_offsets span {entry.nbytes}"
             )
         if entry.start != position:
@@ -158,24 +176,32 @@ def prefix(text: str) -> bytes:
     return struct.pack("<Q", len(body)) + body
 
 
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON, for ``object_pairs_hook``.
+
+    :raises HeaderError: a key is there twice: which one counts, nobody can say.
+    """
     found: dict[str, Any] = {}
     for key, value in pairs:
         if key in found:
-            raise HeaderError(f"the header has the key {_clip(repr(key))} twice")
+            raise HeaderError(f"it has the key {clip(repr(key))} twice")
         found[key] = value
     return found
 
 
 def _entry(name: str, value: Any) -> Entry:
     label = _label(name)
+    if len(name) > MAX_NAME:
+        raise HeaderError(
+            f"{label} has a name of {len(name)} characters, more than the {MAX_NAME} that are read"
+        )
     if not name.isascii() and any("\ud800" <= character <= "\udfff" for character in name):
         raise HeaderError(f"{label} has a name that is not Unicode text: it holds half a surrogate pair")
     if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
         raise HeaderError(f"{label} must have exactly dtype, shape and data_offsets")
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
-        raise HeaderError(f"{label} has the dtype {_clip(repr(dtype))}, which is unknown here")
+        raise HeaderError(f"{label} has the dtype {clip(repr(dtype))}, which is unknown here")
     if not isinstance(shape, list) or not all(_is_size(size) for size in shape):
         raise HeaderError(f"{label} has a shape that is not a list of sizes")
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(_is_size(offset) for offset in offsets):
@@ -191,7 +217,7 @@ def _numel(entry: Entry) -> int:
     for size in entry.shape:
         count *= size
         if count > MAX_SIZE:
-            raise HeaderError(f"{_label(entry.name)} has a shape that overflows: {_clip(str(entry.shape))}")
+            raise HeaderError(f"{_label(entry.name)} has a shape that overflows: {clip(str(entry.shape))}")
     return count
 
 
@@ -200,8 +226,9 @@ def _is_size(value: Any) -> bool:
 
 
 def _label(name: str) -> str:
-    return f"tensor {_clip(repr(name))}"
+    return f"tensor {clip(repr(name))}"
 
 
-def _clip(text: str) -> str:
+def clip(text: str) -> str:
+    """A foreign text, short enough for a message."""
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"

@@ -9,10 +9,11 @@ from typing import Annotated, Any
 import structlog
 from anyio.to_thread import run_sync
 from fastapi import APIRouter, Query, Request, Response
-from fastapi.responses import FileResponse, RedirectResponse
+from fastapi.responses import RedirectResponse
 
 from api.bodies import Body, BodyDep, Wanted, read
 from api.deps import JobsDep, PlanLimiterDep, SettingsDep, StoreDep
+from api.files import served
 from api.idempotency import REPLAYED, KeyDep, once_of
 from api.looking import plan_wanted, refuse_taken
 from api.observing import origin
@@ -25,7 +26,8 @@ from service.jobs import CancelRequested, JobState, new_job
 from service.planning import resolve_model
 from service.settings import Settings
 from workers.errors import ObjectNotFoundError, OutputReplacedError, RecipeError, StoreError
-from workers.store.uris import join, scheme, to_path
+from workers.store.local import LocalStore
+from workers.store.uris import join, scheme
 
 router = APIRouter(prefix="/v1/merges", tags=["merges"])
 
@@ -48,7 +50,7 @@ _FILE: dict[int | str, dict[str, Any]] = {
     status_code=202,
     response_model=Job,
     openapi_extra=recipe_body(MergeRequest),
-    responses=problems(400, 413, 415, 422, 503),
+    responses=problems(400, 408, 413, 415, 422, 503),
 )
 async def submit(
     body: BodyDep,
@@ -148,7 +150,7 @@ def download(
             f"{uri} has {size} bytes, and {job} wrote {sizes[name]}: it was changed since"
         )
     if scheme(uri) == "file":
-        return FileResponse(to_path(uri), filename=name, media_type=BYTES)
+        return served(LocalStore(settings.store), uri)
     if request.method == "HEAD":  # a presigned URL is for GET alone
         headers = {"Content-Length": str(size), "Accept-Ranges": "bytes"}
         return Response(headers=headers, media_type=BYTES)

@@ -21,7 +21,7 @@ router = APIRouter(prefix="/v1/plans", tags=["plans"])
     "",
     response_model=PlanInfo,
     openapi_extra=recipe_body(PlanRequest),
-    responses=problems(400, 413, 415, 422, 502),
+    responses=problems(400, 408, 413, 415, 422, 502),
 )
 async def plan(body: BodyDep, settings: SettingsDep, store: StoreDep, limiter: PlanLimiterDep) -> PlanInfo:
     """Open the models' headers, check everything, and return the price, the files and the notices."""

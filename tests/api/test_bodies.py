@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import gzip
 import json
+import socket
 import threading
 import time
 from typing import Any
@@ -10,6 +13,7 @@ from typing import Any
 import httpx
 import pytest
 
+from api import bodies
 from api.bodies import DRAINED_BYTES, MAX_BODY_BYTES
 
 ROUTES = ("/v1/merges", "/v1/plans")
@@ -77,6 +81,62 @@ def test_long_bodies_are_not_read(
     assert str(MAX_BODY_BYTES) in found["detail"]
     chunks = (b" " * 100_000 for _ in range(length // 100_000 + 1))  # no Content-Length to go by
     problem(lonely_api.post(route, content=chunks, headers=kind), 413)
+
+
+@pytest.mark.parametrize("encoding", ["gzip", "deflate", "br", "zstd", "gzip, gzip", "x"])
+def test_compressed_bodies_are_not_unpacked(lonely_api: httpx.Client, route: str, encoding: str) -> None:
+    bomb = gzip.compress(b" " * (MAX_BODY_BYTES + 1))
+    found = problem(lonely_api.post(route, content=bomb, headers=JSON | {"content-encoding": encoding}), 415)
+    assert "Content-Encoding" in found["detail"]
+    plain = JSON | {"content-encoding": "identity"}
+    problem(lonely_api.post(route, json={"recipe": {}, "output": "/o"}, headers=plain), 422)
+
+
+def raw(api: httpx.Client, data: bytes) -> bytes:
+    """All that comes back over a connection of its own, until the server closes it."""
+    with socket.create_connection((api.base_url.host, api.base_url.port), timeout=20) as connection:
+        with contextlib.suppress(ConnectionError):  # it may have heard enough
+            connection.sendall(data)
+        return b"".join(iter(lambda: connection.recv(65536), b""))
+
+
+@pytest.mark.parametrize("framing", ["Content-Length: 100", "Transfer-Encoding: chunked"])
+def test_a_body_that_does_not_end_is_not_waited_for(
+    lonely_api: httpx.Client, route: str, framing: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bodies, "BODY_SECONDS", 0.2)
+    head = f"POST {route} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n{framing}\r\n\r\n"
+    answer = raw(lonely_api, head.encode() + b"5\r\n")
+    assert answer.startswith(b"HTTP/1.1 408 ")
+    assert b"urn:mergemill:error:request_timeout" in answer
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        b"".join(b"X-%d: x\r\n" % number for number in range(100_000)),
+        b"X: " + b"x" * (1 << 20) + b"\r\n",
+        b"Content-Length: 5\r\nContent-Length: 6\r\n",
+        b"Content-Length: 5\r\nTransfer-Encoding: chunked\r\n",
+        b"Content-Length: -1\r\n",
+        b"Content-Length: 1e3\r\n",
+        b"Content-Length: %d\r\n" % 2**70,
+        b"Transfer-Encoding: gzip\r\n",
+    ],
+    ids=["many", "long", "two lengths", "two framings", "negative", "float", "endless", "unknown"],
+)
+def test_headers_are_bounded_and_clear(
+    lonely_api: httpx.Client, route: str, head: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bodies, "BODY_SECONDS", 0.2)
+    try:
+        answer = raw(
+            lonely_api, b"POST %s HTTP/1.1\r\nHost: x\r\nConnection: close\r\n%s\r\n" % (route.encode(), head)
+        )
+    except ConnectionResetError:  # closed with much of it unread
+        answer = b"HTTP/1.1 400 "
+    assert answer.startswith(b"HTTP/1.1 4") or answer.startswith(b"HTTP/1.1 501 ")
+    assert lonely_api.get("/healthz").status_code == 200
 
 
 def test_the_longest_body_is_read(lonely_api: httpx.Client, route: str) -> None:

@@ -14,7 +14,7 @@ from service.settings import Settings
 pytestmark = pytest.mark.fast
 
 PROBLEMS = {
-    ("post", "/v1/merges"): {400, 413, 415, 422, 503},
+    ("post", "/v1/merges"): {400, 408, 413, 415, 422, 503},
     ("get", "/v1/merges"): {400, 422, 503},
     ("get", "/v1/merges/{job}"): {404, 503},
     ("post", "/v1/merges/{job}/cancel"): {404, 409, 503},
@@ -22,7 +22,7 @@ PROBLEMS = {
     ("get", "/v1/merges/{job}/deliveries"): {404, 503},
     ("get", "/v1/merges/{job}/files"): {404, 409, 410, 502, 503},
     ("get", "/v1/merges/{job}/files/{name}"): {404, 409, 410, 502, 503},
-    ("post", "/v1/plans"): {400, 413, 415, 422, 502},
+    ("post", "/v1/plans"): {400, 408, 413, 415, 422, 502},
     ("get", "/v1/methods"): set(),
     ("get", "/healthz"): set(),
     ("get", "/readyz"): {503},

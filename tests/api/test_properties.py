@@ -13,7 +13,7 @@ import httpx
 import pytest
 import torch
 import yaml
-from hypothesis import HealthCheck, event, example, given, settings
+from hypothesis import event, example, given
 from hypothesis import strategies as st
 
 from api.app import create_app
@@ -25,12 +25,13 @@ from service.settings import Settings
 from tests.api.conftest import serving
 from tests.api.test_routes import record
 from tests.checkpoints import write_checkpoint
+from tests.fuzzing import fuzzed
 from tests.service.job_steps import ALL_COMPLETE, TO_RUNNING
 from workers.methods import METHODS
 
 pytestmark = pytest.mark.valkey
 
-bounded = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+bounded = fuzzed(150)
 
 
 class World:

@@ -145,6 +145,34 @@ def test_everybody_who_moves_bytes_can_reach_the_store() -> None:
         assert wanted <= set(SERVICES[name]["environment"]), name
 
 
+def test_passwords_and_tokens_are_on_by_default() -> None:
+    redis = SERVICES["redis"]
+    password = redis["command"][redis["command"].index("--requirepass") + 1]
+    assert password == redis["environment"]["REDISCLI_AUTH"]
+    assert re.fullmatch(r"\$\{REDIS_PASSWORD:-\S{20,}\}", password)
+    for name in ("api", "scheduler"):
+        assert f"redis://:{password}@redis" in SERVICES[name]["environment"]["MERGEMILL_REDIS_URL"]
+    for name in ("ray-head", "ray-worker", "ray-worker-gpu", "scheduler"):
+        environment = SERVICES[name]["environment"]
+        assert environment["RAY_AUTH_MODE"] == "token"
+        assert re.fullmatch(r"\$\{RAY_AUTH_TOKEN:-\S{20,}\}", environment["RAY_AUTH_TOKEN"])
+    cluster = next(document for document in KUBERNETES if document["kind"] == "RayCluster")["spec"]
+    groups = [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]
+    pods = [group["template"] for group in groups]
+    pods += [d["spec"]["template"] for d in KUBERNETES if d["metadata"]["name"] == "mergemill-scheduler"]
+    for pod in pods:
+        (container,) = pod["spec"]["containers"]
+        environment = {entry["name"]: entry for entry in container["env"]}
+        assert environment["RAY_AUTH_MODE"]["value"] == "token"
+        assert "secretKeyRef" in environment["RAY_AUTH_TOKEN"]["valueFrom"]
+    assert "--env=RAY_AUTH_MODE=token" in LAUNCHER["docker"]["run_options"]
+
+
+def test_no_request_leads_to_a_containers_disk() -> None:
+    for name in ("api", "scheduler"):
+        assert SERVICES[name]["environment"]["MERGEMILL_STORE__FILE_ROOTS"] == "[]"
+
+
 def test_ray_nodes_share_a_token_and_the_ports_that_are_probed() -> None:
     nodes = {name: SERVICES[name] for name in ("ray-head", "ray-worker", "ray-worker-gpu", "scheduler")}
     assert (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,9 @@ from typer.testing import CliRunner, Result
 
 from mergemill import Client, cli, session
 from mergemill.arguments import BOUNDS
+from mergemill.stack import FILE_ROOTS, child_environment
 from service.plan import PlanOptions
+from service.settings import Settings
 from tests.checkpoints import write_checkpoint
 
 pytestmark = pytest.mark.fast
@@ -314,3 +317,35 @@ def test_wrong_settings_are_named(name: str, value: str, named: str) -> None:
     assert found.exit_code == 2
     assert named in found.stderr
     assert "Traceback" not in found.stderr
+
+
+@pytest.mark.parametrize(("given", "roots"), [(None, ()), ('["/data"]', ("/data",)), ('["/"]', ("/",))])
+def test_what_works_for_others_uses_no_directory_that_is_not_named(
+    given: str | None, roots: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Settings] = []
+    monkeypatch.setattr("service.scheduler.main", lambda settings, _: seen.append(settings))
+    assert run("schedule", env={"MERGEMILL_STORE__FILE_ROOTS": given} if given else {}).exit_code == 0
+    assert [settings.store.file_roots for settings in seen] == [roots]
+    monkeypatch.setattr("api.app.create_app", lambda settings: seen.append(settings) or sys.exit(9))
+    run("serve", env={"MERGEMILL_STORE__FILE_ROOTS": given} if given else {})
+    assert [settings.store.file_roots for settings in seen] == [roots, roots]
+
+
+@pytest.mark.parametrize(
+    ("host", "env", "roots"),
+    [
+        ("127.0.0.1", {}, '["/"]'),
+        ("0.0.0.0", {}, None),
+        ("127.0.0.1", {"MERGEMILL_STORE__FILE_ROOTS": "[]"}, "[]"),
+        ("127.0.0.1", {"MERGEMILL_STORE": '{"file_roots": ["/data"]}'}, None),
+    ],
+)
+def test_a_stack_on_loopback_may_use_all_that_its_user_may(
+    host: str, env: dict[str, str], roots: str | None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    assert (
+        child_environment({}, host=host, redis_url="redis://x", state_dir=tmp_path).get(FILE_ROOTS) == roots
+    )

@@ -6,12 +6,13 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from service.planning import resolve_model
 from service.recipe import Recipe, parse_recipe, parse_yaml
+from tests.fuzzing import fuzzed
 from tests.service.recipe_checks import problems, recipe
 from workers.errors import PlanError, RecipeError
 
@@ -264,7 +265,7 @@ JSON = st.recursive(
 )
 
 
-@settings(deadline=None)
+@fuzzed(100)
 @given(
     st.dictionaries(st.sampled_from([*Recipe.model_fields, "slices", "x"]), JSON),
     st.sampled_from(["ties", "slerp"]),

@@ -5,9 +5,14 @@ from __future__ import annotations
 import time
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from service.recipe import MAX_RECIPE_CHARACTERS, parse_yaml
+from service.yaml_text import load_documents
+from tests.fuzzing import fuzzed
 from tests.service.recipe_checks import problems
+from workers.errors import RecipeError
 
 pytestmark = pytest.mark.fast
 
@@ -44,6 +49,14 @@ WIDE = (
         ("{a: " * 50_000, "nested more than 50 levels"),
         ("- " * 100_000, "nested more than 50 levels"),
         ("? " * 100_000, "nested more than 50 levels"),
+        ("x: !!timestamp never", "does not suit its `!!` tag"),
+        ("x: !!int ''", "does not suit its `!!` tag"),
+        ("x: !!float ''", "does not suit its `!!` tag"),
+        ("x: !!bool maybe", "does not suit its `!!` tag"),
+        ("x: !!int 0x", "not valid YAML"),
+        ("x: 2020-99-99", "not valid YAML"),
+        ('merge_method: "\\uD800"\nmodels: [{model: /a}]', "not valid YAML"),
+        ("merge_method: linear\nmodels: [{model: /a, parameters: {weight: 1.0e+999}}]", "weight"),
         ("merge_method: [", "not valid YAML"),
         ("\tmerge_method: x", "not valid YAML"),
         ("a: *nobody", "not valid YAML"),
@@ -88,3 +101,25 @@ def test_anchors_and_merge_keys_work_as_in_yaml() -> None:
     assert [entry.parameters for entry in found.models] == [
         {"weight": 0.5, "density": 0.3}, {"weight": 0.5, "density": 0.3}, {"weight": 1, "density": 0.3},
     ]  # fmt: skip
+
+
+TOKENS = st.sampled_from(
+    ["a", "weight", "model", "0", "-1", "0x", "1e9", "1.5", ".nan", "1:30", "2020-01-01", "~", "", "=", "''",
+     '"\\uD800"', "!!int ", "!!float ", "!!bool ", "!!null ", "!!str ", "!!timestamp ", "!!binary ", "!!set ",
+     "!!omap ", "!!pairs ",
+     "!!seq ", "!!map ", "!!merge ", "!!value ", "!!python/name:os.system ", "!x ", "! ", "!<tag:yaml.org,2002:int> ",
+     "&a ", "*a", "&b ", "*b", "<<", ": ", ":", ", ", "- ", "? ", "[", "]", "{", "}", "|", ">", "%YAML 9.9", "---",
+     "...",
+     "\n", "\n  ", "\n    ", "\t", "\x00", "\ufeff", "\u2028", "#", "'", '"', "\\", "@", "`", "😀"]
+)  # fmt: skip
+
+
+@fuzzed(200)
+@given(st.lists(TOKENS, max_size=30).map("".join))
+def test_any_text_is_yaml_or_a_recipe_error(text: str) -> None:
+    try:
+        documents = load_documents(text)
+    except RecipeError as error:
+        assert len(str(error)) < 5_000
+    else:
+        assert isinstance(documents, list)

@@ -12,11 +12,12 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from safetensors import SafetensorError, deserialize, safe_open
 from safetensors.torch import save, save_file
 
+from tests.fuzzing import fuzzed
 from workers.errors import HeaderError
 from workers.safetensors_format import (
     MAX_HEADER_BYTES,
@@ -32,7 +33,7 @@ from workers.task import DTYPE_BYTES
 
 pytestmark = pytest.mark.fast
 
-CALM = settings(deadline=None)
+CALM = fuzzed(100)
 """Other processes share the machine: slowness of one example says nothing."""
 
 NAMES = st.text(st.characters(exclude_categories=("Cs",)), min_size=1, max_size=12).filter(

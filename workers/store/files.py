@@ -1,4 +1,4 @@
-"""Durable, atomic operations on local files that the directory store is made of."""
+"""Bytes, locks, tags and errors of local files, by open descriptors; what goes by paths is in ``disk.py``."""
 
 from __future__ import annotations
 
@@ -6,12 +6,9 @@ import contextlib
 import errno
 import fcntl
 import os
-import secrets
-import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TypeVar
 
 from workers.errors import AccessDeniedError, ObjectNotFoundError, StoreError, StoreUnavailableError
 from workers.store.base import Buffer
@@ -19,9 +16,6 @@ from workers.store.base import Buffer
 HIDDEN = ".mergemill"
 """Directory that holds uploads, temporary files and metadata, beside the objects that they belong to."""
 
-Made = TypeVar("Made")
-
-_PRUNED_ATTEMPTS = 100
 _LOCK_POLL_S = 0.01
 _COPY_BYTES = 1 << 20
 _CANNOT_COPY_IN_KERNEL = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF, errno.EPERM}
@@ -76,46 +70,6 @@ def stamp(fd: int) -> None:
     os.utime(fd, ns=(now, now))
 
 
-def in_directory(directory: Path, make: Callable[[], Made]) -> Made:
-    """What ``make`` returns, with ``directory`` there; again if somebody prunes it, empty, in between."""
-    for _ in range(_PRUNED_ATTEMPTS):
-        with contextlib.suppress(FileNotFoundError):
-            make_directories(directory)
-            return make()
-    make_directories(directory)
-    return make()
-
-
-def make_directories(path: Path) -> None:
-    """Make ``path`` and what is missing above it, durably."""
-    missing = []
-    while not path.exists():
-        missing.append(path)
-        path = path.parent
-    for each in reversed(missing):
-        each.mkdir(exist_ok=True)
-        sync_directory(each.parent)
-
-
-def check_directory_writable(path: Path) -> None:
-    """Raise what making files in ``path``, and what is missing above it, would meet: by making one without a name.
-
-    :raises StoreError: there can be none; names the directory and the cause.
-    """
-    while not os.path.lexists(path):
-        path = path.parent
-    if not path.is_dir():
-        raise StoreError(f"{path} is a file, and there can be no directory in its place")
-    try:
-        with tempfile.TemporaryFile(dir=path):
-            pass
-    except OSError as error:
-        reason = f"cannot write to the directory {path}: {os.strerror(error.errno) if error.errno else error}"
-        if error.errno in {errno.EACCES, errno.EPERM, errno.EROFS}:
-            raise AccessDeniedError(f"{reason}; check its permissions") from error
-        raise StoreError(f"{reason}; choose another place") from error
-
-
 def sync_directory(path: Path) -> None:
     """Make renames and new names in ``path`` durable."""
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
@@ -133,52 +87,6 @@ def opened(path: Path, flags: int) -> Iterator[int]:
         yield fd
     finally:
         os.close(fd)
-
-
-@contextlib.contextmanager
-def temporary(path: Path, data: Buffer) -> Iterator[Path]:
-    """A durable file with ``data`` in the hidden directory of ``path``; gone afterwards unless renamed."""
-    directory = hidden_directory(path) / "tmp"
-    name = directory / secrets.token_hex(8)
-    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-    fd = in_directory(directory, lambda: os.open(name, flags, 0o666))
-    try:
-        try:
-            write_at(fd, 0, data)
-            stamp(fd)
-            os.fsync(fd)
-        finally:
-            os.close(fd)
-        yield name
-    finally:
-        name.unlink(missing_ok=True)
-        prune(directory)
-
-
-def replace_file(path: Path, data: Buffer) -> None:
-    """Write a small file whole, atomically and durably; its directory exists."""
-    draft = path.with_name(f"{path.name}.{secrets.token_hex(4)}")
-    try:
-        with opened(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL) as fd:
-            write_at(fd, 0, data)
-            os.fsync(fd)
-        draft.replace(path)
-    except OSError:
-        draft.unlink(missing_ok=True)
-        raise
-    sync_directory(path.parent)
-
-
-def prune(directory: Path) -> None:
-    """Remove ``directory`` and the ones above it as far as they are empty and hidden."""
-    while HIDDEN in directory.parts:
-        try:
-            directory.rmdir()
-        except FileNotFoundError:
-            pass  # somebody else was first; what is above may still be ours to remove
-        except OSError:
-            return
-        directory = directory.parent
 
 
 def write_at(fd: int, offset: int, data: Buffer) -> None:

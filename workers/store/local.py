@@ -18,13 +18,16 @@ from pathlib import Path
 from urllib.parse import unquote
 
 from workers.errors import (
+    AccessDeniedError,
     AlreadyExistsError,
     ObjectChangedError,
     ObjectNotFoundError,
+    StoreError,
     TruncatedReadError,
 )
 from workers.store import files, uris
 from workers.store.base import Buffer, ObjectInfo, Upload, UploadedPart
+from workers.store.disk import Disk
 from workers.store.local_uploads import LocalUploads
 from workers.store.settings import StoreSettings
 
@@ -34,19 +37,20 @@ class LocalStore:
 
     def __init__(self, settings: StoreSettings | None = None) -> None:
         settings = settings or StoreSettings()
-        self._uploads = LocalUploads(settings.file_lock_timeout_s, settings.file_direct_io)
+        self._disk = Disk(settings.file_roots)
+        self._uploads = LocalUploads(self._disk, settings.file_lock_timeout_s, settings.file_direct_io)
 
     def head(self, uri: str) -> ObjectInfo:
         """See :meth:`ObjectStore.head`."""
         path = _path(uri)
         with files.mapped_errors("look up", uri):
-            status = path.stat()
+            status = self._disk.status(path)
             _check_pin(uri, status, None)
-            return ObjectInfo(uri, status.st_size, files.etag_of(status), _metadata(path, status))
+            return ObjectInfo(uri, status.st_size, files.etag_of(status), self._metadata(path, status))
 
     def read_into(self, uri: str, start: int, buffer: memoryview, etag: str | None = None) -> None:
         """See :meth:`ObjectStore.read_into`."""
-        with files.mapped_errors("read", uri), files.opened(_path(uri), os.O_RDONLY) as fd:
+        with files.mapped_errors("read", uri), self.opened(uri) as fd:
             status = os.fstat(fd)
             _check_pin(uri, status, etag)
             got = files.read_at(fd, start, buffer) if buffer.nbytes else min(0, status.st_size - start)
@@ -55,6 +59,16 @@ class LocalStore:
             raise TruncatedReadError(
                 f"{uri} ends at byte {status.st_size}; bytes {start}..{start + buffer.nbytes} were asked for"
             )
+
+    @contextlib.contextmanager
+    def opened(self, uri: str) -> Iterator[int]:
+        """A descriptor to read an object by; of the directories that may be used, whatever is renamed meanwhile."""
+        with files.mapped_errors("read", uri):
+            fd = self._disk.open_object(_path(uri))
+        try:
+            yield fd
+        finally:
+            os.close(fd)
 
     def put(self, uri: str, data: Buffer, metadata: Mapping[str, str] | None = None) -> ObjectInfo:
         """See :meth:`ObjectStore.put`."""
@@ -67,19 +81,19 @@ class LocalStore:
     def _put(self, uri: str, data: Buffer, metadata: Mapping[str, str] | None, overwrite: bool) -> ObjectInfo:
         path = _path(uri)
         with files.mapped_errors("write", uri):
-            files.make_directories(path.parent)
-            with files.temporary(path, data) as draft:
-                status = draft.stat()
-                keep_metadata(path, status, metadata or {})
+            self._disk.make_directories(path.parent)
+            with self._disk.temporary(path, data) as draft:
+                status = self._disk.own_status(draft)
+                self._keep_metadata(path, status, metadata or {})
                 if overwrite:
-                    old = _status(path)
-                    draft.replace(path)
-                    _forget_metadata(path, old)
+                    old = self._status(path)
+                    self._disk.rename(draft, path)
+                    self._forget_metadata(path, old)
                 else:
                     try:
-                        path.hardlink_to(draft)  # atomic where open(O_EXCL) and write would not be
+                        self._disk.link(draft, path)  # atomic where open(O_EXCL) and write would not be
                     except FileExistsError:
-                        _forget_metadata(path, status)
+                        self._forget_metadata(path, status)
                         raise AlreadyExistsError(f"{uri} is already there") from None
                 files.sync_directory(path.parent)
             return ObjectInfo(uri, status.st_size, files.etag_of(status), _lower(metadata or {}))
@@ -88,19 +102,19 @@ class LocalStore:
         """See :meth:`ObjectStore.delete`."""
         path = _path(uri)
         with files.mapped_errors("delete", uri):
-            status = _status(path)
+            status = self._status(path)
             if status is not None and stat.S_ISDIR(status.st_mode):
                 return
-            with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-                path.unlink()
-                files.sync_directory(path.parent)
-            _forget_metadata(path, status)
-            files.prune(path.parent)
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError), self._disk.at(path) as there:
+                there.unlink()
+                files.sync_directory(there.parent)
+            self._forget_metadata(path, status)
+            self._disk.prune(path.parent)
 
     def check_writable(self, uri: str) -> None:
         """See :meth:`ObjectStore.check_writable`."""
         with files.mapped_errors("write", uri):
-            files.check_directory_writable(_path(uri).parent)
+            self._disk.check_writable(_path(uri).parent)
 
     def list(self, prefix: str, *, beside: bool = False) -> Iterator[ObjectInfo]:
         """See :meth:`ObjectStore.list`."""
@@ -109,14 +123,12 @@ class LocalStore:
             slash, tail = prefix, ""
         directory = _path(slash + "/")
         with files.mapped_errors("list", prefix):
-            found = sorted(
-                (os.fsencode(path), path) for path in _files_under(directory, unquote(tail), beside)
-            )
+            names = self._disk.files(directory, unquote(tail), beside)
+            found = sorted((os.fsencode(path), path) for path in names)
         for _, path in found:
-            status = _status(path)
-            if status is not None and stat.S_ISREG(
-                status.st_mode
-            ):  # else it went while we listed, or is a socket
+            status = self._status(path)
+            # else it went while we listed, leads out of where we may look, or is a socket
+            if status is not None and stat.S_ISREG(status.st_mode):
                 yield ObjectInfo(uris.from_path(str(path)), status.st_size, files.etag_of(status))
 
     def presign(self, uri: str, expires_s: int) -> str | None:
@@ -137,7 +149,7 @@ class LocalStore:
         self, upload: Upload, number: int, offset: int, source: str, start: int, end: int, etag: str
     ) -> UploadedPart:
         """See :meth:`ObjectStore.copy_part`."""
-        with files.mapped_errors("copy from", source), files.opened(_path(source), os.O_RDONLY) as fd:
+        with files.mapped_errors("copy from", source), self.opened(source) as fd:
 
             def check() -> None:
                 _check_pin(source, os.fstat(fd), etag)
@@ -162,41 +174,46 @@ class LocalStore:
         """See :meth:`ObjectStore.complete`."""
         path = _path(upload.uri)
         with files.mapped_errors("complete", upload.uri):
-            old = _status(path)
-            self._uploads.complete(path, upload, parts, keep_metadata)
-            if old is not None:
-                _forget_metadata(path, old)
+            old = self._status(path)
+            self._uploads.complete(path, upload, parts, self._keep_metadata)
+            self._forget_metadata(path, old)
 
     def abort(self, upload: Upload) -> None:
         """See :meth:`ObjectStore.abort`."""
         with files.mapped_errors("abort the upload of", upload.uri):
             self._uploads.abort(_path(upload.uri), upload)
 
+    def _status(self, path: Path) -> os.stat_result | None:
+        try:
+            return self._disk.status(path)
+        except (FileNotFoundError, NotADirectoryError, AccessDeniedError):
+            return None
 
-def keep_metadata(path: Path, status: os.stat_result, metadata: Mapping[str, str]) -> None:
-    """Record user metadata for the file with ``status`` that is about to become ``path``.
+    def _keep_metadata(self, path: Path, status: os.stat_result, metadata: Mapping[str, str]) -> None:
+        """Record user metadata for the file with ``status`` that is about to become ``path``.
 
-    It is filed under the file's ETag, so it never speaks for what was at ``path`` before or comes after.
-    """
-    if metadata:
-        record = _metadata_file(path, status)
-        text = json.dumps({"name": path.name, "metadata": _lower(metadata)})
-        files.in_directory(record.parent, lambda: files.replace_file(record, text.encode()))
+        It is filed under the file's ETag, so it never speaks for what was at ``path`` before or comes after.
+        """
+        if metadata:
+            record = _metadata_file(path, status)
+            text = json.dumps({"name": path.name, "metadata": _lower(metadata)})
+            self._disk.in_directory(record.parent, lambda: self._disk.replace_file(record, text.encode()))
 
+    def _forget_metadata(self, path: Path, status: os.stat_result | None) -> None:
+        if status is not None:
+            record = _metadata_file(path, status)
+            self._disk.unlink(record)
+            self._disk.prune(record.parent)
 
-def _forget_metadata(path: Path, status: os.stat_result | None) -> None:
-    if status is not None:
-        record = _metadata_file(path, status)
-        record.unlink(missing_ok=True)
-        files.prune(record.parent)
-
-
-def _metadata(path: Path, status: os.stat_result) -> dict[str, str]:
-    try:
-        record = json.loads(_metadata_file(path, status).read_bytes())
-    except (FileNotFoundError, ValueError):
-        return {}
-    return dict(record["metadata"]) if record["name"] == path.name else {}
+    def _metadata(self, path: Path, status: os.stat_result) -> dict[str, str]:
+        try:
+            record = self._disk.record(_metadata_file(path, status)) or {}
+        except (FileNotFoundError, NotADirectoryError, StoreError):
+            return {}
+        found = record.get("metadata")
+        if record.get("name") != path.name or not isinstance(found, dict):
+            return {}
+        return {key: value for key, value in found.items() if isinstance(value, str)}
 
 
 def _metadata_file(path: Path, status: os.stat_result) -> Path:
@@ -205,27 +222,6 @@ def _metadata_file(path: Path, status: os.stat_result) -> Path:
 
 def _path(uri: str) -> Path:
     return Path(uris.to_path(uri))
-
-
-def _status(path: Path) -> os.stat_result | None:
-    try:
-        return path.stat()
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-
-
-def _files_under(directory: Path, beginning: str, beside: bool) -> Iterator[Path]:
-    if not directory.is_dir():
-        return
-    for entry in directory.iterdir():
-        if entry.name.startswith(beginning):
-            if entry.is_dir():
-                if beside:
-                    continue
-                for root, _, names in os.walk(entry):
-                    yield from (Path(root, each) for each in names)
-            else:
-                yield entry
 
 
 def _lower(metadata: Mapping[str, str]) -> dict[str, str]:

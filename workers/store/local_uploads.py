@@ -20,18 +20,20 @@ import fcntl
 import hashlib
 import json
 import os
-import shutil
 import uuid
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
+from pydantic import TypeAdapter, ValidationError
 
 from workers.errors import InvalidPartError, StoreError, TruncatedReadError, UploadNotFoundError
 from workers.store import direct, files
 from workers.store.base import Buffer, Upload, UploadedPart
+from workers.store.disk import Disk
 
 MAX_PARTS = 10_000
 """As in S3, so that a plan fits every store."""
@@ -65,10 +67,15 @@ class _Opening:
     """User metadata of the object."""
 
 
+_OPENING, _RECORD = TypeAdapter(_Opening), TypeAdapter(_Record)
+Note = TypeVar("Note")
+
+
 class LocalUploads:
     """The uploads beside given paths. Raises plain ``OSError`` where the disk fails."""
 
-    def __init__(self, lock_timeout_s: float, direct_io: bool) -> None:
+    def __init__(self, disk: Disk, lock_timeout_s: float, direct_io: bool) -> None:
+        self._disk = disk
         self._lock_timeout_s = lock_timeout_s
         self._direct = direct_io
 
@@ -76,16 +83,16 @@ class LocalUploads:
         """Reserve ``size`` bytes for ``path``; the upload's id."""
         name = uuid.uuid4().hex
         directory = _uploads(path) / name
-        files.in_directory(directory / "parts", lambda: None)
+        self._disk.in_directory(directory / "parts", lambda: None)
         try:
-            with files.opened(directory / "data", os.O_RDWR | os.O_CREAT | os.O_EXCL) as fd:
+            with self._disk.opened(directory / "data", os.O_RDWR | os.O_CREAT | os.O_EXCL) as fd:
                 _reserve(fd, size)
                 os.fsync(fd)
             opening = _Opening(path.name, size, metadata)
-            files.replace_file(directory / "upload.json", json.dumps(asdict(opening)).encode())
+            self._disk.replace_file(directory / "upload.json", json.dumps(asdict(opening)).encode())
         except OSError:
-            shutil.rmtree(directory, ignore_errors=True)
-            files.prune(directory.parent)
+            self._disk.remove_tree(directory)
+            self._disk.prune(directory.parent)
             raise
         return name
 
@@ -95,7 +102,7 @@ class LocalUploads:
         etag = _tag(view)
         with self._writing(path, upload, number, _Record(offset, len(view), etag)) as fd:
             if self._direct:
-                direct.write_at(_directory(path, upload) / "data", fd, offset, view)
+                direct.write_at(Path(f"/proc/self/fd/{fd}"), fd, offset, view)
             else:
                 files.write_at(fd, offset, view)
         return UploadedPart(number, len(view), etag)
@@ -125,8 +132,8 @@ class LocalUploads:
 
     def parts(self, path: Path, upload: Upload) -> list[UploadedPart]:
         """What is recorded, by number."""
-        directory, _ = _opened(path, upload)
-        records = _records(directory)
+        directory, _ = self._opened(path, upload)
+        records = self._records(directory)
         return [
             UploadedPart(number, records[number].size, records[number].etag) for number in sorted(records)
         ]
@@ -134,35 +141,35 @@ class LocalUploads:
     def ids(self, path: Path) -> list[str]:
         """The open uploads for exactly ``path``."""
         found = []
-        for directory in sorted(_uploads(path).glob("*")):
+        for name in self._disk.names(_uploads(path)):
             with contextlib.suppress(UploadNotFoundError):
-                _opened(path, Upload(str(path), directory.name))
-                found.append(directory.name)
+                self._opened(path, Upload(str(path), name))
+                found.append(name)
         return found
 
     def complete(
         self, path: Path, upload: Upload, parts: Sequence[UploadedPart], keep_metadata: KeepMetadata
     ) -> None:
         """Check the parts, and move the data into place."""
-        directory, opening = _opened(path, upload)
-        _check_complete(upload.uri, opening.size, parts, _records(directory))
-        with _gone_is_not_found(upload), files.opened(directory / "data", os.O_RDWR) as fd:
+        directory, opening = self._opened(path, upload)
+        _check_complete(upload.uri, opening.size, parts, self._records(directory))
+        with _gone_is_not_found(upload), self._disk.opened(directory / "data", os.O_RDWR) as fd:
             os.fsync(fd)
             with files.locked(fd, fcntl.LOCK_EX, self._lock_timeout_s, upload.uri):
                 files.stamp(fd)
                 keep_metadata(path, os.fstat(fd), opening.metadata)
-                (directory / "data").replace(path)
+                self._disk.rename(directory / "data", path)
         files.sync_directory(path.parent)
-        _remove(directory)
+        _remove(self._disk, directory)
 
     def abort(self, path: Path, upload: Upload) -> None:
         """Remove the upload."""
         with contextlib.suppress(UploadNotFoundError):
-            _remove(_directory(path, upload))
+            _remove(self._disk, _directory(path, upload))
 
     @contextlib.contextmanager
     def _writing(self, path: Path, upload: Upload, number: int, record: _Record) -> Iterator[int]:
-        directory, opening = _opened(path, upload)
+        directory, opening = self._opened(path, upload)
         if not 1 <= number <= MAX_PARTS:
             raise StoreError(f"part number {number} of {upload.uri} is not within 1..{MAX_PARTS}")
         if not 0 <= record.offset <= record.offset + record.size <= opening.size:
@@ -173,20 +180,50 @@ class LocalUploads:
         note = directory / "parts" / f"{number}.json"
         with (
             _gone_is_not_found(upload),
-            files.opened(directory / "data", os.O_RDWR) as fd,
-            files.opened(note.with_suffix(".lock"), os.O_RDWR | os.O_CREAT) as part_fd,
+            self._disk.opened(directory / "data", os.O_RDWR) as fd,
+            self._disk.opened(note.with_suffix(".lock"), os.O_RDWR | os.O_CREAT) as part_fd,
             files.locked(part_fd, fcntl.LOCK_EX, self._lock_timeout_s, upload.uri),
             files.locked(fd, fcntl.LOCK_SH, self._lock_timeout_s, upload.uri),
         ):
             # Between opening and locking it may have been completed, and `fd` be the object that others read.
-            if not os.path.samestat(os.fstat(fd), (directory / "data").stat()):
+            if not os.path.samestat(os.fstat(fd), self._disk.own_status(directory / "data")):
                 raise UploadNotFoundError(f"upload {upload.id} of {upload.uri} was completed meanwhile")
-            if note.exists():
-                note.unlink()
-                files.sync_directory(note.parent)
+            with contextlib.suppress(FileNotFoundError), self._disk.at(note) as there:
+                there.unlink()
+                files.sync_directory(there.parent)
             yield fd
             os.fdatasync(fd)
-            files.replace_file(note, json.dumps(asdict(record)).encode())
+            self._disk.replace_file(note, json.dumps(asdict(record)).encode())
+
+    def _opened(self, path: Path, upload: Upload) -> tuple[Path, _Opening]:
+        directory = _directory(path, upload)
+        try:
+            opening = _read(_OPENING, self._disk.record(directory / "upload.json"))
+            self._disk.own_status(directory / "data")
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise _not_found(upload) from error
+        if opening is None or opening.name != path.name:
+            raise _not_found(upload)
+        return directory, opening
+
+    def _records(self, directory: Path) -> dict[int, _Record]:
+        records = {}
+        for name in self._disk.names(directory / "parts"):
+            number, dot, kind = name.partition(".")
+            if number.isdecimal() and f"{dot}{kind}" == ".json":
+                with contextlib.suppress(FileNotFoundError):  # it is being written again right now
+                    record = _read(_RECORD, self._disk.record(directory / "parts" / name))
+                    if record is not None:
+                        records[int(number)] = record
+        return records
+
+
+def _read(kind: TypeAdapter[Note], record: dict[str, Any] | None) -> Note | None:
+    """A note as it was written; None for anything else."""
+    try:
+        return kind.validate_python(record)
+    except ValidationError:
+        return None
 
 
 def _tag(view: memoryview) -> str:
@@ -230,17 +267,6 @@ def _gone_is_not_found(upload: Upload) -> Iterator[None]:
         raise _not_found(upload) from error
 
 
-def _opened(path: Path, upload: Upload) -> tuple[Path, _Opening]:
-    directory = _directory(path, upload)
-    try:
-        opening = _Opening(**json.loads((directory / "upload.json").read_bytes()))
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise _not_found(upload) from error
-    if opening.name != path.name or not (directory / "data").exists():
-        raise _not_found(upload)
-    return directory, opening
-
-
 def _reserve(fd: int, size: int) -> None:
     """Set the length, and take the space now where the file system can: better no room now than half-way."""
     if size:
@@ -250,14 +276,6 @@ def _reserve(fd: int, size: int) -> None:
             if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
                 raise
     os.ftruncate(fd, size)
-
-
-def _records(directory: Path) -> dict[int, _Record]:
-    records = {}
-    for note in (directory / "parts").glob("*.json"):
-        with contextlib.suppress(FileNotFoundError):  # it is being written again right now
-            records[int(note.stem)] = _Record(**json.loads(note.read_bytes()))
-    return records
 
 
 def _check_complete(uri: str, size: int, parts: Sequence[UploadedPart], records: dict[int, _Record]) -> None:
@@ -279,10 +297,10 @@ def _check_complete(uri: str, size: int, parts: Sequence[UploadedPart], records:
         raise InvalidPartError(f"cannot complete {uri}: its parts make {end} bytes, not {size}")
 
 
-def _remove(directory: Path) -> None:
+def _remove(disk: Disk, directory: Path) -> None:
     """Remove an upload: at once for everybody else, by a rename, and then file by file."""
     doomed = directory.with_name(f"{directory.name}-removed")
     with contextlib.suppress(FileNotFoundError):
-        directory.rename(doomed)
-    shutil.rmtree(doomed, ignore_errors=True)
-    files.prune(doomed.parent)
+        disk.rename(directory, doomed)
+    disk.remove_tree(doomed)
+    disk.prune(doomed.parent)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator
 
+from workers.errors import StoreError
 from workers.ranges import READ_BYTES
+from workers.store.uris import normalise, to_path
 
 
 class StoreSettings(BaseModel):
@@ -46,7 +48,19 @@ class StoreSettings(BaseModel):
     """Bigger reads are split into parallel requests of this many bytes."""
     s3_read_threads: int = Field(default=4, ge=1)
     """How many of those run at once in one process."""
+    file_roots: tuple[str, ...] | None = None
+    """Absolute directories that ``file:`` URIs may lie in, and nothing that links in them lead out to; ``None``: any
+    that this process may use. ``mergemill serve`` and ``mergemill schedule`` take ``None`` for none at all."""
     file_direct_io: bool = True
     """Write the parts of ``file:`` uploads past the page cache, where the file system can."""
     file_lock_timeout_s: float = Field(default=60.0, gt=0)
     """Seconds to wait for another process that is writing the same part of a ``file:`` upload."""
+
+    @field_validator("file_roots")
+    @classmethod
+    def _as_paths(cls, roots: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        """Paths and ``file:`` URIs alike, as normalised paths; a ``StoreError`` is none of pydantic's errors."""
+        try:
+            return None if roots is None else tuple(to_path(normalise(root)) for root in roots)
+        except StoreError as error:
+            raise ValueError(str(error)) from error

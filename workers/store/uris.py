@@ -7,6 +7,7 @@ as every S3 tool writes them, so ``s3://bucket/a%20b`` is the key ``a%20b``.
 from __future__ import annotations
 
 import os
+import re
 from pathlib import PurePosixPath
 from urllib.parse import quote, unquote_to_bytes
 
@@ -14,6 +15,8 @@ from workers.errors import StoreError
 
 SCHEMES = ("s3", "file")
 """The schemes that there are stores for."""
+
+_BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,254}")
 
 
 def scheme(uri: str) -> str:
@@ -134,6 +137,8 @@ def _split_s3(uri: str) -> tuple[str, list[str]]:
     bucket, *segments = uri.partition("://")[2].split("/")
     if not bucket:
         raise StoreError(f"{uri!r} has no bucket")
+    if not _BUCKET.fullmatch(bucket):  # boto3 takes an access point's ARN as well, and that is another host
+        raise StoreError(f"{uri!r}: {bucket[:100]!r} is no name of a bucket")
     if ".." in segments:
         raise StoreError(f"{uri!r} has a '..'")
     return bucket, [segment for segment in segments if segment not in ("", ".")]

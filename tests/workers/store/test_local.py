@@ -54,6 +54,16 @@ class TestLocalStore(StoreContract):
     min_part_bytes = 100_003
 
 
+class TestLocalStoreWithinRoots(StoreContract):
+    """The whole contract in the only directory that may be used."""
+
+    min_part_bytes = 100_003
+
+    @pytest.fixture
+    def store(self, tmp_path: Path) -> LocalStore:
+        return LocalStore(StoreSettings(file_roots=(str(tmp_path),)))
+
+
 def test_a_place_is_not_writable_below_a_file_or_without_permission(
     store: LocalStore, root: str, directory: Path
 ) -> None:
@@ -277,7 +287,7 @@ def test_a_crash_between_the_rename_and_the_cleaning_up(
 ) -> None:
     upload = store.open_upload(join(root, "a"), 4, {"plan": "1"})
     part = store.put_part(upload, 1, 0, b"good")
-    monkeypatch.setattr("workers.store.local_uploads._remove", lambda directory: None)
+    monkeypatch.setattr("workers.store.local_uploads._remove", lambda *_: None)
     store.complete(upload, [part])
     monkeypatch.undo()
     for gone in (lambda: store.complete(upload, [part]), lambda: store.list_parts(upload)):

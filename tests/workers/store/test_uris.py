@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from workers.errors import StoreError
 from workers.store import from_path, join, name, normalise, parent, scheme, to_path
+from workers.store.uris import split_s3
 
 pytestmark = pytest.mark.fast
 
@@ -110,3 +111,14 @@ def test_join_refuses_to_climb() -> None:
 
 def test_scheme() -> None:
     assert [scheme(uri) for uri in ("s3://b/k", "FILE:///x")] == ["s3", "file"]
+
+
+@pytest.mark.parametrize(
+    "bucket",
+    ["host:9000", "user@host", "arn:aws:s3:us-east-1:123456789012:accesspoint:mine", "a b", "a?b", "a#b", "a%2fb",
+     "a\\b", "..", ".hidden", "-x", "bücket", "a\n", "a\0", "x" * 256, "[::1]"],
+)  # fmt: skip
+def test_a_bucket_is_a_name_and_no_address(bucket: str) -> None:
+    for place in (normalise, split_s3):
+        with pytest.raises(StoreError, match="is no name of a bucket"):
+            place(f"s3://{bucket}/key")
