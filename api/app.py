@@ -7,12 +7,14 @@ from contextlib import asynccontextmanager, closing
 from importlib.metadata import version
 
 from anyio import CapacityLimiter
-from fastapi import FastAPI
+from fastapi import Depends, FastAPI
 
 from api import errors
-from api.openapi import Application
+from api.auth import caller_of
+from api.openapi import Application, problems
 from api.routes import health, merges, methods, plans
 from service.jobstore import JobStore
+from service.keystore import KeyStore
 from service.settings import Settings
 from workers.store import open_stores
 
@@ -30,9 +32,11 @@ def create_app(settings: Settings) -> FastAPI:
         with (
             closing(open_stores(settings.store)) as store,
             JobStore(settings.redis_url, settings.namespace) as jobs,
+            KeyStore(settings.redis_url, settings.namespace) as keys,
         ):
             app.state.store = store
             app.state.jobs = jobs
+            app.state.keys = keys
             yield
 
     app = Application(
@@ -42,6 +46,8 @@ def create_app(settings: Settings) -> FastAPI:
         lifespan=lifespan,
     )
     errors.install(app)
-    for module in (merges, plans, methods, health):
-        app.include_router(module.router)
+    for module in (merges, plans, methods):
+        answers = problems(401, 403, 429, 503)
+        app.include_router(module.router, dependencies=[Depends(caller_of)], responses=answers)
+    app.include_router(health.router)  # for those who have no key, and need none
     return app

@@ -11,6 +11,7 @@ from pydantic import ValidationError
 
 from api.schemas import OptionsBody
 from service.jobstore import JobStore
+from service.keystore import KeyStore
 from service.plan import PlanOptions
 from service.recipe import validation_problems
 from service.settings import Settings
@@ -27,6 +28,12 @@ async def settings_of(request: Request) -> Settings:
 async def jobs_of(request: Request) -> JobStore:
     """Job state."""
     found: JobStore = request.app.state.jobs
+    return found
+
+
+async def keys_of(request: Request) -> KeyStore:
+    """The API keys."""
+    found: KeyStore = request.app.state.keys
     return found
 
 

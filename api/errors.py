@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,6 +18,7 @@ from api.schemas import Problem
 from workers.errors import (
     ConflictError,
     CursorError,
+    ForbiddenError,
     IllegalTransitionError,
     JobNotFoundError,
     JobStoreUnavailableError,
@@ -28,6 +30,8 @@ from workers.errors import (
     RecipeError,
     RequestTooLargeError,
     StoreError,
+    TooManyRequestsError,
+    UnauthenticatedError,
     UnsupportedMediaTypeError,
 )
 
@@ -36,6 +40,9 @@ ANSWERS: Mapping[type[MergemillError], tuple[int, str]] = {
     CursorError: (400, "No such page"),
     MalformedRequestError: (400, "The request cannot be read"),
     RequestTooLargeError: (413, "The request is too long"),
+    UnauthenticatedError: (401, "No good API key"),
+    ForbiddenError: (403, "Not allowed to this API key"),
+    TooManyRequestsError: (429, "Too many requests"),
     UnsupportedMediaTypeError: (415, "Not a content type that is read"),
     JobNotFoundError: (404, "No such job"),
     NotReadyError: (409, "The job has no files yet"),
@@ -48,6 +55,8 @@ ANSWERS: Mapping[type[MergemillError], tuple[int, str]] = {
     MergemillError: (500, "Internal error"),
 }
 """Status and title. The first entry that fits wins: the most specific come first."""
+
+_HEADERS = {401: {"WWW-Authenticate": 'Bearer realm="mergemill"'}, 503: {"Retry-After": "5"}}
 
 log = structlog.get_logger(__name__)
 
@@ -67,24 +76,28 @@ def problem(
 ) -> ProblemResponse:
     """A problem details response; ``members`` are the further ones of :class:`~api.schemas.Problem`."""
     body = Problem(type=code, title=title, status=status, detail=detail, **members)
-    headers = {"Retry-After": "5"} if status == 503 else None
-    return ProblemResponse(body.model_dump(exclude_none=True), status, headers)
+    return ProblemResponse(body.model_dump(exclude_none=True), status, _HEADERS.get(status))
 
 
 def from_error(error: MergemillError, **members: Any) -> ProblemResponse:
     """The problem that a domain error is."""
     status, title = next(answer for kind, answer in ANSWERS.items() if isinstance(error, kind))
-    if isinstance(error, RecipeError):
+    if isinstance(error, RecipeError | ForbiddenError):
         members["errors"] = error.problems
-    return problem(status, title, str(error), f"urn:mergemill:error:{error.code}", **members)
+    answer = problem(status, title, str(error), f"urn:mergemill:error:{error.code}", **members)
+    if isinstance(error, TooManyRequestsError):
+        answer.headers["Retry-After"] = str(math.ceil(error.retry_after_s))
+    return answer
 
 
 def install(app: FastAPI) -> None:
     """Answer every error of the application as a problem."""
 
-    async def domain(_: Request, error: Exception) -> ProblemResponse:
+    async def domain(request: Request, error: Exception) -> ProblemResponse:
         assert isinstance(error, MergemillError)  # noqa: S101 - what it is registered for
-        return from_error(error)
+        answer = from_error(error)
+        answer.headers.update(getattr(request.state, "rate_limit", {}))
+        return answer
 
     async def http(_: Request, error: Exception) -> ProblemResponse:
         assert isinstance(error, HTTPException)  # noqa: S101

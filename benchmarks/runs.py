@@ -23,6 +23,7 @@ from benchmarks.groups import Group, Watch, group
 from benchmarks.places import FILES, Place
 from benchmarks.results import COLD, COPY, MERGEKIT, SERVICE, Run
 from mergemill.client import Client
+from mergemill.stack_key import KEY_FILE
 
 STOP_TIMEOUT_S = 60.0
 """Longest wait for a service to end, in seconds."""
@@ -139,7 +140,8 @@ def service(setup: Setup, workers: int = 0) -> Iterator[Service]:
             said = up.stdout.readline() if up.stdout else ""
             if " is up at " not in said:
                 raise BenchmarkError(f"`mergemill up` did not come up: {said}")
-            with Client(said.partition(" is up at ")[2].split()[0]) as client:
+            key = (state / KEY_FILE).read_text(encoding="ascii")
+            with Client(said.partition(" is up at ")[2].split()[0], api_key=key) as client:
                 yield Service(client, processes, workers)
         finally:
             up.send_signal(signal.SIGTERM)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from mergemill.sizes import parse_size
+
+if TYPE_CHECKING:
+    from service.settings import Settings
 
 Url = Annotated[str | None, typer.Option(envvar="MERGEMILL_URL", help="Address of the service.")]
 RecipeFile = Annotated[
@@ -17,7 +20,8 @@ JobId = Annotated[str, typer.Argument(metavar="JOB", help="Id of the job.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
-def _size(text: str) -> int:
+def size(text: str) -> int:
+    """A size such as 5GB, in bytes."""
     try:
         return parse_size(text)
     except ValueError as error:
@@ -28,7 +32,7 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a checkpoi
 AllowNonfinite = Annotated[
     bool, typer.Option("--allow-nonfinite", help="Let NaN and Inf in the inputs through.")
 ]
-_SIZE = {"parser": _size, "metavar": "SIZE"}
+_SIZE = {"parser": size, "metavar": "SIZE"}
 ShardSize = Annotated[int | None, typer.Option(help="Most bytes of one output file, as 5GB.", **_SIZE)]
 PartSize = Annotated[int | None, typer.Option(help="Output bytes of one unit of work, as 64MiB.", **_SIZE)]
 WorkerMemory = Annotated[int | None, typer.Option(help="Most memory of one worker, as 2GiB.", **_SIZE)]
@@ -46,3 +50,22 @@ def merge_options(
         "worker_memory_bytes": memory,
     }
     return {name: value for name, value in given.items() if value is not None}
+
+
+def read_settings() -> Settings:
+    """The deployment's settings, from the environment; what is wrong with them ends the command."""
+    from pydantic import ValidationError
+    from pydantic_settings import SettingsError
+
+    from service.recipe import validation_problems
+    from service.settings import Settings
+
+    try:
+        return Settings()
+    except ValidationError as error:
+        for problem in validation_problems(error):
+            typer.echo(f"error: setting {problem}", err=True)
+        raise typer.Exit(2) from error
+    except SettingsError as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(2) from error

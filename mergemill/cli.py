@@ -6,12 +6,14 @@ What only some commands need is imported by them: torch alone takes longer than 
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
+from mergemill import keys
 from mergemill.arguments import (
     AllowNonfinite,
     AsJson,
@@ -23,6 +25,7 @@ from mergemill.arguments import (
     Url,
     WorkerMemory,
     merge_options,
+    read_settings,
 )
 from mergemill.sizes import size_text
 from workers.errors import MergemillError, RecipeError
@@ -31,7 +34,6 @@ if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
     from mergemill.jobs import Job
-    from service.settings import Settings
 
 INTERRUPTED = 130
 """Exit status after Ctrl-C, as shells have it."""
@@ -58,6 +60,7 @@ app = typer.Typer(
     pretty_exceptions_show_locals=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.add_typer(keys.app)
 
 
 @app.command()
@@ -96,6 +99,7 @@ def up(
                     "",
                     "In another terminal:",
                     f"  export MERGEMILL_URL={stack.url}",
+                    f"  export MERGEMILL_API_KEY=$(cat {shlex.quote(str(stack.key_file))})",
                     "  mergemill merge recipe.yml ./merged",
                 ):
                     typer.echo(line)
@@ -114,10 +118,13 @@ def serve(
     import uvicorn
 
     from api.app import create_app
+    from mergemill.exposure import check_exposure
     from service.logs import configure
 
-    settings = _settings()
+    settings = read_settings()
     configure(settings.log_format)
+    listener = None if fd is None else socket.socket(fileno=fd)
+    check_exposure(settings.host if listener is None else listener.getsockname()[0], settings)
     config = uvicorn.Config(
         create_app(settings),
         host=settings.host,
@@ -127,7 +134,7 @@ def serve(
         timeout_graceful_shutdown=10,
     )
     server = uvicorn.Server(config)
-    server.run(None if fd is None else [socket.socket(fileno=fd)])
+    server.run(None if listener is None else [listener])
     if not server.started:
         raise typer.Exit(1)
 
@@ -142,7 +149,7 @@ def schedule(
     from service import scheduler
     from service.logs import configure
 
-    settings = _settings()
+    settings = read_settings()
     configure(settings.log_format)
     scheduler.main(settings, ready_file)
 
@@ -204,7 +211,7 @@ def plan(
         else:
             from mergemill.local import plan_here
 
-            found = plan_here(document, place, options, _settings())
+            found = plan_here(document, place, options, read_settings())
     _print(found, price_table(found), as_json)
 
 
@@ -356,24 +363,6 @@ def _print(value: Any, shown: RenderableType, as_json: bool) -> None:
 
 def _json(value: Any) -> str:
     return json.dumps(value, indent=2, ensure_ascii=False)
-
-
-def _settings() -> Settings:
-    from pydantic import ValidationError
-    from pydantic_settings import SettingsError
-
-    from service.recipe import validation_problems
-    from service.settings import Settings
-
-    try:
-        return Settings()
-    except ValidationError as error:
-        for problem in validation_problems(error):
-            typer.echo(f"error: setting {problem}", err=True)
-        raise typer.Exit(2) from error
-    except SettingsError as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(2) from error
 
 
 def _read_recipe(path: Path) -> dict[str, Any]:

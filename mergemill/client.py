@@ -13,9 +13,11 @@ from typing import Any, Self
 import httpx
 
 from mergemill import download, recipes
+from mergemill.credentials import BearerAuth
 from mergemill.jobs import File, Job, JobPage
 from workers.errors import (
     ConflictError,
+    ForbiddenError,
     JobCancelledError,
     JobFailedError,
     JobNotFoundError,
@@ -26,6 +28,8 @@ from workers.errors import (
     RecipeError,
     RequestTooLargeError,
     ServiceUnavailableError,
+    TooManyRequestsError,
+    UnauthenticatedError,
     UnsupportedMediaTypeError,
     from_json,
 )
@@ -42,11 +46,14 @@ PATIENCE_S = 60.0
 _PROBLEM = "urn:mergemill:error:"
 _BY_STATUS: Mapping[int, type[MergemillError]] = {
     400: MalformedRequestError,
+    401: UnauthenticatedError,
+    403: ForbiddenError,
     404: JobNotFoundError,
     409: ConflictError,
     413: RequestTooLargeError,
     415: UnsupportedMediaTypeError,
     422: RecipeError,
+    429: TooManyRequestsError,
     503: JobStoreUnavailableError,
 }
 
@@ -60,18 +67,28 @@ class Client:
     :class:`~workers.errors.ServiceUnavailableError` when nobody answers.
 
     :param url: the service's address; else ``MERGEMILL_URL``; else :data:`DEFAULT_URL`.
+    :param api_key: the key to ask with; else ``MERGEMILL_API_KEY``. It is sent to the service alone.
     :param timeout: how long one request may take to connect, or to go on, in seconds.
     :param transport: what carries the requests, for tests.
     """
 
     def __init__(
-        self, url: str | None = None, *, timeout: float = 30.0, transport: httpx.BaseTransport | None = None
+        self,
+        url: str | None = None,
+        *,
+        api_key: str | None = None,
+        timeout: float = 30.0,
+        transport: httpx.BaseTransport | None = None,
     ) -> None:
         self.url = (url or os.environ.get("MERGEMILL_URL") or DEFAULT_URL).rstrip("/")
         if not self.url.startswith(("http://", "https://")):
             raise MergemillError(f"{self.url!r} is not the address of a service; write http://host:port")
         self._http = httpx.Client(
-            base_url=self.url, timeout=timeout, transport=transport, headers={"Accept-Encoding": "identity"}
+            base_url=self.url,
+            timeout=timeout,
+            transport=transport,
+            headers={"Accept-Encoding": "identity"},
+            auth=BearerAuth(self.url, api_key or os.environ.get("MERGEMILL_API_KEY")),
         )
 
     def close(self) -> None:
@@ -156,7 +173,7 @@ class Client:
         while True:
             try:
                 found = self.get(job)
-            except (ServiceUnavailableError, JobStoreUnavailableError):
+            except (ServiceUnavailableError, JobStoreUnavailableError, TooManyRequestsError):
                 if time.monotonic() - heard > PATIENCE_S:
                     raise
             else:

@@ -1,4 +1,4 @@
-"""Jobs in Redis: records, leases, finished parts, claims on outputs. The only file that imports redis.
+"""Jobs in Redis: records, leases, finished parts, claims on outputs.
 
 Every key, after the namespace (``mergemill:`` unless told otherwise):
 
@@ -30,30 +30,21 @@ import secrets
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import wraps
-from typing import Any, Concatenate, Final, ParamSpec, Self, TypeVar
+from typing import Any, Final, Self
 
 import redis
-from redis.backoff import ExponentialWithJitterBackoff
-from redis.retry import Retry
 
 from service import jobscripts as scripts
 from service.jobpages import JobPage, JobStatus, page_of, read_cursor, read_status
 from service.jobs import JOB_ID, CancelRequested, Event, JobRecord, JobState, Restarted, advance
+from service.redis_connection import CONNECTION_TRIES, connect, guarded
 from workers.errors import (
     ConflictError,
     JobNotFoundError,
-    JobStoreUnavailableError,
     LeaseLostError,
     OutputConflictError,
 )
 from workers.task import PART_RESULT, Facts, PartResult
-
-TIMEOUT_S: Final = 5.0
-"""Longest wait for a connection or an answer, in seconds."""
-
-CONNECTION_TRIES: Final = 8
-"""How often a broken connection is tried again, with backoff: about four seconds when refused at once."""
 
 CONFLICT_TRIES: Final = 20
 """How often :meth:`JobStore.apply` reads and writes again when somebody else wrote in between."""
@@ -79,25 +70,6 @@ class Lease:
     """How long it lasts after it was taken or renewed, in seconds."""
 
 
-_P = ParamSpec("_P")
-_R = TypeVar("_R")
-
-
-def _guarded(
-    method: Callable[Concatenate[JobStore, _P], _R],
-) -> Callable[Concatenate[JobStore, _P], _R]:
-    """Turn what redis raises after its last retry into our own error."""
-
-    @wraps(method)
-    def guarded(self: JobStore, /, *args: _P.args, **kwargs: _P.kwargs) -> _R:
-        try:
-            return method(self, *args, **kwargs)
-        except redis.RedisError as error:
-            raise JobStoreUnavailableError(f"job store: {type(error).__name__}: {error}") from error
-
-    return guarded
-
-
 class JobStore:
     """Jobs in Redis ≥ 7.0 or Valkey. Safe to share between threads; survives a restart of the server.
 
@@ -108,16 +80,7 @@ class JobStore:
     def __init__(
         self, url: str, namespace: str = "mergemill", *, clock: Callable[[], float] = time.time
     ) -> None:
-        self._redis = redis.Redis.from_url(
-            url,
-            decode_responses=True,
-            protocol=2,
-            socket_timeout=TIMEOUT_S,
-            socket_connect_timeout=TIMEOUT_S,
-            socket_keepalive=True,
-            health_check_interval=15,
-            retry=Retry(ExponentialWithJitterBackoff(cap=1.0, base=0.05), CONNECTION_TRIES),
-        )
+        self._redis = connect(url, CONNECTION_TRIES)
         self._namespace = namespace
         self._clock = clock
 
@@ -133,7 +96,7 @@ class JobStore:
 
     # Records
 
-    @_guarded
+    @guarded
     def create(self, record: JobRecord) -> None:
         """Store a new job.
 
@@ -144,7 +107,7 @@ class JobStore:
         if self._run(scripts.CREATE, keys, record.id, secrets.token_hex(8), *fields) != "created":
             raise ConflictError(f"there is already a job {record.id}")
 
-    @_guarded
+    @guarded
     def get(self, job: str) -> JobRecord:
         """The job's record.
 
@@ -152,7 +115,7 @@ class JobStore:
         """
         return self._parse(job, self._redis.hget(self._job(job), "record"))
 
-    @_guarded
+    @guarded
     def status(self, job: str) -> JobStatus:
         """The job's record, progress and owner, read in one transaction.
 
@@ -170,7 +133,7 @@ class JobStore:
             raise JobNotFoundError(f"there is no job {job}")
         return read_status(row)
 
-    @_guarded
+    @guarded
     def list(self, limit: int, cursor: str | None = None, state: JobState | None = None) -> JobPage:
         """The newest ``limit`` jobs, or those after ``cursor``; only those in ``state``, when it is given.
 
@@ -187,7 +150,7 @@ class JobStore:
         found = self._run(scripts.PAGE, (index, self._key("job")), start, limit + 1)
         return page_of(found, limit)
 
-    @_guarded
+    @guarded
     def apply(self, job: str, event: Event, token: str | None = None) -> JobRecord:
         """Advance the job by ``event`` and store the result, if nobody else did anything in between.
 
@@ -224,7 +187,7 @@ class JobStore:
 
     # Leases
 
-    @_guarded
+    @guarded
     def claim_next(self, owner: str, ttl_s: float) -> tuple[JobRecord, Lease] | None:
         """Take the lease of the oldest unfinished job that nobody holds; ``None`` when there is none."""
         keys = (self._key("leases"), self._key("active"), self._key("job"))
@@ -234,7 +197,7 @@ class JobStore:
         record = JobRecord.model_validate_json(found[0])
         return record, Lease(record.id, found[1], owner, ttl_s)
 
-    @_guarded
+    @guarded
     def acquire(self, job: str, owner: str, ttl_s: float) -> Lease | None:
         """Take the lease of this job; ``None`` when somebody holds it.
 
@@ -246,20 +209,20 @@ class JobStore:
             raise JobNotFoundError(f"there is no job {job}")
         return None if token is None else Lease(job, token, owner, ttl_s)
 
-    @_guarded
+    @guarded
     def renew(self, lease: Lease) -> None:
         """Let the lease last another ``ttl_s`` from now."""
         if not self._run(scripts.RENEW, (self._job(lease.job),), lease.token, _milliseconds(lease.ttl_s)):
             raise LeaseLostError(f"{lease.job}: the lease {lease.token} is not in force")
 
-    @_guarded
+    @guarded
     def release(self, lease: Lease) -> None:
         """Give the lease back; it is no error when it is not in force any more."""
         self._run(scripts.RELEASE, (self._job(lease.job),), lease.token)
 
     # Finished work
 
-    @_guarded
+    @guarded
     def record_part(self, lease: Lease, result: PartResult) -> bool:
         """Record a finished part, once; whether this call did it.
 
@@ -271,18 +234,18 @@ class JobStore:
         size, read = result.size, result.bytes_read
         return self._record(lease, "parts", JobState.RUNNING, result.part, text, size, read)
 
-    @_guarded
+    @guarded
     def parts(self, job: str) -> dict[str, PartResult]:
         """The recorded parts by id."""
         found: dict[str, str] = self._redis.hgetall(f"{self._job(job)}:parts")  # type: ignore[assignment]
         return {part: PART_RESULT.validate_json(text) for part, text in found.items()}
 
-    @_guarded
+    @guarded
     def record_survey(self, lease: Lease, survey: str, index: int, facts: Facts, bytes_read: int) -> bool:
         """Record what pass ``index`` of a survey found out, once; whether this call did it."""
         return self._record(lease, "surveys", "", f"{survey}:{index}", json.dumps(facts), 0, bytes_read)
 
-    @_guarded
+    @guarded
     def surveys(self, job: str) -> dict[tuple[str, int], Facts]:
         """The recorded facts by survey id and pass."""
         found: dict[str, str] = self._redis.hgetall(f"{self._job(job)}:surveys")  # type: ignore[assignment]
@@ -291,7 +254,7 @@ class JobStore:
 
     # Outputs
 
-    @_guarded
+    @guarded
     def claim_output(self, lease: Lease, uri: str) -> None:
         """Claim the normalised output ``uri`` for the lease's job; again is no error.
 
@@ -303,7 +266,7 @@ class JobStore:
         if answer != "claimed":
             raise OutputConflictError(f"{uri} is the output of the unfinished job {answer}")
 
-    @_guarded
+    @guarded
     def release_output(self, lease: Lease, uri: str) -> None:
         """Give up the claim on ``uri``, if the lease's job has it."""
         keys = (self._job(lease.job), self._key("output", uri))
@@ -311,12 +274,12 @@ class JobStore:
 
     # The server
 
-    @_guarded
+    @guarded
     def ping(self) -> None:
         """Ask whether Redis is there."""
         self._redis.ping()
 
-    @_guarded
+    @guarded
     def durability_warnings(self) -> tuple[str, ...]:
         """A sentence for each setting of this Redis that could lose what it has acknowledged."""
         version = str(self._redis.info("server").get("redis_version", "0.0"))

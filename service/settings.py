@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 from pydantic import AliasChoices, Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from service.keys import Limits
 from service.plan import PlanOptions
 from service.price import BASELINE_BYTES
 from workers.store import StoreSettings
@@ -27,6 +29,10 @@ class Settings(BaseSettings):
     """Address that the API listens on."""
     port: int = Field(default=8080, ge=0, le=65535)
     """Port that the API listens on."""
+    auth: Literal["keys", "off"] = "keys"
+    """Whether requests need an API key (`mergemill keys create`); `off` is for loopback alone."""
+    limits: Limits = Limits()
+    """What each API key may use, where it has no limits of its own; 0 is without limit."""
     ray_address: str | None = Field(
         default=None, validation_alias=AliasChoices("MERGEMILL_RAY_ADDRESS", "RAY_ADDRESS", "ray_address")
     )

@@ -66,7 +66,7 @@ class Service:
 def service(monkeypatch: pytest.MonkeyPatch) -> Service:
     found = Service()
     transport = httpx.MockTransport(found.handle)
-    monkeypatch.setattr(session, "open_client", lambda url: Client(url, transport=transport))
+    monkeypatch.setattr(session, "open_client", lambda url, api_key=None: Client(url, transport=transport))
     monkeypatch.setattr("mergemill.client.POLL_S", (0.001, 0.001))
     return found
 
@@ -190,7 +190,9 @@ def test_ctrl_c_cancels_and_waits(recipe: Path, service: Service, monkeypatch: p
         return handle(request)
 
     monkeypatch.setattr(
-        session, "open_client", lambda url: Client(url, transport=httpx.MockTransport(interrupted))
+        session,
+        "open_client",
+        lambda url, api_key=None: Client(url, transport=httpx.MockTransport(interrupted)),
     )
     found = run("merge", recipe, "s3://bucket/out", "--url", URL)
     assert found.exit_code == 130

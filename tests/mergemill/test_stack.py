@@ -82,7 +82,7 @@ def recipe(models: Path) -> dict[str, object]:
 
 def test_a_merge_from_recipe_to_download(stack: EmbeddedStack, models: Path, tmp_path: Path) -> None:
     states: list[str] = []
-    with Client(stack.url) as client:
+    with Client(stack.url, api_key=stack.api_key) as client:
         job = client.submit(recipe(models), (tmp_path / "merged").as_uri())
         done = client.wait(job.id, lambda job: states.append(job.state), timeout=120)
         client.download(job.id, tmp_path / "down")
@@ -95,7 +95,7 @@ def test_a_merge_from_recipe_to_download(stack: EmbeddedStack, models: Path, tmp
 
 
 def test_a_flipped_bit_of_a_real_shard_is_noticed(stack: EmbeddedStack, models: Path, tmp_path: Path) -> None:
-    with Client(stack.url) as client:
+    with Client(stack.url, api_key=stack.api_key) as client:
         job = client.submit(recipe(models), (tmp_path / "merged").as_uri()).id
         client.wait(job, timeout=120)
         shard = tmp_path / "merged" / "model-00001-of-00001.safetensors"
@@ -110,7 +110,7 @@ def test_a_flipped_bit_of_a_real_shard_is_noticed(stack: EmbeddedStack, models: 
 def test_what_dies_is_started_again_and_jobs_are_still_there(
     stack: EmbeddedStack, models: Path, tmp_path: Path, victim: str
 ) -> None:
-    with Client(stack.url) as client:
+    with Client(stack.url, api_key=stack.api_key) as client:
         before = client.submit(recipe(models), (tmp_path / "before").as_uri()).id
         old = stack.pids[victim]
         os.kill(old, signal.SIGKILL)
@@ -167,11 +167,11 @@ def test_nothing_outlives_up_when_it_is_killed_and_its_jobs_are_there_the_next_t
             pid for pid in below if b"schedule" in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
         ]
         os.kill(scheduler, signal.SIGSTOP)  # so that the job is not done yet
-        with Client(url) as client:
+        with Client(url, api_key=(state / "api-key").read_text()) as client:
             job = client.submit(recipe(models), (tmp_path / "out").as_uri()).id
         process.kill()
     until(lambda: not alive(below), "processes are left", 15)
-    with EmbeddedStack(state, ray_cpus=1) as stack, Client(stack.url) as client:
+    with EmbeddedStack(state, ray_cpus=1) as stack, Client(stack.url, api_key=stack.api_key) as client:
         pids = set(stack.pids.values())
         assert client.wait(job, timeout=120).state == "succeeded"
     assert not alive(pids)

@@ -24,6 +24,7 @@ from service.driver import Driver
 from service.jobstore import JobStore
 from service.scheduler import Scheduler
 from service.settings import Settings
+from tests.servers.keys import bearer, make_key
 from workers.store import StoreSettings
 from workers.task import PartResult
 
@@ -36,11 +37,12 @@ JSON = dict[str, Any]
 class RunningService:
     """A service that answers on a port."""
 
-    def __init__(self, url: str, jobs: JobStore, settings: Settings) -> None:
+    def __init__(self, url: str, jobs: JobStore, settings: Settings, api_key: str) -> None:
         self.url = url
         self.jobs = jobs
         self.settings = settings
-        self.http = httpx.Client(base_url=url, timeout=30)
+        self.api_key = api_key
+        self.http = httpx.Client(base_url=url, timeout=30, headers=bearer(api_key))
 
     def submit(self, recipe: JSON, output: str, **options: Any) -> JSON:
         """Post a merge that is accepted; the job."""
@@ -114,7 +116,8 @@ def running_service(
                 assert api.is_alive() and time.monotonic() < deadline, "the API did not start"
                 time.sleep(0.02)
             port = server.servers[0].sockets[0].getsockname()[1]
-            service = RunningService(f"http://127.0.0.1:{port}", jobs, chosen)
+            key = make_key(chosen.redis_url, chosen.namespace)
+            service = RunningService(f"http://127.0.0.1:{port}", jobs, chosen, key)
             with service.http:
                 yield service
         finally:
