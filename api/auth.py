@@ -14,9 +14,10 @@ from typing import Annotated, Final
 from fastapi import Depends, Request, Response, Security
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 
-from api.deps import SettingsDep, keys_of
+from api.deps import JobStoreDep, KeysDep, SettingsDep
 from service.keys import ANYBODY, ApiKey, Scope, is_secret_of, split_token
 from service.keystore import Admission, KeyStore
+from service.ownjobs import OwnJobs
 from workers.errors import ForbiddenError, TooManyRequestsError, UnauthenticatedError
 
 _LOOKING: Final = ("GET", "HEAD")
@@ -32,7 +33,7 @@ def caller_of(
     request: Request,
     response: Response,
     settings: SettingsDep,
-    keys: Annotated[KeyStore, Depends(keys_of)],
+    keys: KeysDep,
     _: Annotated[HTTPAuthorizationCredentials | None, Security(_scheme)],
 ) -> ApiKey:
     """The key that a request comes with.
@@ -59,6 +60,14 @@ def caller_of(
 
 
 CallerDep = Annotated[ApiKey, Depends(caller_of)]
+
+
+async def jobs_of(caller: CallerDep, settings: SettingsDep, jobs: JobStoreDep) -> OwnJobs:
+    """The jobs that the caller may know of."""
+    return OwnJobs(jobs, caller, settings.limits.with_own(caller.limits))
+
+
+JobsDep = Annotated[OwnJobs, Depends(jobs_of)]
 
 
 def _authenticated(given: Sequence[str], keys: KeyStore) -> ApiKey:

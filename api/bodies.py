@@ -64,6 +64,8 @@ class Wanted:
     """The request's options over the deployment's defaults; these alone when something is wrong with the former."""
     problems: tuple[str, ...]
     """What is wrong with the request itself."""
+    priority: int = 0
+    """Which jobs are begun first."""
 
 
 async def receive(request: Request, query: Annotated[RecipeQuery, Query()]) -> Body:
@@ -104,9 +106,13 @@ def read(body: Body, settings: Settings, model: type[MergeRequest | PlanRequest]
     """
     if not body.is_yaml:
         request = _request(body, model)
-        return check(lambda: request.recipe, request.output, request.options, settings)
+        wanted = check(lambda: request.recipe, request.output, request.options, settings)
+        return replace(wanted, priority=request.priority) if isinstance(request, MergeRequest) else wanted
     text = _text(body.data)
+    if body.query.priority is not None and model is not MergeRequest:
+        raise MalformedRequestError("the query parameter priority is for jobs: a plan waits for nothing")
     wanted = check(lambda: load_yaml(text), body.query.output, body.query.options, settings)
+    wanted = replace(wanted, priority=body.query.priority or 0)
     if body.query.output is None and model is MergeRequest:
         missing = "output: give the place of the checkpoint as the query parameter `output`"
         return replace(wanted, problems=(*wanted.problems, missing))

@@ -25,8 +25,8 @@ async def settings_of(request: Request) -> Settings:
     return found
 
 
-async def jobs_of(request: Request) -> JobStore:
-    """Job state."""
+async def job_store_of(request: Request) -> JobStore:
+    """Job state, everybody's: for what answers whoever asks."""
     found: JobStore = request.app.state.jobs
     return found
 
@@ -50,7 +50,8 @@ async def plan_limiter_of(request: Request) -> CapacityLimiter:
 
 
 SettingsDep = Annotated[Settings, Depends(settings_of)]
-JobsDep = Annotated[JobStore, Depends(jobs_of)]
+JobStoreDep = Annotated[JobStore, Depends(job_store_of)]
+KeysDep = Annotated[KeyStore, Depends(keys_of)]
 StoreDep = Annotated[ObjectStore, Depends(store_of)]
 PlanLimiterDep = Annotated[CapacityLimiter, Depends(plan_limiter_of)]
 

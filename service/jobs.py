@@ -22,6 +22,7 @@ from enum import StrEnum
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from service.keys import Access
 from workers.errors import IllegalTransitionError
 from workers.task import JSONValue
 
@@ -87,6 +88,12 @@ class JobRecord(_Frozen):
     """Normalised URI of the output's prefix."""
     options: dict[str, JSONValue] = {}
     """What was asked for beside the recipe: shard size, overwriting, …"""
+    key: str | None = None
+    """Id of the API key that it was submitted with; ``None`` where no key was needed."""
+    access: Access | None = None
+    """Where it may read and write; ``None`` is everywhere."""
+    priority: int = Field(default=0, ge=-100, le=100)
+    """Jobs of higher priority are begun first."""
     state: JobState = JobState.QUEUED
     """Where it stands."""
     version: int = Field(default=1, ge=1)
@@ -126,7 +133,14 @@ class JobRecord(_Frozen):
 
 
 def new_job(
-    recipe: Mapping[str, JSONValue], output: str, options: Mapping[str, JSONValue], now: float
+    recipe: Mapping[str, JSONValue],
+    output: str,
+    options: Mapping[str, JSONValue],
+    now: float,
+    *,
+    key: str | None = None,
+    access: Access | None = None,
+    priority: int = 0,
 ) -> JobRecord:
     """A queued job with a fresh id."""
     return JobRecord(
@@ -134,6 +148,9 @@ def new_job(
         recipe=dict(recipe),
         output=output,
         options=dict(options),
+        key=key,
+        access=access,
+        priority=priority,
         created_at=now,
         updated_at=now,
         history=(HistoryEntry(at=now, event="created", state=JobState.QUEUED),),

@@ -9,10 +9,14 @@ from __future__ import annotations
 
 from typing import Final
 
+from service.queuescripts import ENLIST, TAKE_LEASE
+
 # A record, its version, its place in the indexes and, when planning starts over, the end of everything that
 # belonged to the old uploads are one fact: a reader must never see one without the other, and a crash
 # between them would leave parts that name uploads that are gone.
-SAVE: Final = """
+SAVE: Final = (
+    ENLIST
+    + """
 local job, lease, id = KEYS[1], KEYS[1] .. ':lease', ARGV[1]
 if redis.call('LPOS', KEYS[1] .. ':writes', ARGV[2]) then return 'saved' end
 local version, state = unpack(redis.call('HMGET', job, 'version', 'state'))
@@ -26,38 +30,33 @@ if state ~= ARGV[7] then
   redis.call('ZREM', KEYS[2] .. ':' .. state, id)
   redis.call('ZADD', KEYS[2] .. ':' .. ARGV[7], 0, id)
 end
+relist(string.sub(KEYS[2], 1, -5), job, id, state, ARGV[7], ARGV[9] == 'terminal')
 if ARGV[9] == 'terminal' then redis.call('ZREM', KEYS[3], id) end
 if ARGV[9] == 'restarted' then redis.call('DEL', job .. ':parts', job .. ':surveys', job .. ':progress') end
 return 'saved'
 """
+)
 
 # A record and its place in the indexes are one fact; the check that the id is new belongs to it, or two
-# creators would both see it free.
-CREATE: Final = """
+# creators would both see it free. So does the number of the key's jobs that wait, or several would be the last.
+CREATE: Final = (
+    ENLIST
+    + """
 if redis.call('EXISTS', KEYS[1]) == 1 then
   return redis.call('LPOS', KEYS[1] .. ':writes', ARGV[2]) and 'created' or 'exists'
 end
+local root, most = string.sub(KEYS[2], 1, -5), tonumber(ARGV[9])
+if most > 0 and redis.call('ZCARD', root .. 'jobs@' .. ARGV[7] .. ':queued') >= most then return 'full' end
 redis.call('HSET', KEYS[1], 'record', ARGV[3], 'version', ARGV[4], 'state', ARGV[5])
+enlist(root, KEYS[1], ARGV[1], ARGV[7], ARGV[8], ARGV[5], ARGV[6] == 'terminal')
 redis.call('LPUSH', KEYS[1] .. ':writes', ARGV[2])
 redis.call('ZADD', KEYS[2], 0, ARGV[1])
 redis.call('ZADD', KEYS[2] .. ':' .. ARGV[5], 0, ARGV[1])
 if ARGV[6] ~= 'terminal' then redis.call('ZADD', KEYS[3], 0, ARGV[1]) end
 return 'created'
 """
+)
 
-# Seeing that a lease is free and taking it must be one step, or two would take it. The token is new because
-# of its random epoch even if Redis forgot the counter; the counter tells people which lease came later. A
-# lease with our own epoch is what a lost answer gave us.
-TAKE_LEASE: Final = """
-local function take(job)
-  local held = redis.call('HGET', job .. ':lease', 'token')
-  if held then return string.sub(held, 1, #ARGV[1] + 1) == ARGV[1] .. ':' and held end
-  local token = ARGV[1] .. ':' .. redis.call('INCR', KEYS[1])
-  redis.call('HSET', job .. ':lease', 'token', token, 'owner', ARGV[2])
-  redis.call('PEXPIRE', job .. ':lease', ARGV[3])
-  return token
-end
-"""
 ACQUIRE: Final = (
     TAKE_LEASE
     + """
@@ -66,25 +65,15 @@ return take(KEYS[2])
 """
 )
 
-# As for one lease; and the record is read in the same step, so that it is the one that the lease is for.
-CLAIM_NEXT: Final = (
-    TAKE_LEASE
-    + """
-for _, id in ipairs(redis.call('ZRANGE', KEYS[2], 0, -1)) do
-  local job = KEYS[3] .. ':' .. id
-  local token = take(job)
-  if token then return {redis.call('HGET', job, 'record'), token} end
-end
-"""
-)
-
 # Between a check of the token and the change, the lease could pass to another owner: hence one step.
 RENEW: Final = """
 if redis.call('HGET', KEYS[1] .. ':lease', 'token') ~= ARGV[1] then return 0 end
+redis.call('SADD', KEYS[2] .. ':held', string.match(KEYS[1], '[^:]+$'))
 return redis.call('PEXPIRE', KEYS[1] .. ':lease', ARGV[2])
 """
 RELEASE: Final = """
 if redis.call('HGET', KEYS[1] .. ':lease', 'token') ~= ARGV[1] then return 0 end
+redis.call('SREM', KEYS[2] .. ':held', string.match(KEYS[1], '[^:]+$'))
 return redis.call('DEL', KEYS[1] .. ':lease')
 """
 

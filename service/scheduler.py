@@ -64,7 +64,9 @@ class Scheduler:
             if len(self._running) >= self._settings.max_running_jobs:
                 return False
         try:
-            claimed = self._jobs.claim_next(self.owner, self._settings.lease_seconds)
+            settings = self._settings
+            most = (settings.max_running_jobs_total, settings.limits.running_jobs)
+            claimed = self._jobs.claim_next(self.owner, settings.lease_seconds, *most)
         except JobStoreUnavailableError as error:
             log.warning("job state is out of reach", error=str(error))
             return False

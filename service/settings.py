@@ -53,6 +53,8 @@ class Settings(BaseSettings):
     """Memory of a worker process that has done nothing yet; part of every price."""
     max_running_jobs: int = Field(default=4, ge=1)
     """Jobs that one scheduler runs at once."""
+    max_running_jobs_total: int = Field(default=0, ge=0)
+    """Jobs that all schedulers together run at once; give all of them the same. 0 is any number."""
     max_parts_in_flight: int = Field(default=1024, ge=1)
     """Part tasks of one job that are handed to Ray at once; Ray runs as many as fit."""
     lease_seconds: float = Field(default=15.0, gt=0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fastapi import APIRouter, Response
 
-from api.deps import JobsDep
+from api.deps import JobStoreDep
 from api.errors import from_error
 from api.openapi import problems
 from api.routing import readable
@@ -23,7 +23,7 @@ async def healthz() -> Liveness:
 
 @readable(router, "/readyz", response_model=Readiness, responses=problems(503))
 @readable(router, "/v1/readyz", response_model=Readiness, include_in_schema=False)
-def readyz(jobs: JobsDep) -> Readiness | Response:
+def readyz(jobs: JobStoreDep) -> Readiness | Response:
     """Whether jobs can be accepted, and what about the deployment could lose them."""
     try:
         jobs.ping()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from dataclasses import replace
 from typing import Annotated, Any
@@ -10,12 +11,14 @@ from anyio.to_thread import run_sync
 from fastapi import APIRouter, Query, Request, Response
 from fastapi.responses import FileResponse, RedirectResponse
 
+from api.auth import CallerDep, JobsDep
 from api.bodies import Body, BodyDep, Wanted, read
-from api.deps import JobsDep, PlanLimiterDep, SettingsDep, StoreDep
-from api.looking import plan_wanted
+from api.deps import PlanLimiterDep, SettingsDep, StoreDep
+from api.looking import granted, plan_wanted
 from api.openapi import problems, recipe_body
 from api.routing import readable
 from api.schemas import File, FileList, Job, JobList, MergeRequest, job_of
+from service.access import confine
 from service.jobpages import JobStatus
 from service.jobs import CancelRequested, JobRecord, JobState, new_job
 from service.planning import resolve_model
@@ -45,6 +48,7 @@ _FILE: dict[int | str, dict[str, Any]] = {
     responses=problems(400, 413, 415, 422, 503),
 )
 async def submit(
+    caller: CallerDep,
     body: BodyDep,
     response: Response,
     settings: SettingsDep,
@@ -57,11 +61,20 @@ async def submit(
     A recipe that is refused has its models and its output looked at now, so that all there is to mend is said.
     """
     wanted = await run_sync(_checked, body, settings)
+    access = await run_sync(granted, caller, wanted, settings)
     if wanted.problems:
-        await run_sync(plan_wanted, wanted, settings, store, limiter=limiter)
+        await run_sync(plan_wanted, wanted, settings, store, access, limiter=limiter)
     assert wanted.recipe is not None and wanted.output is not None  # noqa: S101 - it is a whole request
     options = wanted.options.model_dump(mode="json")
-    record = new_job(wanted.recipe.to_json(), wanted.output, options, time.time())
+    record = new_job(
+        wanted.recipe.to_json(),
+        wanted.output,
+        options,
+        time.time(),
+        key=jobs.key,
+        access=access,
+        priority=wanted.priority,
+    )
     await run_sync(jobs.create, record)
     response.headers["Location"] = f"{BASE}/{record.id}"
     return job_of(JobStatus(record), BASE)  # not read again: if that failed, nobody would know of the job
@@ -96,6 +109,7 @@ def cancel(job: str, jobs: JobsDep) -> Job:
 def files(job: str, request: Request, jobs: JobsDep, store: StoreDep, settings: SettingsDep) -> FileList:
     """The files of a merged checkpoint, with URLs to download them from."""
     record = jobs.get(job)
+    store = confine(store, record.access, record.output)
     found = []
     for file in _listing(record):
         served = str(request.url_for("download", job=job, name=file["name"]))
@@ -118,9 +132,11 @@ def download(
     if name not in {file["name"] for file in _listing(record)}:
         raise ObjectNotFoundError(f"{job} has no file {name!r}")
     uri = join(record.output, name)
+    store = confine(store, record.access, record.output)
     if scheme(uri) == "file":
         store.head(uri)
-        return FileResponse(to_path(uri), filename=name, media_type=BYTES)
+        # The place itself: whoever may swap links there has none to swap between the look and the opening
+        return FileResponse(os.path.realpath(to_path(uri)), filename=name, media_type=BYTES)
     if request.method == "HEAD":  # a presigned URL is for GET alone
         headers = {"Content-Length": str(store.head(uri).size), "Accept-Ranges": "bytes"}
         return Response(headers=headers, media_type=BYTES)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 import redis
 
-from service import jobstore
+from service import jobstore, queuescripts
 from service.jobs import PlanningStarted
 from service.jobstore import JobStore
 from tests.service.held_jobs import claimed
-from tests.service.job_steps import TO_RUNNING, part
+from tests.service.job_steps import TO_RUNNING, fresh, part
 from workers.errors import JobStoreUnavailableError
 
 pytestmark = pytest.mark.valkey
@@ -76,12 +78,20 @@ def test_scripts_survive_their_flushing(job_store: JobStore, raw: redis.Redis) -
 
 
 def test_every_key_is_in_the_table(job_store: JobStore, raw: redis.Redis) -> None:
-    record, lease = claimed(job_store, *TO_RUNNING)
+    record = fresh(time.time()).model_copy(update={"key": "0" * 12})
+    job_store.create(record)
+    lease = job_store.acquire(record.id, "owner", 60)
+    assert lease is not None
+    for event in TO_RUNNING:
+        job_store.apply(record.id, event, lease.token)
     job_store.record_part(lease, part(1))
     job_store.record_survey(lease, "s", 0, {}, 1)
     job_store.claim_output(lease, "file:///out")
-    keys = {key.removeprefix(f"{job_store._namespace}:") for key in raw.keys(f"{job_store._namespace}:*")}
-    shown = {key.replace(record.id, "<id>").replace("file:///out", "<uri>") for key in keys}
-    assert len(shown) == 11
+    names = {record.id: "<id>", "0" * 12: "<key>", "file:///out": "<uri>"}
+    shown = {key.removeprefix(f"{job_store._namespace}:") for key in raw.keys(f"{job_store._namespace}:*")}
+    for name, place in names.items():
+        shown = {key.replace(name, place) for key in shown}
+    assert len(shown) == 16
     for key in shown:
-        assert f"``{key.replace('running', '<state>')}``" in (jobstore.__doc__ or "")
+        named = f"``{key.replace('running', '<state>')}``"
+        assert named in (jobstore.__doc__ or "") + (queuescripts.__doc__ or "")
