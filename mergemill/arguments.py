@@ -38,8 +38,18 @@ PartSize = Annotated[int | None, typer.Option(help="Output bytes of one unit of 
 WorkerMemory = Annotated[int | None, typer.Option(help="Most memory of one worker, as 2GiB.", **_SIZE)]
 
 
+Priority = Annotated[
+    int, typer.Option(min=-100, max=100, help="Higher ones are begun first; above 0 it takes an admin's key.")
+]
+
+
 def merge_options(
-    overwrite: bool, allow_nonfinite: bool, shard: int | None, part: int | None, memory: int | None
+    overwrite: bool,
+    allow_nonfinite: bool,
+    shard: int | None,
+    part: int | None,
+    memory: int | None,
+    priority: int = 0,
 ) -> dict[str, Any]:
     """The options of a merge as the service names them, without those that were not given."""
     given = {
@@ -48,6 +58,7 @@ def merge_options(
         "shard_bytes": shard,
         "part_bytes": part,
         "worker_memory_bytes": memory,
+        "priority": priority or None,
     }
     return {name: value for name, value in given.items() if value is not None}
 

@@ -20,6 +20,7 @@ from mergemill.arguments import (
     JobId,
     Overwrite,
     PartSize,
+    Priority,
     RecipeFile,
     ShardSize,
     Url,
@@ -93,13 +94,14 @@ def up(
                     state_dir, port, host=host, ray_address=ray_address, redis_url=redis_url
                 )
             with stack:
+                key = [f"  export MERGEMILL_API_KEY=$(cat {shlex.quote(str(stack.key_file))})"]
                 for line in (
                     f"Mergemill is up at {stack.url} (its documentation: {stack.url}/docs).",
                     f"State and logs are in {stack.state_dir}. Ctrl-C stops everything.",
                     "",
                     "In another terminal:",
                     f"  export MERGEMILL_URL={stack.url}",
-                    f"  export MERGEMILL_API_KEY=$(cat {shlex.quote(str(stack.key_file))})",
+                    *(key if stack.api_key else ()),
                     "  mergemill merge recipe.yml ./merged",
                 ):
                     typer.echo(line)
@@ -166,6 +168,7 @@ def merge(
     shard_size: ShardSize = None,
     part_size: PartSize = None,
     worker_memory: WorkerMemory = None,
+    priority: Priority = 0,
     as_json: AsJson = False,
 ) -> None:
     """Merge, and wait for it: on the service, or on an embedded stack of its own. Ctrl-C cancels."""
@@ -173,7 +176,7 @@ def merge(
     from mergemill.show import job_progress
 
     document = _read_recipe(recipe)
-    options = merge_options(overwrite, allow_nonfinite, shard_size, part_size, worker_memory)
+    options = merge_options(overwrite, allow_nonfinite, shard_size, part_size, worker_memory, priority)
     console = _console()
     with session.interruptible(), session.open_service(url, console) as client:
         job = session.submit_recipe(client, document, output, options)
@@ -227,13 +230,14 @@ def submit(
     shard_size: ShardSize = None,
     part_size: PartSize = None,
     worker_memory: WorkerMemory = None,
+    priority: Priority = 0,
     as_json: AsJson = False,
 ) -> None:
     """Have a merge queued and print the job's id."""
     from mergemill import session
 
     document = _read_recipe(recipe)
-    options = merge_options(overwrite, allow_nonfinite, shard_size, part_size, worker_memory)
+    options = merge_options(overwrite, allow_nonfinite, shard_size, part_size, worker_memory, priority)
     with session.open_client(url) as client:
         job = session.submit_recipe(client, document, output, options)
     typer.echo(_json(job.body) if as_json else job.id)

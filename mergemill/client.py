@@ -104,17 +104,23 @@ class Client:
     def __repr__(self) -> str:
         return f"Client({self.url!r})"
 
-    def submit(self, recipe: Mapping[str, Any] | str, output: str, **options: Any) -> Job:
+    def submit(
+        self, recipe: Mapping[str, Any] | str, output: str, *, priority: int = 0, **options: Any
+    ) -> Job:
         """Have a merge queued.
 
         :param recipe: mergekit's YAML, or the same as a mapping.
         :param output: ``s3://bucket/prefix`` or ``file:///directory`` (on the service's machine).
+        :param priority: -100 to 100; jobs of a higher one are begun first. Above 0 it takes an admin's key.
         :param options: ``shard_bytes``, ``part_bytes``, ``whole_tensor_bytes``, ``worker_memory_bytes``,
             ``overwrite``, ``allow_nonfinite``; what is ``None`` or left out is the service's default.
         :raises RecipeError: the request is wrong; lists every problem.
+        :raises ForbiddenError: the key may not have these places; ``problems`` names all of them.
+        :raises TooManyRequestsError: as many of the key's jobs wait as may.
         :raises RequestTooLargeError: the recipe is longer than the service reads.
         """
-        return Job.from_json(self._post("/v1/merges", _request(recipe, output, options)))
+        body = _request(recipe, output, options)
+        return Job.from_json(self._post("/v1/merges", body | ({"priority": priority} if priority else {})))
 
     def plan(
         self, recipe: Mapping[str, Any] | str, output: str | None = None, **options: Any

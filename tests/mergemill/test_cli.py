@@ -116,10 +116,21 @@ def test_wrong_usage_is_status_2(recipe: Path, arguments: list[str]) -> None:
 
 
 def test_submit_sends_uris_and_bytes(recipe: Path, service: Service) -> None:
-    options = ["--overwrite", "--shard-size", "5GB", "--part-size", "64MiB", "--worker-memory", "2 GiB"]
+    options = [
+        "--overwrite",
+        "--priority",
+        "-3",
+        "--shard-size",
+        "5GB",
+        "--part-size",
+        "64MiB",
+        "--worker-memory",
+        "2 GiB",
+    ]
     found = run("submit", recipe, "./out", "--url", URL, *options)
     assert (found.exit_code, found.stdout) == (0, f"{JOB}\n")
     (body,) = service.bodies
+    assert body["priority"] == -3
     assert body["output"] == (recipe.parent / "out").as_uri()
     assert [entry["model"] for entry in body["recipe"]["models"]] == [
         (recipe.parent / "models" / name).as_uri() for name in "ab"
