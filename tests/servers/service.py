@@ -20,11 +20,12 @@ import pytest
 import uvicorn
 
 from api.app import create_app
+from mergemill.credentials import BearerAuth
 from service.driver import Driver
 from service.jobstore import JobStore
 from service.scheduler import Scheduler
 from service.settings import Settings
-from tests.servers.keys import bearer, make_key
+from tests.servers.keys import make_key
 from workers.store import StoreSettings
 from workers.task import PartResult
 
@@ -42,7 +43,7 @@ class RunningService:
         self.jobs = jobs
         self.settings = settings
         self.api_key = api_key
-        self.http = httpx.Client(base_url=url, timeout=30, headers=bearer(api_key))
+        self.http = httpx.Client(base_url=url, timeout=30, auth=BearerAuth(url, api_key))
 
     def submit(self, recipe: JSON, output: str, **options: Any) -> JSON:
         """Post a merge that is accepted; the job."""
