@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -22,7 +23,7 @@ from mergemill.children import Child
 from mergemill.stack import EmbeddedStack
 from service import warden
 from tests.checkpoints import write_checkpoint
-from workers.errors import StackError
+from workers.errors import StackError, UnauthenticatedError
 
 pytest_plugins = ["tests.servers.valkey"]
 pytestmark = [
@@ -78,6 +79,25 @@ def models(tmp_path: Path) -> Path:
 
 def recipe(models: Path) -> dict[str, object]:
     return {"merge_method": "linear", "models": [{"model": (models / name).as_uri()} for name in "ab"]}
+
+
+def test_its_key_is_in_one_file_and_nowhere_else(
+    stack: EmbeddedStack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MERGEMILL_API_KEY", raising=False)
+    assert stack.api_key is not None
+    secret = stack.api_key.rpartition("_")[2].encode()
+    assert stack.key_file.stat().st_mode & 0o777 == 0o600
+    files = [path for path in stack.state_dir.rglob("*") if path.is_file() and not path.is_symlink()]
+    assert len(files) > 3
+    assert [path for path in files if secret in path.read_bytes()] == [stack.key_file]
+    for pid in descendants(os.getpid()):
+        for what in ("cmdline", "environ"):
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+                assert secret not in Path(f"/proc/{pid}/{what}").read_bytes()
+    assert secret.decode() not in repr(stack)
+    with Client(stack.url) as nobody, pytest.raises(UnauthenticatedError, match="MERGEMILL_API_KEY"):
+        nobody.list()
 
 
 def test_a_merge_from_recipe_to_download(stack: EmbeddedStack, models: Path, tmp_path: Path) -> None:
