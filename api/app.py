@@ -7,15 +7,17 @@ from contextlib import asynccontextmanager, closing
 from importlib.metadata import version
 
 from anyio import CapacityLimiter
-from fastapi import FastAPI
+from fastapi import Depends, FastAPI
 
 from api import errors
-from api.openapi import Application
+from api.auth import caller_of
+from api.openapi import Application, problems
 from api.readiness import StoreProbe
 from api.routes import deliveries, events, health, merges, methods, metrics, plans
 from api.streams import streaming
 from service.deployment import Deployment
 from service.jobstore import JobStore
+from service.keystore import KeyStore
 from service.settings import Settings
 from service.webhookstore import WebhookStore
 from workers import tracing
@@ -36,6 +38,7 @@ def create_app(settings: Settings) -> FastAPI:
         with (
             closing(open_stores(settings.store)) as store,
             JobStore(settings.redis_url, settings.namespace) as jobs,
+            KeyStore(settings.redis_url, settings.namespace) as app.state.keys,
             WebhookStore(settings.redis_url, settings.namespace) as app.state.webhooks,
             Deployment(settings.redis_url, settings.namespace) as deployment,
             StoreProbe(store, settings.model_roots) as store_probe,
@@ -54,6 +57,12 @@ def create_app(settings: Settings) -> FastAPI:
         lifespan=lifespan,
     )
     errors.install(app)
-    for module in (merges, events, deliveries, plans, methods, health, metrics):
+    for module in (merges, events, deliveries, plans, methods):
+        answers = problems(401, 403, 429, 503)
+        app.include_router(module.router, dependencies=[Depends(caller_of)], responses=answers)
+    for module in (
+        health,
+        metrics,
+    ):  # for those who have no key: one tells nothing of jobs, one has its own token
         app.include_router(module.router)
     return app

@@ -73,6 +73,8 @@ class Wanted:
     """What is wrong with the request itself."""
     webhook: Webhook | None = None
     """Who is to be told about it."""
+    priority: int = 0
+    """Which jobs are begun first."""
 
 
 async def receive(request: Request, query: Annotated[RecipeQuery, Query()]) -> Body:
@@ -121,11 +123,16 @@ def read(body: Body, settings: Settings, model: type[MergeRequest | PlanRequest]
     if not body.is_yaml:
         request = _request(body, model)
         wanted = check(lambda: request.recipe, request.output, request.options, settings)
-        asked = request.webhook if isinstance(request, MergeRequest) else None
-        webhook, problems = webhook_of(asked, settings)
-        return replace(wanted, webhook=webhook, problems=(*wanted.problems, *problems))
+        if not isinstance(request, MergeRequest):
+            return wanted
+        webhook, problems = webhook_of(request.webhook, settings)
+        problems = (*wanted.problems, *problems)
+        return replace(wanted, webhook=webhook, priority=request.priority, problems=problems)
     text = _text(body.data)
+    if body.query.priority is not None and model is not MergeRequest:
+        raise MalformedRequestError("the query parameter priority is for jobs: a plan waits for nothing")
     wanted = check(lambda: load_yaml(text), body.query.output, body.query.options, settings)
+    wanted = replace(wanted, priority=body.query.priority or 0)
     if body.query.output is None and model is MergeRequest:
         missing = "output: give the place of the checkpoint as the query parameter `output`"
         return replace(wanted, problems=(*wanted.problems, missing))

@@ -14,6 +14,7 @@ from api.schemas import OptionsBody
 from api.streams import Streams
 from service.deployment import Deployment
 from service.jobstore import JobStore
+from service.keystore import KeyStore
 from service.plan import PlanOptions
 from service.recipe import validation_problems
 from service.settings import Settings
@@ -28,9 +29,15 @@ async def settings_of(request: Request) -> Settings:
     return found
 
 
-async def jobs_of(request: Request) -> JobStore:
-    """Job state."""
+async def job_store_of(request: Request) -> JobStore:
+    """Job state, everybody's: for what answers whoever asks."""
     found: JobStore = request.app.state.jobs
+    return found
+
+
+async def keys_of(request: Request) -> KeyStore:
+    """The API keys."""
+    found: KeyStore = request.app.state.keys
     return found
 
 
@@ -71,7 +78,8 @@ async def streams_of(request: Request) -> Streams:
 
 
 SettingsDep = Annotated[Settings, Depends(settings_of)]
-JobsDep = Annotated[JobStore, Depends(jobs_of)]
+JobStoreDep = Annotated[JobStore, Depends(job_store_of)]
+KeysDep = Annotated[KeyStore, Depends(keys_of)]
 WebhooksDep = Annotated[WebhookStore, Depends(webhooks_of)]
 StreamsDep = Annotated[Streams, Depends(streams_of)]
 StoreDep = Annotated[ObjectStore, Depends(store_of)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,6 +20,7 @@ from service.recipe import key_hint
 from workers.errors import (
     ConflictError,
     CursorError,
+    ForbiddenError,
     IdempotencyMismatchError,
     IllegalTransitionError,
     JobNotFoundError,
@@ -33,6 +35,8 @@ from workers.errors import (
     RequestTimeoutError,
     RequestTooLargeError,
     StoreError,
+    TooManyRequestsError,
+    UnauthenticatedError,
     UnsupportedMediaTypeError,
 )
 
@@ -43,6 +47,9 @@ ANSWERS: Mapping[type[MergemillError], tuple[int, str]] = {
     IdempotencyMismatchError: (422, "Another request had this Idempotency-Key"),
     RequestTimeoutError: (408, "The request did not come to an end"),
     RequestTooLargeError: (413, "The request is too long"),
+    UnauthenticatedError: (401, "No good API key"),
+    ForbiddenError: (403, "Not allowed to this API key"),
+    TooManyRequestsError: (429, "Too many requests"),
     UnsupportedMediaTypeError: (415, "Not a content type that is read"),
     JobNotFoundError: (404, "No such job"),
     NotReadyError: (409, "The job has no files yet"),
@@ -56,6 +63,8 @@ ANSWERS: Mapping[type[MergemillError], tuple[int, str]] = {
     MergemillError: (500, "Internal error"),
 }
 """Status and title. The first entry that fits wins: the most specific come first."""
+
+_HEADERS = {401: {"WWW-Authenticate": 'Bearer realm="mergemill"'}, 503: {"Retry-After": "5"}}
 
 log = structlog.get_logger(__name__)
 
@@ -75,16 +84,18 @@ def problem(
 ) -> ProblemResponse:
     """A problem details response; ``members`` are the further ones of :class:`~api.schemas.Problem`."""
     body = Problem(type=code, title=title, status=status, detail=detail, request_id=request_id(), **members)
-    headers = {"Retry-After": "5"} if status == 503 else None
-    return ProblemResponse(body.model_dump(exclude_none=True), status, headers)
+    return ProblemResponse(body.model_dump(exclude_none=True), status, _HEADERS.get(status))
 
 
 def from_error(error: MergemillError, **members: Any) -> ProblemResponse:
     """The problem that a domain error is."""
     status, title = next(answer for kind, answer in ANSWERS.items() if isinstance(error, kind))
-    if isinstance(error, RecipeError):
+    if isinstance(error, RecipeError | ForbiddenError):
         members["errors"] = error.problems
-    return problem(status, title, str(error), f"urn:mergemill:error:{error.code}", **members)
+    answer = problem(status, title, str(error), f"urn:mergemill:error:{error.code}", **members)
+    if isinstance(error, TooManyRequestsError):
+        answer.headers["Retry-After"] = str(math.ceil(error.retry_after_s))
+    return answer
 
 
 def _sentence(item: Mapping[str, Any]) -> str:
@@ -98,9 +109,11 @@ def _sentence(item: Mapping[str, Any]) -> str:
 def install(app: FastAPI) -> None:
     """Answer every error of the application as a problem."""
 
-    async def domain(_: Request, error: Exception) -> ProblemResponse:
+    async def domain(request: Request, error: Exception) -> ProblemResponse:
         assert isinstance(error, MergemillError)  # noqa: S101 - what it is registered for
-        return from_error(error)
+        answer = from_error(error)
+        answer.headers.update(getattr(request.state, "rate_limit", {}))
+        return answer
 
     async def http(_: Request, error: Exception) -> ProblemResponse:
         assert isinstance(error, HTTPException)  # noqa: S101

@@ -7,6 +7,8 @@ from contextlib import ExitStack
 from fastapi.responses import FileResponse
 from starlette.types import Receive, Scope, Send
 
+from service.access import check_place
+from service.keys import Access
 from workers.store.local import LocalStore
 from workers.store.uris import name
 
@@ -24,11 +26,14 @@ class OpenFileResponse(FileResponse):
             await super().__call__(scope, receive, send)
 
 
-def served(store: LocalStore, uri: str) -> OpenFileResponse:
+def served(store: LocalStore, uri: str, access: Access | None = None) -> OpenFileResponse:
     """The object as a response.
 
+    :param access: where the job that wrote it may write; ``None`` is everywhere.
     :raises StoreError: it is not there, or not where the service may look.
+    :raises ForbiddenError: a link leads out of where the job may write.
     """
     with ExitStack() as opened:
         fd = opened.enter_context(store.opened(uri))
+        check_place(fd, uri, access)
         return OpenFileResponse(fd, opened.pop_all(), name(uri))

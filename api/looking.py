@@ -6,10 +6,12 @@ from anyio import CapacityLimiter, move_on_after
 from anyio.to_thread import run_sync
 
 from api.bodies import Wanted
+from service.access import confine, grant, size_problems
 from service.commit import holds_checkpoint, output_problems
+from service.keys import Access, ApiKey
 from service.planning import Planned, examine
 from service.settings import Settings
-from workers.errors import PlanError, RecipeError, StoreError
+from workers.errors import ForbiddenError, PlanError, RecipeError, StoreError
 from workers.store.base import ObjectStore
 
 LOOK_S = 3.0
@@ -35,14 +37,33 @@ def _taken(store: ObjectStore, output: str) -> str | None:
         return None
 
 
-def plan_wanted(wanted: Wanted, settings: Settings, store: ObjectStore) -> Planned:
+def granted(caller: ApiKey, wanted: Wanted, settings: Settings) -> Access:
+    """Where a merge may read and write that the caller wants. Nothing is looked at before.
+
+    :raises ForbiddenError: the caller's key does not allow all of it; names every place.
+    """
+    if wanted.priority > 0 and not caller.is_admin:
+        raise ForbiddenError(
+            f"priority: above 0 it takes an admin's key, which {caller.id} is not; 0 or less is fine"
+        )
+    names = wanted.recipe.names if wanted.recipe is not None else ()
+    limits = settings.limits.with_own(caller.limits)
+    return grant(caller, names, wanted.output, settings.model_roots, limits)
+
+
+def plan_wanted(
+    wanted: Wanted, settings: Settings, store: ObjectStore, access: Access | None = None
+) -> Planned:
     """Open the models, plan, and look at the place of the output, also when the request itself is wrong already.
 
+    :param access: where it may read and write; ``None`` is everywhere.
+    :raises ForbiddenError: a link leads elsewhere.
     :raises RecipeError: the request is wrong; lists every problem, those of its models and output, too.
     :raises PlanError: they do not fit together; lists every problem.
     :raises StoreUnavailableError: nothing is wrong so far, but the store is out of reach.
     """
     problems = list(wanted.problems)
+    store = confine(store, access, wanted.output)
     outcome = None
     if wanted.recipe is not None:
         outcome = examine(
@@ -53,7 +74,7 @@ def plan_wanted(wanted: Wanted, settings: Settings, store: ObjectStore) -> Plann
             settings.worker_baseline_bytes,
             wanted.output,
         )
-        problems += outcome.problems
+        problems += [*outcome.problems, *size_problems(access, outcome.price)]
     if wanted.output is not None:
         problems += output_problems(store, wanted.output, wanted.options.overwrite)
     if outcome is not None and not problems:

@@ -16,6 +16,7 @@ class _Model(BaseModel):
 
 
 Output = Annotated[str, Field(min_length=1, max_length=2048)]
+Priority = Annotated[int, Field(ge=-100, le=100)]
 
 
 class OptionsBody(_Model):
@@ -40,6 +41,9 @@ class RecipeQuery(OptionsBody):
 
     output: Output | None = None
     """With a YAML body: where the checkpoint goes, `s3://bucket/prefix` or `file:///directory`."""
+
+    priority: Priority | None = None
+    """With a YAML body: which jobs are begun first; above 0 it takes an admin's key."""
 
     @property
     def options(self) -> OptionsBody:
@@ -69,6 +73,8 @@ class MergeRequest(_Model):
     """How to run it."""
     webhook: WebhookBody | None = None
     """Who is to be told about it."""
+    priority: Priority = 0
+    """Jobs of higher priority are begun first; above 0 it takes an admin's key."""
 
 
 class PlanRequest(_Model):
@@ -194,6 +200,10 @@ class Job(_Model):
     """Where the checkpoint goes."""
     options: dict[str, Any]
     """How it runs."""
+    priority: int
+    """Jobs of higher priority are begun first."""
+    key: str | None
+    """Id of the API key that it was submitted with; null where no key was needed."""
     created_at: datetime
     """When it was accepted."""
     updated_at: datetime
@@ -345,6 +355,8 @@ def _job(record: JobRecord, progress: Progress, base: str) -> Job:
         recipe=record.recipe,
         output=record.output,
         options=record.options,
+        priority=record.priority,
+        key=record.key,
         created_at=_time(record.created_at),
         updated_at=_time(record.updated_at),
         cancel_requested=record.cancel_requested,

@@ -23,6 +23,7 @@ from benchmarks.groups import Group, Watch, group
 from benchmarks.places import FILES, Place
 from benchmarks.results import COLD, COPY, MERGEKIT, SERVICE, Run
 from mergemill.client import Client
+from mergemill.stack_key import KEY_FILE
 from service.jobstore import JobStore
 from service.valkey import EmbeddedValkey
 
@@ -147,7 +148,8 @@ def service(setup: Setup, workers: int = 0) -> Iterator[Service]:
             if " is up at " not in said:
                 raise BenchmarkError(f"`mergemill up` did not come up: {said}")
             url = said.partition(" is up at ")[2].split()[0]
-            with Client(url) as client, JobStore(valkey.url) as jobs:
+            key = (state / KEY_FILE).read_text(encoding="ascii")
+            with Client(url, api_key=key) as client, JobStore(valkey.url) as jobs:
                 yield Service(client, jobs, processes, workers)
         finally:
             up.send_signal(signal.SIGTERM)

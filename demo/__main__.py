@@ -67,8 +67,8 @@ def main() -> int:
             write_checkpoint(OUTPUT / "models" / name, tensors, digits.CONFIG)
     console.print(f"Trained {len(models)} models in {time.monotonic() - begun:.1f} s.")
     try:
-        with service(console) as url:
-            merges = merge_all(Client(url), console)
+        with service(console) as client:
+            merges = merge_all(client, console)
     except MergemillError as error:
         console.print(f"[red]{type(error).__name__}:[/red] {error}")
         return 1
@@ -86,17 +86,17 @@ def main() -> int:
 
 
 @contextmanager
-def service(console: Console) -> Iterator[str]:
-    """The URL of a running service, which is stopped afterwards if it was started here."""
+def service(console: Console) -> Iterator[Client]:
+    """A client of a running service, which is stopped afterwards if it was started here."""
     if url := os.environ.get("MERGEMILL_URL"):
-        yield url
+        yield Client(url)
         return
     with console.status("Starting the embedded stack: Valkey, Ray, scheduler, API"):
         begun = time.monotonic()
         stack = EmbeddedStack(state_dir=OUTPUT / "state")
     with stack:
         console.print(f"Started the embedded stack at {stack.url} in {time.monotonic() - begun:.1f} s.")
-        yield stack.url
+        yield Client(stack.url, api_key=stack.api_key)
 
 
 def merge_all(client: Client, console: Console) -> dict[str, list[tuple[str, digits.Tensors]]]:

@@ -6,12 +6,14 @@ What only some commands need is imported by them: torch alone takes longer than 
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
+from mergemill import keys
 from mergemill.arguments import (
     AllowNonfinite,
     AsJson,
@@ -19,11 +21,13 @@ from mergemill.arguments import (
     JobId,
     Overwrite,
     PartSize,
+    Priority,
     RecipeFile,
     ShardSize,
     Url,
     WorkerMemory,
     merge_options,
+    read_settings,
 )
 from mergemill.sizes import size_text
 from workers.errors import MergemillError, RecipeError
@@ -32,7 +36,6 @@ if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
     from mergemill.jobs import Job
-    from service.settings import Settings
 
 INTERRUPTED = 130
 """Exit status after Ctrl-C, as shells have it."""
@@ -59,6 +62,7 @@ app = typer.Typer(
     pretty_exceptions_show_locals=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.add_typer(keys.app)
 
 
 @app.command()
@@ -91,12 +95,14 @@ def up(
                     state_dir, port, host=host, ray_address=ray_address, redis_url=redis_url
                 )
             with stack:
+                key = [f"  export MERGEMILL_API_KEY=$(cat {shlex.quote(str(stack.key_file))})"]
                 for line in (
                     f"Mergemill is up at {stack.url} (its documentation: {stack.url}/docs).",
                     f"State and logs are in {stack.state_dir}. Ctrl-C stops everything.",
                     "",
                     "In another terminal:",
                     f"  export MERGEMILL_URL={stack.url}",
+                    *(key if stack.api_key else ()),
                     "  mergemill merge recipe.yml ./merged",
                 ):
                     typer.echo(line)
@@ -116,10 +122,13 @@ def serve(
 
     from api.app import create_app
     from api.server import Server
+    from mergemill.exposure import check_exposure
     from service.logs import configure
 
-    settings = _settings().served()
+    settings = read_settings().served()
     configure(settings.log_format)
+    listener = None if fd is None else socket.socket(fileno=fd)
+    check_exposure(settings.host if listener is None else listener.getsockname()[0], settings)
     config = uvicorn.Config(
         create_app(settings),
         host=settings.host,
@@ -130,7 +139,7 @@ def serve(
         timeout_graceful_shutdown=10,
     )
     server = Server(config)
-    server.run(None if fd is None else [socket.socket(fileno=fd)])
+    server.run(None if listener is None else [listener])
     if not server.started:
         raise typer.Exit(1)
 
@@ -145,7 +154,7 @@ def schedule(
     from service import scheduler
     from service.logs import configure
 
-    settings = _settings().served()
+    settings = read_settings().served()
     configure(settings.log_format)
     scheduler.main(settings, ready_file)
 
@@ -162,6 +171,7 @@ def merge(
     shard_size: ShardSize = None,
     part_size: PartSize = None,
     worker_memory: WorkerMemory = None,
+    priority: Priority = 0,
     idempotency_key: IdempotencyKey = None,
     as_json: AsJson = False,
 ) -> None:
@@ -170,7 +180,7 @@ def merge(
     from mergemill.show import job_progress
 
     document = _read_recipe(recipe)
-    options = merge_options(overwrite, allow_nonfinite, shard_size, part_size, worker_memory)
+    options = merge_options(overwrite, allow_nonfinite, shard_size, part_size, worker_memory, priority)
     console = _console()
     with session.interruptible(), session.open_service(url, console) as client:
         job = session.submit_recipe(client, document, output, options, idempotency_key)
@@ -209,7 +219,7 @@ def plan(
         else:
             from mergemill.local import plan_here
 
-            found = plan_here(document, place, options, _settings())
+            found = plan_here(document, place, options, read_settings())
     _print(found, price_table(found), as_json)
 
 
@@ -225,6 +235,7 @@ def submit(
     shard_size: ShardSize = None,
     part_size: PartSize = None,
     worker_memory: WorkerMemory = None,
+    priority: Priority = 0,
     idempotency_key: IdempotencyKey = None,
     as_json: AsJson = False,
 ) -> None:
@@ -232,7 +243,7 @@ def submit(
     from mergemill import session
 
     document = _read_recipe(recipe)
-    options = merge_options(overwrite, allow_nonfinite, shard_size, part_size, worker_memory)
+    options = merge_options(overwrite, allow_nonfinite, shard_size, part_size, worker_memory, priority)
     with session.open_client(url) as client:
         job = session.submit_recipe(client, document, output, options, idempotency_key)
     typer.echo(_json(job.body) if as_json else job.id)
@@ -369,24 +380,6 @@ def _print(value: Any, shown: RenderableType, as_json: bool) -> None:
 
 def _json(value: Any) -> str:
     return json.dumps(value, indent=2, ensure_ascii=False)
-
-
-def _settings() -> Settings:
-    from pydantic import ValidationError
-    from pydantic_settings import SettingsError
-
-    from service.recipe import validation_problems
-    from service.settings import Settings
-
-    try:
-        return Settings()
-    except ValidationError as error:
-        for problem in validation_problems(error):
-            typer.echo(f"error: setting {problem}", err=True)
-        raise typer.Exit(2) from error
-    except SettingsError as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(2) from error
 
 
 def _read_recipe(path: Path) -> dict[str, Any]:

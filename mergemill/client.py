@@ -15,22 +15,21 @@ from typing import Any, Self
 import httpx
 
 from mergemill import download, recipes
-from mergemill.events import Event, Follower, stream
+from mergemill.credentials import BearerAuth
+from mergemill.events import Event, Follower, is_passing, stream
 from mergemill.jobs import File, Job, JobPage
+from mergemill.problems import problem_of, unreachable
 from workers.errors import (
-    ConflictError,
     IdempotencyKeyError,
     JobCancelledError,
     JobFailedError,
     JobNotFoundError,
     JobStoreUnavailableError,
     JobTimeoutError,
-    MalformedRequestError,
     MergemillError,
     RecipeError,
-    RequestTooLargeError,
     ServiceUnavailableError,
-    UnsupportedMediaTypeError,
+    TooManyRequestsError,
     from_json,
 )
 
@@ -46,17 +45,6 @@ SUBMIT_RETRIES_S = (0.2, 0.5, 1.0, 2.0, 4.0)
 PATIENCE_S = 60.0
 """How long :meth:`Client.wait` bears with an API that does not answer (it may be restarted), in seconds."""
 
-_PROBLEM = "urn:mergemill:error:"
-_BY_STATUS: Mapping[int, type[MergemillError]] = {
-    400: MalformedRequestError,
-    404: JobNotFoundError,
-    409: ConflictError,
-    413: RequestTooLargeError,
-    415: UnsupportedMediaTypeError,
-    422: RecipeError,
-    503: JobStoreUnavailableError,
-}
-
 
 class Client:
     """A Mergemill service. Thread safe; may be used as a context manager, which closes its connections.
@@ -67,18 +55,28 @@ class Client:
     :class:`~workers.errors.ServiceUnavailableError` when nobody answers.
 
     :param url: the service's address; else ``MERGEMILL_URL``; else :data:`DEFAULT_URL`.
+    :param api_key: the key to ask with; else ``MERGEMILL_API_KEY``. It is sent to the service alone.
     :param timeout: how long one request may take to connect, or to go on, in seconds.
     :param transport: what carries the requests, for tests.
     """
 
     def __init__(
-        self, url: str | None = None, *, timeout: float = 30.0, transport: httpx.BaseTransport | None = None
+        self,
+        url: str | None = None,
+        *,
+        api_key: str | None = None,
+        timeout: float = 30.0,
+        transport: httpx.BaseTransport | None = None,
     ) -> None:
         self.url = (url or os.environ.get("MERGEMILL_URL") or DEFAULT_URL).rstrip("/")
         if not self.url.startswith(("http://", "https://")):
             raise MergemillError(f"{self.url!r} is not the address of a service; write http://host:port")
         self._http = httpx.Client(
-            base_url=self.url, timeout=timeout, transport=transport, headers={"Accept-Encoding": "identity"}
+            base_url=self.url,
+            timeout=timeout,
+            transport=transport,
+            headers={"Accept-Encoding": "identity"},
+            auth=BearerAuth(self.url, api_key or os.environ.get("MERGEMILL_API_KEY")),
         )
 
     def close(self) -> None:
@@ -101,6 +99,7 @@ class Client:
         *,
         idempotency_key: str | None = None,
         webhook: Mapping[str, Any] | None = None,
+        priority: int = 0,
         **options: Any,
     ) -> Job:
         """Have a merge queued; once, also where the service's answer is lost and it has to be asked again.
@@ -110,13 +109,17 @@ class Client:
         :param idempotency_key: the same key and request again, within a day, are the same job; a fresh UUID if
             left out.
         :param webhook: who is to be told: ``url``, and if wanted ``events`` and ``secret`` (see docs/rest.md).
+        :param priority: -100 to 100; jobs of a higher one are begun first. Above 0 it takes an admin's key.
         :param options: ``shard_bytes``, ``part_bytes``, ``whole_tensor_bytes``, ``worker_memory_bytes``,
             ``overwrite``, ``allow_nonfinite``; what is ``None`` or left out is the service's default.
         :raises RecipeError: the request is wrong; lists every problem.
+        :raises ForbiddenError: the key may not have these places; ``problems`` names all of them.
+        :raises TooManyRequestsError: as many of the key's jobs wait as may.
         :raises RequestTooLargeError: the recipe is longer than the service reads.
         :raises IdempotencyMismatchError: the key came with another request before.
         """
         body = _request(recipe, output, options) | ({} if webhook is None else {"webhook": dict(webhook)})
+        body |= {"priority": priority} if priority else {}
         key = str(uuid.uuid4()) if idempotency_key is None else idempotency_key
         if not key.isascii() or not key.isprintable():  # no header could hold it
             raise IdempotencyKeyError("the idempotency key is not made of visible ASCII characters")
@@ -190,7 +193,7 @@ class Client:
                 found = None
                 try:
                     found = self.get(job)
-                except (ServiceUnavailableError, JobStoreUnavailableError):
+                except (ServiceUnavailableError, JobStoreUnavailableError, TooManyRequestsError):
                     if time.monotonic() - heard > PATIENCE_S:
                         raise
                 else:
@@ -230,12 +233,12 @@ class Client:
                 if not came and self.get(job).is_terminal:  # all had been told before
                     return
             except httpx.HTTPStatusError as error:
-                if not error.response.is_server_error:
-                    raise _problem(error.response) from error
+                if not is_passing(error.response):
+                    raise problem_of(error.response) from error
             except httpx.HTTPError as error:
                 if time.monotonic() - heard > PATIENCE_S:
-                    raise _unreachable(self.url, error) from error
-            except (ServiceUnavailableError, JobStoreUnavailableError):
+                    raise unreachable(self.url, error) from error
+            except (ServiceUnavailableError, JobStoreUnavailableError, TooManyRequestsError):
                 if time.monotonic() - heard > PATIENCE_S:
                     raise
             time.sleep(POLL_S[0] if came else POLL_S[1])
@@ -307,13 +310,13 @@ class Client:
         try:
             response = self._http.send(request)
         except httpx.HTTPError as error:
-            raise _unreachable(self.url, error) from error
+            raise unreachable(self.url, error) from error
         if response.is_success:
             try:
                 return response.json()
             except ValueError as error:
                 raise MergemillError(f"{request.url} does not speak Mergemill's REST API") from error
-        raise _problem(response)
+        raise problem_of(response)
 
 
 def _request(
@@ -352,37 +355,3 @@ def _succeeded(job: Job) -> Job:
         raise JobCancelledError(f"{job.id} was cancelled")
     cause = from_json(dict(job.error or {"type": "MergemillError", "detail": "it does not say why"}))
     raise JobFailedError(f"{job.id} failed: {cause}") from cause
-
-
-def _unreachable(url: str, error: httpx.HTTPError) -> ServiceUnavailableError:
-    if isinstance(error, httpx.ConnectError | httpx.ConnectTimeout):
-        return ServiceUnavailableError(
-            f"no Mergemill service answers at {url} ({error}): start one with `mergemill up`, or name another "
-            "with --url or MERGEMILL_URL"
-        )
-    why = str(error) or type(error).__name__
-    return ServiceUnavailableError(f"the Mergemill service at {url} did not answer: {why}")
-
-
-def _problem(response: httpx.Response) -> MergemillError:
-    """The error that an RFC 9457 problem stands for."""
-    try:
-        body = response.json()
-    except ValueError:
-        body = None
-    if not isinstance(body, dict):
-        return MergemillError(
-            f"{response.request.url} answered {response.status_code} {response.reason_phrase}"
-        )
-    detail = str(body.get("detail") or body.get("title") or response.reason_phrase)
-    problems = body.get("errors")
-    kind = str(body.get("type", ""))
-    if kind.startswith(_PROBLEM) and kind != f"{_PROBLEM}request":
-        name = "".join(word.capitalize() for word in kind.removeprefix(_PROBLEM).split("_")) + "Error"
-        found = from_json({"type": name, "detail": detail, "problems": problems})
-        if type(found) is not MergemillError:
-            return found
-    status = response.status_code
-    if status == 422:
-        return RecipeError(*(map(str, problems) if isinstance(problems, list) else [detail]))
-    return _BY_STATUS.get(status, MergemillError)(f"{detail} (HTTP {status} from {response.request.url})")

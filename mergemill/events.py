@@ -149,7 +149,7 @@ class Follower:
         try:
             return self._listen(job, on_progress, deadline)
         except (NoStreamError, httpx.HTTPStatusError) as error:
-            broken = isinstance(error, httpx.HTTPStatusError) and error.response.is_server_error
+            broken = isinstance(error, httpx.HTTPStatusError) and is_passing(error.response)
             self._useful = (
                 broken  # a service of before there were events, or a proxy that does not let them through
             )
@@ -177,6 +177,11 @@ class Follower:
                 return True
         self.close()
         return False
+
+
+def is_passing(response: httpx.Response) -> bool:
+    """Whether a refusal may be over soon: the service fails, or is asked too often."""
+    return response.is_server_error or response.status_code == httpx.codes.TOO_MANY_REQUESTS
 
 
 def _is_further(event: Event, job: Job) -> bool:

@@ -18,9 +18,9 @@ from mergemill.stack import EmbeddedStack
 from workers.errors import JobError, JobFailedError, RecipeError
 
 
-def open_client(url: str | None) -> Client:
+def open_client(url: str | None, api_key: str | None = None) -> Client:
     """A client of the service at ``url``, or else where ``mergemill up`` listens."""
-    return Client(url)
+    return Client(url, api_key=api_key)
 
 
 @contextmanager
@@ -32,7 +32,7 @@ def open_service(url: str | None, console: Console) -> Iterator[Client]:
         return
     with console.status("Starting an embedded stack"):
         stack = EmbeddedStack()
-    with stack, open_client(stack.url) as client:
+    with stack, open_client(stack.url, stack.api_key) as client:
         yield client
 
 

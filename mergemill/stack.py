@@ -18,6 +18,7 @@ from typing import Any, Final, Self
 import httpx
 
 from mergemill.children import Child
+from mergemill.stack_key import KEY_FILE, own_key, revoke_own
 from mergemill.stack_lock import StackLock
 from service.valkey import EmbeddedValkey
 from workers.errors import JobStoreUnavailableError, StackError
@@ -46,6 +47,7 @@ class EmbeddedStack:
     It is up when the constructor returns: the API answers and the scheduler has its compute. A child that
     dies is started again, with the same address, and jobs go on. However this process ends, kill -9
     included, nothing that it started outlives it. Ctrl-C at a terminal reaches this process alone.
+    It makes an admin key for itself, :attr:`api_key`, which :attr:`key_file` holds for its user alone.
 
     :param state_dir: where Valkey's data, Ray's sockets and the logs go. The same directory again finds the
         jobs of the last time. A temporary one, removed at the end, by default.
@@ -83,6 +85,10 @@ class EmbeddedStack:
         self.url = f"http://{shown}:{self._socket.getsockname()[1]}"
         """Where the API answers."""
         self._lock.tell(self.url)
+        self.api_key: str | None = None
+        """What to ask it with; ``None`` where authentication is off."""
+        self.key_file = self.state_dir / KEY_FILE
+        """Where that is kept, for the user of this process alone."""
         overrides = {"ray_address": ray_address, **settings}
         self._settings = {name: value for name, value in overrides.items() if value is not None}
         self._redis_url = redis_url
@@ -169,6 +175,9 @@ class EmbeddedStack:
         env = child_environment(
             self._settings, host=self._host, redis_url=redis_url, state_dir=self.state_dir
         )
+        self._namespace = env.get("MERGEMILL_NAMESPACE", "mergemill")
+        if env.get("MERGEMILL_AUTH") != "off":
+            self.api_key = own_key(self.state_dir, redis_url, self._namespace)
         listener = self._socket.fileno()
         self._ready_file.unlink(missing_ok=True)
         schedule = ["schedule", "--ready-file", str(self._ready_file)]
@@ -217,6 +226,15 @@ class EmbeddedStack:
             child.end(patience)
         if self._valkey is not None:
             self._valkey.stop()
+        elif self._temporary and self.api_key is not None and self._redis_url is not None:
+            self._forget_key(self._redis_url)
+
+    def _forget_key(self, redis_url: str) -> None:
+        """Leave no key behind in a Redis that is not ours: its token goes with the temporary directory."""
+        try:
+            revoke_own(self.api_key or "", redis_url, self._namespace)
+        except JobStoreUnavailableError as error:
+            log.warning("could not revoke the stack's own API key: %s", error)
 
 
 def child_environment(
@@ -224,7 +242,7 @@ def child_environment(
 ) -> dict[str, str]:
     """This process's environment, and the settings over it."""
     own = {"log_format": "console", **settings, "redis_url": redis_url, "state_dir": state_dir}
-    env = dict(os.environ)
+    env = {name: value for name, value in os.environ.items() if name != "MERGEMILL_API_KEY"}  # the client's
     for name, value in own.items():
         env[f"MERGEMILL_{name.upper()}"] = json.dumps(value) if isinstance(value, dict | list) else str(value)
     if host in LOOPBACK and "file_roots" not in env.get("MERGEMILL_STORE", ""):

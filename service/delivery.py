@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 from service.checkpoint import INDEX_FILE
+from service.jobpages import JobPage
 from service.jobs import JobRecord, JobState
-from service.jobstore import JobStore
 from service.sidecars import MANIFEST
 from workers.errors import NotReadyError, ObjectNotFoundError, OutputReplacedError
 from workers.store.base import ObjectStore
@@ -22,6 +22,14 @@ _PAGE = 200
 _PAGES = 5
 
 
+class Jobs(Protocol):
+    """Jobs that may be told of: the caller's own (:class:`~service.ownjobs.OwnJobs`), or all."""
+
+    def list(self, limit: int, cursor: str | None = None, state: JobState | None = None) -> JobPage:
+        """A page of them, newest first."""
+        ...
+
+
 def listed(record: JobRecord) -> list[dict[str, Any]]:
     """The files of a job that has succeeded: ``name``, ``size`` and ``digest`` of each.
 
@@ -33,13 +41,13 @@ def listed(record: JobRecord) -> list[dict[str, Any]]:
     return found
 
 
-def check_in_place(record: JobRecord, jobs: JobStore, store: ObjectStore) -> None:
+def check_in_place(record: JobRecord, jobs: Jobs, store: ObjectStore) -> None:
     """Find out whether the output is still what the job committed.
 
     The manifest holds a digest of every file and its own is in the job's record, so two jobs have the same one only
     when they made the same files. The index is away while a later job replaces them.
 
-    :raises OutputReplacedError: it is not; names the job that replaced it, when that is known.
+    :raises OutputReplacedError: it is not; names the job of ``jobs`` that replaced it, if one did.
     :raises StoreError: the store refuses or fails.
     """
     files = {file["name"]: file for file in listed(record)}
@@ -69,8 +77,8 @@ def _is_there(store: ObjectStore, output: str, files: Sequence[Mapping[str, Any]
     return True
 
 
-def _replaced_by(record: JobRecord, jobs: JobStore) -> str | None:
-    """The job that ended there last, looked for among the newest ones."""
+def _replaced_by(record: JobRecord, jobs: Jobs) -> str | None:
+    """The job that ended there last, looked for among the newest ones; another key's is not told of."""
     found: list[JobRecord] = []
     cursor = None
     for _ in range(_PAGES):

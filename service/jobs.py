@@ -22,6 +22,7 @@ from enum import StrEnum
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from service.keys import Access
 from workers.errors import IllegalTransitionError, from_json
 from workers.task import JSONValue
 
@@ -97,6 +98,12 @@ class JobRecord(_Frozen):
     """What was asked for beside the recipe: shard size, overwriting, …"""
     origin: dict[str, str] = {}
     """Where it came from: ``request``, the id of the HTTP request, and its ``traceparent`` (W3C)."""
+    key: str | None = None
+    """Id of the API key that it was submitted with; ``None`` where no key was needed."""
+    access: Access | None = None
+    """Where it may read and write; ``None`` is everywhere."""
+    priority: int = Field(default=0, ge=-100, le=100)
+    """Jobs of higher priority are begun first."""
     state: JobState = JobState.QUEUED
     """Where it stands."""
     version: int = Field(default=1, ge=1)
@@ -141,6 +148,10 @@ def new_job(
     options: Mapping[str, JSONValue],
     now: float,
     origin: Mapping[str, str] | None = None,
+    *,
+    key: str | None = None,
+    access: Access | None = None,
+    priority: int = 0,
 ) -> JobRecord:
     """A queued job with a fresh id."""
     return JobRecord(
@@ -149,6 +160,9 @@ def new_job(
         output=output,
         options=dict(options),
         origin=dict(origin or {}),
+        key=key,
+        access=access,
+        priority=priority,
         created_at=now,
         updated_at=now,
         history=(HistoryEntry(at=now, event="created", state=JobState.QUEUED),),

@@ -10,12 +10,14 @@ from __future__ import annotations
 from typing import Final
 
 from service.eventscripts import TELL, TELL_PROGRESS
+from service.queuescripts import ENLIST, TAKE_LEASE
 
 # A record, its version, its place in the indexes, the event that tells of it and, when planning starts over, the
 # end of everything that belonged to the old uploads are one fact: a reader must never see one without the other,
 # and a crash between them would leave parts that name uploads that are gone.
 SAVE: Final = (
     TELL
+    + ENLIST
     + """
 local job, lease, id = KEYS[1], KEYS[1] .. ':lease', ARGV[1]
 if redis.call('LPOS', KEYS[1] .. ':writes', ARGV[2]) then return 'saved' end
@@ -30,6 +32,7 @@ if state ~= ARGV[7] then
   redis.call('ZREM', KEYS[2] .. ':' .. state, id)
   redis.call('ZADD', KEYS[2] .. ':' .. ARGV[7], 0, id)
 end
+relist(string.sub(KEYS[2], 1, -5), job, id, state, ARGV[7], ARGV[9] == 'terminal')
 if ARGV[9] == 'terminal' then redis.call('ZREM', KEYS[3], id) end
 if ARGV[9] == 'restarted' then redis.call('DEL', job .. ':parts', job .. ':surveys', job .. ':progress') end
 if ARGV[10] ~= '' then tell(job, ARGV[10], ARGV[7], ARGV[6], ARGV[11]) end
@@ -39,9 +42,11 @@ return 'saved'
 
 # A record and its place in the indexes are one fact; the check that the id is new belongs to it, or two
 # creators would both see it free. So does the idempotency key: one that is known without its job, or a job
-# without its key, would lose or double a request. A key whose job was swept away binds nobody.
+# without its key, would lose or double a request. A key whose job was swept away binds nobody. And so does the
+# number of the API key's jobs that wait, or several would be the last; what was made before is not counted again.
 CREATE: Final = (
     TELL
+    + ENLIST
     + """
 if ARGV[7] ~= '' then
   local print, job = unpack(redis.call('HMGET', KEYS[4], 'fingerprint', 'job'))
@@ -53,7 +58,10 @@ end
 if redis.call('EXISTS', KEYS[1]) == 1 then
   return redis.call('LPOS', KEYS[1] .. ':writes', ARGV[2]) and ARGV[1] or 'exists'
 end
+local root, most = string.sub(KEYS[2], 1, -5), tonumber(ARGV[13])
+if most > 0 and redis.call('ZCARD', root .. 'jobs@' .. ARGV[11] .. ':queued') >= most then return 'full' end
 redis.call('HSET', KEYS[1], 'record', ARGV[3], 'version', ARGV[4], 'state', ARGV[5])
+enlist(root, KEYS[1], ARGV[1], ARGV[11], ARGV[12], ARGV[5], ARGV[6] == 'terminal')
 redis.call('LPUSH', KEYS[1] .. ':writes', ARGV[2])
 redis.call('ZADD', KEYS[2], 0, ARGV[1])
 redis.call('ZADD', KEYS[2] .. ':' .. ARGV[5], 0, ARGV[1])
@@ -62,27 +70,14 @@ if ARGV[7] ~= '' then
   redis.call('HSET', KEYS[4], 'fingerprint', ARGV[7], 'job', ARGV[1])
   redis.call('PEXPIRE', KEYS[4], ARGV[8])
 end
-if ARGV[11] then
-  redis.call('HSET', KEYS[1] .. ':webhook', 'url', ARGV[11], 'events', ARGV[12], 'secret', ARGV[13])
+if ARGV[14] then
+  redis.call('HSET', KEYS[1] .. ':webhook', 'url', ARGV[14], 'events', ARGV[15], 'secret', ARGV[16])
 end
 tell(KEYS[1], ARGV[9], ARGV[5], ARGV[4], ARGV[10])
 return ARGV[1]
 """
 )
 
-# Seeing that a lease is free and taking it must be one step, or two would take it. The token is new because
-# of its random epoch even if Redis forgot the counter; the counter tells people which lease came later. A
-# lease with our own epoch is what a lost answer gave us.
-TAKE_LEASE: Final = """
-local function take(job)
-  local held = redis.call('HGET', job .. ':lease', 'token')
-  if held then return string.sub(held, 1, #ARGV[1] + 1) == ARGV[1] .. ':' and held end
-  local token = ARGV[1] .. ':' .. redis.call('INCR', KEYS[1])
-  redis.call('HSET', job .. ':lease', 'token', token, 'owner', ARGV[2])
-  redis.call('PEXPIRE', job .. ':lease', ARGV[3])
-  return token
-end
-"""
 ACQUIRE: Final = (
     TAKE_LEASE
     + """
@@ -91,25 +86,15 @@ return take(KEYS[2])
 """
 )
 
-# As for one lease; and the record is read in the same step, so that it is the one that the lease is for.
-CLAIM_NEXT: Final = (
-    TAKE_LEASE
-    + """
-for _, id in ipairs(redis.call('ZRANGE', KEYS[2], 0, -1)) do
-  local job = KEYS[3] .. ':' .. id
-  local token = take(job)
-  if token then return {redis.call('HGET', job, 'record'), token} end
-end
-"""
-)
-
 # Between a check of the token and the change, the lease could pass to another owner: hence one step.
 RENEW: Final = """
 if redis.call('HGET', KEYS[1] .. ':lease', 'token') ~= ARGV[1] then return 0 end
+redis.call('SADD', KEYS[2] .. ':held', string.match(KEYS[1], '[^:]+$'))
 return redis.call('PEXPIRE', KEYS[1] .. ':lease', ARGV[2])
 """
 RELEASE: Final = """
 if redis.call('HGET', KEYS[1] .. ':lease', 'token') ~= ARGV[1] then return 0 end
+redis.call('SREM', KEYS[2] .. ':held', string.match(KEYS[1], '[^:]+$'))
 return redis.call('DEL', KEYS[1] .. ':lease')
 """
 

@@ -10,7 +10,8 @@ Every key, after the namespace (``mergemill:`` unless told otherwise):
 ``output:<uri>``             string      id of the job that claims this output
 ``once:<key>``               hash        ``job`` and request's ``fingerprint`` of an idempotency key; expires
 ``events``                   stream      ids of the jobs that have news, for those who wait for any job's
-``job:<id>``                 hash        ``record`` (JSON of the JobRecord), its ``version``, ``state`` and ``totals``
+``job:<id>``                 hash        ``record`` (JSON of the JobRecord), its ``version``, ``state`` and ``totals``,
+                                         and what :mod:`service.queuescripts` keeps, as it does more keys
 ``job:<id>:events``          stream      what happened to the job, see :mod:`service.events`
 ``job:<id>:writes``          list        nonces of the latest writes of the record
 ``job:<id>:lease``           hash        ``token`` and ``owner``; expires when the lease does
@@ -24,7 +25,8 @@ owner that was paused past its lease changes nothing. Connections are retried, a
 before a connection broke; every script therefore gives the same answer when it is run again: the record's
 by a nonce, leases by their token's random epoch. Scripts build key names from ids: Redis Cluster, where all
 keys of a script have to be named in advance and live in one slot, is not supported. The keys of webhooks are
-in :mod:`service.webhookstore`.
+in :mod:`service.webhookstore`, those of API keys in :mod:`service.keystore`, those of schedulers in
+:mod:`service.deployment`.
 """
 
 from __future__ import annotations
@@ -45,7 +47,8 @@ from service.eventscripts import WARN
 from service.idempotency import Once
 from service.jobpages import JobPage, JobStatus, page_of, read_cursor, read_status
 from service.jobs import DETAIL_CHARS, JOB_ID, CancelRequested, Event, JobRecord, JobState, Restarted, advance
-from service.redis_connection import connect, guarded
+from service.queuescripts import CLAIM_NEXT
+from service.redis_connection import CONNECTION_TRIES, connect, guarded
 from service.webhooks import Webhook
 from workers.errors import (
     ConflictError,
@@ -53,6 +56,7 @@ from workers.errors import (
     JobNotFoundError,
     LeaseLostError,
     OutputConflictError,
+    TooManyRequestsError,
 )
 from workers.task import PART_RESULT, Facts, PartResult
 
@@ -61,6 +65,9 @@ CONFLICT_TRIES: Final = 20
 
 REMEMBERED_WRITES: Final = 32
 """Nonces kept a job: how many other writes may come between a write and the retry that looks for it."""
+
+QUEUE_RETRY_S: Final = 30
+"""When it may be worth it to try again to have a job queued, in seconds."""
 
 OLDEST_REDIS: Final = (7, 0)
 """The oldest version of Redis that is supported."""
@@ -90,7 +97,7 @@ class JobStore:
     def __init__(
         self, url: str, namespace: str = "mergemill", *, clock: Callable[[], float] = time.time
     ) -> None:
-        self._redis = connect(url)
+        self._redis = connect(url, CONNECTION_TRIES)
         self._namespace = namespace
         self._clock = clock
 
@@ -107,27 +114,37 @@ class JobStore:
     # Records
 
     @guarded
-    def create(self, record: JobRecord, once: Once | None = None, webhook: Webhook | None = None) -> str:
+    def create(
+        self,
+        record: JobRecord,
+        once: Once | None = None,
+        webhook: Webhook | None = None,
+        most_queued: int = 0,
+    ) -> str:
         """Store a new job, unless the same request has made one before; its id, or that one's.
 
         :param webhook: who is to be told about it.
-
+        :param most_queued: how many jobs of its key may wait, this one included; 0 is any number.
         :raises ConflictError: there is one with this id.
         :raises IdempotencyMismatchError: the idempotency key came with another request.
+        :raises TooManyRequestsError: as many of its key wait already.
         """
         fields = (record.model_dump_json(), record.version, record.state, _terminal(record))
         known = ("", 0) if once is None else (once.fingerprint, _milliseconds(once.ttl_s))
         remembered = self._key("once", "" if once is None else once.key)
         keys = (self._job(record.id), self._key("jobs"), self._key("active"), remembered)
         told = telling(None, record)[:2]
+        place = (record.key or "", -record.priority, most_queued)
         hook = () if webhook is None else (webhook.url, f" {' '.join(webhook.events)} ", webhook.secret)
-        answer = str(
-            self._run(scripts.CREATE, keys, record.id, secrets.token_hex(8), *fields, *known, *told, *hook)
-        )
+        named = (record.id, secrets.token_hex(8))
+        answer = str(self._run(scripts.CREATE, keys, *named, *fields, *known, *told, *place, *hook))
         if answer == "another":
             raise IdempotencyMismatchError(
                 "this Idempotency-Key came with another request before: every request needs one of its own"
             )
+        if answer == "full":
+            waits = f"{most_queued} jobs of the key {record.key} wait, as many as may"
+            raise TooManyRequestsError(f"{waits}: try again when one has begun", QUEUE_RETRY_S)
         if answer == "exists":
             raise ConflictError(f"there is already a job {record.id}")
         return answer
@@ -173,8 +190,10 @@ class JobStore:
         return read_status(row)
 
     @guarded
-    def list(self, limit: int, cursor: str | None = None, state: JobState | None = None) -> JobPage:
-        """The newest ``limit`` jobs, or those after ``cursor``; only those in ``state``, when it is given.
+    def list(
+        self, limit: int, cursor: str | None = None, state: JobState | None = None, key: str | None = None
+    ) -> JobPage:
+        """The newest ``limit`` jobs, or those after ``cursor``; only those in ``state`` or of ``key``, if given.
 
         New jobs come before every cursor, so paging neither repeats nor skips because of them. Records and
         progress are read in one step: no page of running jobs shows one that has ended.
@@ -184,7 +203,8 @@ class JobStore:
         """
         if limit < 1:
             raise ValueError("limit must be at least 1")
-        index = self._key("jobs") if state is None else self._key("jobs", state)
+        whose = "jobs" if key is None else f"jobs@{key}"
+        index = self._key(whose) if state is None else self._key(whose, state)
         start = "+" if cursor is None else f"({read_cursor(cursor)}"
         found = self._run(scripts.PAGE, (index, self._key("job")), start, limit + 1)
         return page_of(found, limit)
@@ -235,10 +255,19 @@ class JobStore:
     # Leases
 
     @guarded
-    def claim_next(self, owner: str, ttl_s: float) -> tuple[JobRecord, Lease] | None:
-        """Take the lease of the oldest unfinished job that nobody holds; ``None`` when there is none."""
+    def claim_next(
+        self, owner: str, ttl_s: float, most_running: int = 0, most_of_key: int = 0
+    ) -> tuple[JobRecord, Lease] | None:
+        """Take the lease of an unfinished job that nobody holds; ``None`` when there is none, or no room.
+
+        That with the highest priority; then one of the key that has the fewest running; then the oldest.
+
+        :param most_running: how many jobs may run at once, whoever's scheduler they are; 0 is any number.
+        :param most_of_key: how many of one key, where the key has no limit of its own; 0 is any number.
+        """
         keys = (self._key("leases"), self._key("active"), self._key("job"))
-        found = self._run(scripts.CLAIM_NEXT, keys, secrets.token_hex(8), owner, _milliseconds(ttl_s))
+        most = (most_running, most_of_key)
+        found = self._run(CLAIM_NEXT, keys, secrets.token_hex(8), owner, _milliseconds(ttl_s), *most)
         if found is None:
             return None
         record = JobRecord.model_validate_json(found[0])
@@ -259,13 +288,14 @@ class JobStore:
     @guarded
     def renew(self, lease: Lease) -> None:
         """Let the lease last another ``ttl_s`` from now."""
-        if not self._run(scripts.RENEW, (self._job(lease.job),), lease.token, _milliseconds(lease.ttl_s)):
+        keys = (self._job(lease.job), self._key("leases"))
+        if not self._run(scripts.RENEW, keys, lease.token, _milliseconds(lease.ttl_s)):
             raise LeaseLostError(f"{lease.job}: the lease {lease.token} is not in force")
 
     @guarded
     def release(self, lease: Lease) -> None:
         """Give the lease back; it is no error when it is not in force any more."""
-        self._run(scripts.RELEASE, (self._job(lease.job),), lease.token)
+        self._run(scripts.RELEASE, (self._job(lease.job), self._key("leases")), lease.token)
 
     # Finished work
 

@@ -16,6 +16,7 @@ from typing import Any
 import structlog
 
 from service import metrics
+from service.access import confine, size_problems
 from service.commit import Output, output_problems
 from service.driver import Capacity
 from service.jobs import (
@@ -85,7 +86,8 @@ class JobRunner:
         self.lease = lease
         self.tools = tools
         self.lost = threading.Event()
-        self._output = Output(tools.store, record.output, record.id, self._guard)
+        self.store = confine(tools.store, record.access, record.output)
+        self._output = Output(self.store, record.output, record.id, self._guard)
         self._checked = 0.0
         self._log = log
 
@@ -184,7 +186,7 @@ class JobRunner:
         outcome = examine(
             parse_recipe(self.record.recipe),
             self._options,
-            self.tools.store,
+            self.store,
             settings.model_roots,
             settings.worker_baseline_bytes,
             self.record.output,
@@ -194,13 +196,14 @@ class JobRunner:
         # As long as nothing is made, it had better say so at once.
         problems = [*outcome.problems, *outcome.away, *self._output_problems()]
         if outcome.price is not None:
+            problems.extend(size_problems(self.record.access, outcome.price))
             problems.extend(self._capacity_problems(outcome.price, CLUSTER_WAIT_S if not problems else 0))
         if problems:
             raise PlanError(*problems)
         return outcome.result()
 
     def _output_problems(self) -> list[str]:
-        return output_problems(self.tools.store, self.record.output, self._options.overwrite)
+        return output_problems(self.store, self.record.output, self._options.overwrite)
 
     def _capacity_problems(self, price: Price, wait_s: float) -> list[str]:
         """Whether no node can take the biggest task; nothing, when the job fails anyhow and no cluster is up."""

@@ -77,7 +77,9 @@ class Scheduler:
             if len(self._running) == before > 0 and now < self._next_look:
                 return False
         try:
-            claimed = self._jobs.claim_next(self.owner, self._settings.lease_seconds)
+            settings = self._settings
+            most = (settings.max_running_jobs_total, settings.limits.running_jobs)
+            claimed = self._jobs.claim_next(self.owner, settings.lease_seconds, *most)
         except JobStoreUnavailableError as error:
             log.warning("job state is out of reach", error=str(error))
             return False

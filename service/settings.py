@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Self
+from typing import Literal, Self
 
 from pydantic import AliasChoices, Field, SecretStr, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from service.addresses import Destinations
+from service.keys import Limits
 from service.plan import PlanOptions
 from service.price import BASELINE_BYTES
 from service.webhooks import read_secret
@@ -30,6 +31,10 @@ class Settings(BaseSettings):
     """Address that the API listens on."""
     port: int = Field(default=8080, ge=0, le=65535)
     """Port that the API listens on."""
+    auth: Literal["keys", "off"] = "keys"
+    """Whether requests need an API key (`mergemill keys create`); `off` is for loopback alone."""
+    limits: Limits = Limits()
+    """What each API key may use, where it has no limits of its own; 0 is without limit."""
     ray_address: str | None = Field(
         default=None, validation_alias=AliasChoices("MERGEMILL_RAY_ADDRESS", "RAY_ADDRESS", "ray_address")
     )
@@ -50,6 +55,8 @@ class Settings(BaseSettings):
     """Memory of a worker process that has done nothing yet; part of every price."""
     max_running_jobs: int = Field(default=4, ge=1)
     """Jobs that one scheduler runs at once."""
+    max_running_jobs_total: int = Field(default=0, ge=0)
+    """Jobs that all schedulers together run at once; give all of them the same. 0 is any number."""
     max_parts_in_flight: int = Field(default=1024, ge=1)
     """Part tasks of one job that are handed to Ray at once; Ray runs as many as fit."""
     lease_seconds: float = Field(default=15.0, gt=0)

@@ -14,7 +14,12 @@
     │   ├── IdempotencyMismatchError         the idempotency key came with another request before
     │   ├── RequestTooLargeError             its body is longer than is read
     │   ├── RequestTimeoutError (TimeoutError)   its body does not come to an end
-    │   └── UnsupportedMediaTypeError        its content type is not one that is read
+    │   ├── UnsupportedMediaTypeError        its content type is not one that is read
+    │   ├── UnauthenticatedError             it comes without an API key that is good
+    │   └── TooManyRequestsError             its key asks too often, or has too many jobs queued
+    ├── ForbiddenError                       an API key does not allow this; lists every reason
+    ├── KeyNotFoundError (LookupError)       no API key has this id
+    ├── ExposedError                         the settings would leave the service open to others
     ├── ServiceUnavailableError (ConnectionError)   the REST API cannot be reached (raised by the client)
     ├── StackError                           the embedded stack did not come up
     ├── StoreError (OSError)                 the object store refused or failed
@@ -59,19 +64,23 @@ class MergemillError(Exception):
         return "".join("_" + c.lower() if c.isupper() else c for c in name).lstrip("_")
 
 
-class RecipeError(MergemillError, ValueError):
-    """The recipe cannot be understood; ``problems`` names each field."""
+class _ListingError(MergemillError):
+    """There may be several things wrong at once; ``problems`` lists all of them."""
 
     def __init__(self, *problems: str) -> None:
         super().__init__(*problems)
 
     @property
     def problems(self) -> tuple[str, ...]:
-        """One sentence per problem, each naming the field."""
+        """One sentence per problem, each naming what it is about."""
         return tuple(str(problem) for problem in self.args)
 
     def __str__(self) -> str:
         return "; ".join(self.problems)
+
+
+class RecipeError(_ListingError, ValueError):
+    """The recipe cannot be understood; ``problems`` names each field."""
 
 
 class PlanError(RecipeError):
@@ -116,6 +125,34 @@ class RequestTimeoutError(RequestError, TimeoutError):
 
 class UnsupportedMediaTypeError(RequestError):
     """The request's content type is not one that is read."""
+
+
+class UnauthenticatedError(RequestError):
+    """The request comes without an API key, or with one that is not good."""
+
+
+class TooManyRequestsError(RequestError):
+    """The request's key asks more often than it may, or has as many jobs queued as it may."""
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+    @property
+    def retry_after_s(self) -> float:
+        """Seconds after which it may be tried again."""
+        return float(self.args[1]) if len(self.args) > 1 else 1.0
+
+
+class ForbiddenError(_ListingError):
+    """The API key does not allow this; ``problems`` says of each thing why."""
+
+
+class KeyNotFoundError(MergemillError, LookupError):
+    """No API key has this id."""
+
+
+class ExposedError(MergemillError):
+    """The settings would leave the service open to whoever can reach it."""
 
 
 class ServiceUnavailableError(MergemillError, ConnectionError):
@@ -227,7 +264,7 @@ def _all_errors(root: type[MergemillError]) -> dict[str, type[MergemillError]]:
 def to_json(error: BaseException) -> dict[str, object]:
     """Describe ``error`` as JSON: ``{"type", "detail"}``, and ``problems`` and ``part`` where it has them."""
     described: dict[str, object] = {"type": type(error).__name__, "detail": str(error)}
-    if isinstance(error, RecipeError):
+    if isinstance(error, _ListingError):
         described["problems"] = list(error.problems)
     if isinstance(error, MergemillError) and error.part is not None:
         described["part"] = error.part
@@ -240,6 +277,6 @@ def from_json(described: dict[str, object]) -> MergemillError:
     if kind is None:
         return MergemillError(f"{described['type']}: {described['detail']}")
     problems = described.get("problems")
-    if issubclass(kind, RecipeError) and isinstance(problems, list):
+    if issubclass(kind, _ListingError) and isinstance(problems, list):
         return kind(*(str(problem) for problem in problems))
     return kind(str(described["detail"]))

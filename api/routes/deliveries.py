@@ -6,6 +6,7 @@ from datetime import UTC, datetime
 
 from fastapi import APIRouter
 
+from api.auth import JobsDep
 from api.delivery_schemas import DeliveryInfo, DeliveryList, TryInfo
 from api.deps import WebhooksDep
 from api.openapi import problems
@@ -16,8 +17,9 @@ router = APIRouter(prefix="/v1/merges", tags=["merges"])
 
 
 @readable(router, "/{job}/deliveries", response_model=DeliveryList, responses=problems(404, 503))
-def deliveries(job: str, webhooks: WebhooksDep) -> DeliveryList:
+def deliveries(job: str, jobs: JobsDep, webhooks: WebhooksDep) -> DeliveryList:
     """What the merge's webhook was told, every try of it, and what is still to be told."""
+    jobs.get(job)  # others' jobs are not there
     found = webhooks.deliveries(job)
     return DeliveryList(
         url=found.url, events=found.events, deliveries=tuple(map(_delivery, found.deliveries))

@@ -8,7 +8,8 @@ from anyio.to_thread import run_sync
 from fastapi import APIRouter, Header, Query, Request, Response
 from fastapi.responses import StreamingResponse
 
-from api.deps import JobsDep, StreamsDep
+from api.auth import JobsDep
+from api.deps import StreamsDep
 from api.openapi import problems
 from api.routing import readable
 from service.events import last_event, read_id

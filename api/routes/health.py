@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fastapi import APIRouter, Response
 
-from api.deps import DeploymentDep, JobsDep, StoreProbeDep
+from api.deps import DeploymentDep, JobStoreDep, StoreProbeDep
 from api.errors import from_error, problem
 from api.openapi import problems
 from api.readiness import look, missing
@@ -24,7 +24,7 @@ async def healthz() -> Liveness:
 
 @readable(router, "/readyz", response_model=Readiness, responses=problems(503))
 @readable(router, "/v1/readyz", response_model=Readiness, include_in_schema=False)
-def readyz(jobs: JobsDep, deployment: DeploymentDep, store_probe: StoreProbeDep) -> Readiness | Response:
+def readyz(jobs: JobStoreDep, deployment: DeploymentDep, store_probe: StoreProbeDep) -> Readiness | Response:
     """Whether jobs can be accepted, what each dependency says, and what about the deployment could lose jobs.
 
     Without compute jobs are accepted and wait: that is a check that is `missing`, and a warning, but not 503.

@@ -11,15 +11,17 @@ from anyio.to_thread import run_sync
 from fastapi import APIRouter, Query, Request, Response
 from fastapi.responses import RedirectResponse
 
+from api.auth import CallerDep, JobsDep
 from api.bodies import Body, BodyDep, Wanted, read
-from api.deps import JobsDep, PlanLimiterDep, SettingsDep, StoreDep
+from api.deps import PlanLimiterDep, SettingsDep, StoreDep
 from api.files import served
 from api.idempotency import REPLAYED, KeyDep, once_of
-from api.looking import plan_wanted, refuse_taken
+from api.looking import granted, plan_wanted, refuse_taken
 from api.observing import origin
 from api.openapi import problems, recipe_body
 from api.routing import readable
 from api.schemas import File, FileList, Job, JobList, MergeRequest, job_of
+from service.access import confine
 from service.delivery import check_in_place, listed
 from service.jobpages import JobStatus
 from service.jobs import CancelRequested, JobState, new_job
@@ -53,6 +55,7 @@ _FILE: dict[int | str, dict[str, Any]] = {
     responses=problems(400, 408, 413, 415, 422, 503),
 )
 async def submit(
+    caller: CallerDep,
     body: BodyDep,
     key: KeyDep,
     request: Request,
@@ -72,15 +75,26 @@ async def submit(
     A recipe that is refused has its models and its output looked at now, so that all there is to mend is said.
     """
     wanted = await run_sync(_checked, body, settings)
+    access = await run_sync(granted, caller, wanted, settings)
     if wanted.problems:
-        await run_sync(plan_wanted, wanted, settings, store, limiter=limiter)
+        await run_sync(plan_wanted, wanted, settings, store, access, limiter=limiter)
     assert wanted.recipe is not None and wanted.output is not None  # noqa: S101 - it is a whole request
-    once = await run_sync(once_of, key, request, body, wanted, settings.idempotency_seconds)
+    remembered_s, owner = settings.idempotency_seconds, jobs.key or ""
+    once = await run_sync(once_of, key, request, body, wanted, remembered_s, owner)
     # What was accepted once is not refused for the output that it has made since.
     if not wanted.options.overwrite and await run_sync(jobs.made_by, once) is None:
-        await refuse_taken(store, wanted.output, limiter)
+        await refuse_taken(confine(store, access, wanted.output), wanted.output, limiter)
     options = wanted.options.model_dump(mode="json")
-    record = new_job(wanted.recipe.to_json(), wanted.output, options, time.time(), origin())
+    record = new_job(
+        wanted.recipe.to_json(),
+        wanted.output,
+        options,
+        time.time(),
+        origin(),
+        key=jobs.key,
+        access=access,
+        priority=wanted.priority,
+    )
     made = await run_sync(jobs.create, record, once, wanted.webhook)
     response.headers["Location"] = f"{BASE}/{made}"
     if made != record.id:
@@ -119,6 +133,7 @@ def cancel(job: str, jobs: JobsDep) -> Job:
 def files(job: str, request: Request, jobs: JobsDep, store: StoreDep, settings: SettingsDep) -> FileList:
     """The files of a merged checkpoint, with URLs to download them from; 410 when they were replaced since."""
     record = jobs.get(job)
+    store = confine(store, record.access, record.output)
     found = []
     check_in_place(record, jobs, store)
     for file in listed(record):
@@ -142,6 +157,7 @@ def download(
     sizes = {file["name"]: file["size"] for file in listed(record)}
     if name not in sizes:
         raise ObjectNotFoundError(f"{job} has no file {name!r}")
+    store = confine(store, record.access, record.output)
     check_in_place(record, jobs, store)
     uri = join(record.output, name)
     size = store.head(uri).size
@@ -150,7 +166,7 @@ def download(
             f"{uri} has {size} bytes, and {job} wrote {sizes[name]}: it was changed since"
         )
     if scheme(uri) == "file":
-        return served(LocalStore(settings.store), uri)
+        return served(LocalStore(settings.store), uri, record.access)
     if request.method == "HEAD":  # a presigned URL is for GET alone
         headers = {"Content-Length": str(size), "Accept-Ranges": "bytes"}
         return Response(headers=headers, media_type=BYTES)

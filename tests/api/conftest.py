@@ -17,6 +17,7 @@ from api.app import create_app
 from api.server import Server
 from service import jobstore
 from service.settings import Settings
+from tests.servers.keys import bearer, make_key
 
 
 @contextmanager
@@ -42,15 +43,16 @@ def serving(app: FastAPI) -> Iterator[httpx.Client]:
 def api(valkey_url: str, valkey_namespace: str) -> Iterator[httpx.Client]:
     """An API with job state of its own."""
     with serving(create_app(Settings(redis_url=valkey_url, namespace=valkey_namespace))) as client:
+        client.headers.update(bearer(make_key(valkey_url, valkey_namespace)))
         yield client
 
 
 @pytest.fixture(scope="module")
 def lonely_api() -> Iterator[httpx.Client]:
-    """An API whose Redis is not there, and that soon gives up looking for it."""
+    """An API whose Redis is not there, and that soon gives up looking for it; for a key it cannot look either."""
     with pytest.MonkeyPatch.context() as patch, socket.create_server(("127.0.0.1", 0)) as probe:
         patch.setattr(jobstore, "CONNECTION_TRIES", 0)
         url = f"redis://127.0.0.1:{probe.getsockname()[1]}"
         probe.close()
-        with serving(create_app(Settings(redis_url=url))) as client:
+        with serving(create_app(Settings(redis_url=url, auth="off"))) as client:
             yield client

@@ -26,6 +26,7 @@ from tests.api.conftest import serving
 from tests.api.test_routes import record
 from tests.checkpoints import write_checkpoint
 from tests.fuzzing import fuzzed
+from tests.servers.keys import bearer, make_key
 from tests.service.job_steps import ALL_COMPLETE, TO_RUNNING
 from workers.methods import METHODS
 
@@ -68,8 +69,10 @@ def world(valkey_url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     Path(os.fsdecode(os.fsencode(place / "odd") + b"/\xff.bin")).touch()
     (place / "file").touch()
     (place / "good" / "config.json").write_text("{}")
-    app = create_app(Settings(redis_url=valkey_url, namespace=f"test-{place.name}-{os.getpid()}"))
-    with JobStore(valkey_url, f"test-{place.name}-{os.getpid()}") as jobs, serving(app) as http:
+    namespace = f"test-{place.name}-{os.getpid()}"
+    app = create_app(Settings(redis_url=valkey_url, namespace=namespace))
+    with JobStore(valkey_url, namespace) as jobs, serving(app) as http:
+        http.headers.update(bearer(make_key(valkey_url, namespace)))
         files = [{"name": "config.json", "size": 2, "digest": "sha256:x"}]
         done = (*TO_RUNNING, CommitStarted(), *ALL_COMPLETE, Succeeded({"files": files}))
         ids = [

@@ -217,8 +217,9 @@ def test_named_settings_exist() -> None:
     for text in (ROOT / "deploy/kuberay.yaml", ROOT / "deploy/create-bucket", *GUIDES):
         named |= set(re.findall(r"\bMERGEMILL_[A-Z0-9_]+[A-Z0-9]\b", text.read_text()))
     named = {name for name in named if name.startswith("MERGEMILL_")}
-    # The client's variable, the compose file's own, and the oracle's are no settings of the service.
-    assert named - settings <= {"MERGEMILL_URL", "MERGEMILL_BUCKET", "MERGEMILL_ORACLE_PYTHON"}
+    # The client's variables, the compose file's own, and the oracle's are no settings of the service.
+    clients = {"MERGEMILL_URL", "MERGEMILL_API_KEY"}
+    assert named - settings <= {*clients, "MERGEMILL_BUCKET", "MERGEMILL_ORACLE_PYTHON"}
     assert "MERGEMILL_STORE__S3_ENDPOINT_URL" in named
 
 

@@ -33,6 +33,7 @@ from service.settings import Settings
 from service.warden import processes
 from tests.checkpoints import fine_tune, llama_tensors, write_checkpoint
 from tests.e2e.bench import LocalDriver
+from tests.servers.keys import bearer
 
 pytestmark = [pytest.mark.valkey, pytest.mark.ray]
 
@@ -236,7 +237,9 @@ def test_a_kill_in_the_middle_of_a_part(rig: Rig, shards: int, tmp_path: Path, v
     assert {part: parts[part] for part in before} == before
     assert len(parts) == record.parts_total
     # The stack's socket accepts while the API starts again, so the answer may take as long as that.
-    assert httpx.get(f"{rig.stack.url}/v1/merges/{job}", timeout=DEADLINE_S).json()["state"] == "succeeded"
+    headers = bearer(rig.stack.api_key)
+    seen = httpx.get(f"{rig.stack.url}/v1/merges/{job}", timeout=DEADLINE_S, headers=headers).json()
+    assert seen["state"] == "succeeded"
 
 
 @pytest.mark.parametrize("victim", ["schedule", "ray driver", "serve"])
@@ -311,14 +314,15 @@ def test_a_cancel_over_rest_is_heard_until_the_commit_begins(rig: Rig, shards: i
     job = rig.submit(out)
     with Held(out, shards, exclusive=1) as held:
         until(lambda: list(held.paths[-1].parent.glob("parts/*.lock")), "no part waits to be uploaded")
-        assert httpx.post(f"{rig.stack.url}/v1/merges/{job}/cancel").status_code == 202
+        cancel, headers = f"{rig.stack.url}/v1/merges/{job}/cancel", bearer(rig.stack.api_key)
+        assert httpx.post(cancel, headers=headers).status_code == 202
         held.release()  # the worker may get on with its part: there is no upload for it any more
         assert rig.wait(job).state == JobState.CANCELLED
         assert not out.exists() or not any(out.iterdir())
     job = rig.submit(out)
     with Held(out, shards, exclusive=0):
         assert rig.wait(job, JobState.COMMITTING).state == JobState.COMMITTING
-        refused = httpx.post(f"{rig.stack.url}/v1/merges/{job}/cancel")
+        refused = httpx.post(f"{rig.stack.url}/v1/merges/{job}/cancel", headers=headers)
         assert refused.status_code == 409
         assert refused.headers["content-type"] == "application/problem+json"
     rig.check(job, out)

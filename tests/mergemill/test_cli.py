@@ -76,7 +76,7 @@ class Service:
 def service(monkeypatch: pytest.MonkeyPatch) -> Service:
     found = Service()
     transport = httpx.MockTransport(found.handle)
-    monkeypatch.setattr(session, "open_client", lambda url: Client(url, transport=transport))
+    monkeypatch.setattr(session, "open_client", lambda url, api_key=None: Client(url, transport=transport))
     monkeypatch.setattr("mergemill.client.POLL_S", (0.001, 0.001))
     return found
 
@@ -157,10 +157,21 @@ def test_the_bounds_are_the_services() -> None:
 
 
 def test_submit_sends_uris_and_bytes(recipe: Path, service: Service) -> None:
-    options = ["--overwrite", "--shard-size", "5GB", "--part-size", "64MiB", "--worker-memory", "2 GiB"]
+    options = [
+        "--overwrite",
+        "--priority",
+        "-3",
+        "--shard-size",
+        "5GB",
+        "--part-size",
+        "64MiB",
+        "--worker-memory",
+        "2 GiB",
+    ]
     found = run("submit", recipe, "./out", "--url", URL, *options)
     assert (found.exit_code, found.stdout) == (0, f"{JOB}\n")
     (body,) = service.bodies
+    assert body["priority"] == -3
     assert body["output"] == (recipe.parent / "out").as_uri()
     assert [entry["model"] for entry in body["recipe"]["models"]] == [
         (recipe.parent / "models" / name).as_uri() for name in "ab"
@@ -239,7 +250,9 @@ def test_ctrl_c_cancels_and_waits(recipe: Path, service: Service, monkeypatch: p
         return handle(request)
 
     monkeypatch.setattr(
-        session, "open_client", lambda url: Client(url, transport=httpx.MockTransport(interrupted))
+        session,
+        "open_client",
+        lambda url, api_key=None: Client(url, transport=httpx.MockTransport(interrupted)),
     )
     found = run("merge", recipe, "s3://bucket/out", "--url", URL)
     assert found.exit_code == 130

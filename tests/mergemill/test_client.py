@@ -21,6 +21,7 @@ from mergemill.client import PATIENCE_S, SUBMIT_RETRIES_S
 from service.jobs import CommitStarted, Event, Failed, JobState, PlanningStarted, Succeeded
 from service.jobstore import JobStore
 from service.settings import Settings
+from tests.servers.keys import make_key
 from tests.service.job_steps import ALL_COMPLETE, PATHS, TO_RUNNING, fresh
 from workers.errors import (
     ConflictError,
@@ -59,7 +60,8 @@ def client(valkey_url: str, valkey_namespace: str) -> Iterator[Client]:
     thread = threading.Thread(target=server.run, args=([listener],))
     thread.start()
     try:
-        with Client(f"http://127.0.0.1:{listener.getsockname()[1]}/") as found:
+        key = make_key(valkey_url, valkey_namespace)
+        with Client(f"http://127.0.0.1:{listener.getsockname()[1]}/", api_key=key) as found:
             yield found
     finally:
         server.should_exit = True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -22,7 +23,7 @@ from mergemill.children import Child
 from mergemill.stack import EmbeddedStack
 from service import warden
 from tests.checkpoints import write_checkpoint
-from workers.errors import StackError
+from workers.errors import StackError, UnauthenticatedError
 
 pytest_plugins = ["tests.servers.valkey"]
 pytestmark = [
@@ -80,9 +81,28 @@ def recipe(models: Path) -> dict[str, object]:
     return {"merge_method": "linear", "models": [{"model": (models / name).as_uri()} for name in "ab"]}
 
 
+def test_its_key_is_in_one_file_and_nowhere_else(
+    stack: EmbeddedStack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MERGEMILL_API_KEY", raising=False)
+    assert stack.api_key is not None
+    secret = stack.api_key.rpartition("_")[2].encode()
+    assert stack.key_file.stat().st_mode & 0o777 == 0o600
+    files = [path for path in stack.state_dir.rglob("*") if path.is_file() and not path.is_symlink()]
+    assert len(files) > 3
+    assert [path for path in files if secret in path.read_bytes()] == [stack.key_file]
+    for pid in descendants(os.getpid()):
+        for what in ("cmdline", "environ"):
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+                assert secret not in Path(f"/proc/{pid}/{what}").read_bytes()
+    assert secret.decode() not in repr(stack)
+    with Client(stack.url) as nobody, pytest.raises(UnauthenticatedError, match="MERGEMILL_API_KEY"):
+        nobody.list()
+
+
 def test_a_merge_from_recipe_to_download(stack: EmbeddedStack, models: Path, tmp_path: Path) -> None:
     states: list[str] = []
-    with Client(stack.url) as client:
+    with Client(stack.url, api_key=stack.api_key) as client:
         job = client.submit(recipe(models), (tmp_path / "merged").as_uri())
         done = client.wait(job.id, lambda job: states.append(job.state), timeout=120)
         client.download(job.id, tmp_path / "down")
@@ -95,7 +115,7 @@ def test_a_merge_from_recipe_to_download(stack: EmbeddedStack, models: Path, tmp
 
 
 def test_a_flipped_bit_of_a_real_shard_is_noticed(stack: EmbeddedStack, models: Path, tmp_path: Path) -> None:
-    with Client(stack.url) as client:
+    with Client(stack.url, api_key=stack.api_key) as client:
         job = client.submit(recipe(models), (tmp_path / "merged").as_uri()).id
         client.wait(job, timeout=120)
         shard = tmp_path / "merged" / "model-00001-of-00001.safetensors"
@@ -110,7 +130,7 @@ def test_a_flipped_bit_of_a_real_shard_is_noticed(stack: EmbeddedStack, models: 
 def test_what_dies_is_started_again_and_jobs_are_still_there(
     stack: EmbeddedStack, models: Path, tmp_path: Path, victim: str
 ) -> None:
-    with Client(stack.url) as client:
+    with Client(stack.url, api_key=stack.api_key) as client:
         before = client.submit(recipe(models), (tmp_path / "before").as_uri()).id
         old = stack.pids[victim]
         os.kill(old, signal.SIGKILL)
@@ -167,11 +187,11 @@ def test_nothing_outlives_up_when_it_is_killed_and_its_jobs_are_there_the_next_t
             pid for pid in below if b"schedule" in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
         ]
         os.kill(scheduler, signal.SIGSTOP)  # so that the job is not done yet
-        with Client(url) as client:
+        with Client(url, api_key=(state / "api-key").read_text()) as client:
             job = client.submit(recipe(models), (tmp_path / "out").as_uri()).id
         process.kill()
     until(lambda: not alive(below), "processes are left", 15)
-    with EmbeddedStack(state, ray_cpus=1) as stack, Client(stack.url) as client:
+    with EmbeddedStack(state, ray_cpus=1) as stack, Client(stack.url, api_key=stack.api_key) as client:
         pids = set(stack.pids.values())
         assert client.wait(job, timeout=120).state == "succeeded"
     assert not alive(pids)

@@ -41,22 +41,21 @@ def merge_by_service(jobs: Jobs, state: Path) -> None:
 
     first, *others = jobs
     with EmbeddedStack(state_dir=state) as stack, ThreadPoolExecutor(4) as pool:
-        client = Client(stack.url)
+        client = Client(stack.url, api_key=stack.api_key)
 
         def merge(output: Path) -> None:
             client.wait(client.submit(jobs[output], output=output.as_uri(), overwrite=True).id)
 
-        _merge_by_command(jobs[first], first, stack.url, state.with_name("recipe.yml"))
+        where = {"MERGEMILL_URL": stack.url, "MERGEMILL_API_KEY": stack.api_key or ""}
+        _merge_by_command(jobs[first], first, where, state.with_name("recipe.yml"))
         for future in [pool.submit(merge, output) for output in others]:
             future.result()
 
 
-def _merge_by_command(recipe: Recipe, output: Path, url: str, file: Path) -> None:
+def _merge_by_command(recipe: Recipe, output: Path, where: dict[str, str], file: Path) -> None:
     file.write_text(yaml.safe_dump(recipe))
     command = [sys.executable, "-m", "mergemill", "merge", str(file), str(output)]
-    done = subprocess.run(
-        command, env=os.environ | {"MERGEMILL_URL": url}, capture_output=True, text=True, check=False
-    )
+    done = subprocess.run(command, env=os.environ | where, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"mergemill merge exited with {done.returncode}:\n{done.stdout}{done.stderr}")
 

@@ -21,10 +21,12 @@ import uvicorn
 
 from api.app import create_app
 from api.server import Server
+from mergemill.credentials import BearerAuth
 from service.driver import Driver
 from service.jobstore import JobStore
 from service.scheduler import Scheduler
 from service.settings import Settings
+from tests.servers.keys import make_key
 from workers.store import StoreSettings
 from workers.task import PartResult
 
@@ -37,11 +39,12 @@ JSON = dict[str, Any]
 class RunningService:
     """A service that answers on a port."""
 
-    def __init__(self, url: str, jobs: JobStore, settings: Settings) -> None:
+    def __init__(self, url: str, jobs: JobStore, settings: Settings, api_key: str) -> None:
         self.url = url
         self.jobs = jobs
         self.settings = settings
-        self.http = httpx.Client(base_url=url, timeout=30)
+        self.api_key = api_key
+        self.http = httpx.Client(base_url=url, timeout=30, auth=BearerAuth(url, api_key))
 
     def submit(self, recipe: JSON, output: str, **options: Any) -> JSON:
         """Post a merge that is accepted; the job."""
@@ -115,7 +118,8 @@ def running_service(
                 assert api.is_alive() and time.monotonic() < deadline, "the API did not start"
                 time.sleep(0.02)
             port = server.servers[0].sockets[0].getsockname()[1]
-            service = RunningService(f"http://127.0.0.1:{port}", jobs, chosen)
+            key = make_key(chosen.redis_url, chosen.namespace)
+            service = RunningService(f"http://127.0.0.1:{port}", jobs, chosen, key)
             with service.http:
                 yield service
         finally:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import functools
+import time
 
 import pytest
 import redis
 
-from service import jobstore
+from service import jobstore, queuescripts
 from service.idempotency import once
 from service.jobs import PlanningStarted
 from service.jobstore import JobStore
@@ -79,17 +80,28 @@ def test_scripts_survive_their_flushing(job_store: JobStore, raw: redis.Redis) -
 
 
 def test_every_key_is_in_the_table(job_store: JobStore, raw: redis.Redis) -> None:
-    record, lease = claimed(job_store, *TO_RUNNING)
+    record = fresh(time.time()).model_copy(update={"key": "0" * 12})
+    job_store.create(record)
+    lease = job_store.acquire(record.id, "owner", 60)
+    assert lease is not None
+    for event in TO_RUNNING:
+        job_store.apply(record.id, event, lease.token)
     job_store.record_part(lease, part(1))
     job_store.record_survey(lease, "s", 0, {}, 1)
     job_store.claim_output(lease, "file:///out")
     asked = once("key", "POST", "/", [], {}, 60)
-    other = fresh(0)
+    other = fresh(0).model_copy(update={"key": "0" * 12})
     job_store.create(other, asked)
     keys = {key.removeprefix(f"{job_store._namespace}:") for key in raw.keys(f"{job_store._namespace}:*")}
-    names = {record.id: "<id>", other.id: "<id>", "file:///out": "<uri>", asked.key: "<key>"}
-    names |= {"jobs:running": "jobs:<state>", "jobs:queued": "jobs:<state>"}
+    names = {
+        record.id: "<id>",
+        other.id: "<id>",
+        "file:///out": "<uri>",
+        asked.key: "<key>",
+        "0" * 12: "<key>",
+    }
+    names |= {":running": ":<state>", ":queued": ":<state>"}
     shown = {functools.reduce(lambda text, name: text.replace(name, names[name]), names, key) for key in keys}
-    assert len(shown) == 14
+    assert len(shown) == 19
     for key in shown:
-        assert f"``{key}``" in (jobstore.__doc__ or "")
+        assert f"``{key}``" in (jobstore.__doc__ or "") + (queuescripts.__doc__ or "")

@@ -108,7 +108,7 @@ def to_path(uri: str) -> str:
         raise StoreError(f"{uri!r} has no path")
     if "?" in encoded or "#" in encoded:
         raise StoreError(f"{uri!r} has a bare '?' or '#'; write %3F or %23")
-    return _normal_path(uri, os.fsdecode(unquote_to_bytes("/" + encoded)))
+    return _normal_path(uri, os.fsdecode(unquote_to_bytes(_bytes(uri, "/" + encoded))))
 
 
 def from_path(path: str) -> str:
@@ -116,6 +116,7 @@ def from_path(path: str) -> str:
 
     :raises StoreError: the path is relative, or has a ``..`` or a NUL.
     """
+    _bytes(path, path)
     return "file://" + _encode(_normal_path(path, path))
 
 
@@ -141,6 +142,8 @@ def _split_s3(uri: str) -> tuple[str, list[str]]:
         raise StoreError(f"{uri!r}: {bucket[:100]!r} is no name of a bucket")
     if ".." in segments:
         raise StoreError(f"{uri!r} has a '..'")
+    if not uri.isascii() and any("\ud800" <= char <= "\udfff" for char in uri):
+        raise StoreError(f"{uri!r} holds half a character: no object has such a name")
     return bucket, [segment for segment in segments if segment not in ("", ".")]
 
 
@@ -151,6 +154,13 @@ def _normal_path(given: str, path: str) -> str:
     if ".." in segments or "\0" in path:
         raise StoreError(f"{given!r} has a '..' or a NUL")
     return "/" + "/".join(segment for segment in segments if segment not in ("", "."))
+
+
+def _bytes(given: str, path: str) -> bytes:
+    try:
+        return os.fsencode(path)
+    except UnicodeEncodeError as error:
+        raise StoreError(f"{given!r} holds half a character: no file has such a name") from error
 
 
 def _encode(path: str) -> str:

@@ -67,6 +67,9 @@ def test_normalise(given_uri: str, normal: str) -> None:
         ("file:///a?b", "%3F"),
         ("file:///a#b", "%23"),
         ("file:///a%00b", "NUL"),
+        ("file:///a\ud800", "half a character"),
+        ("/a\ud800", "half a character"),
+        ("s3://bucket/\udcff", "half a character"),
     ],
 )
 def test_what_is_refused(uri: str, says: str) -> None:
