@@ -290,6 +290,7 @@ def stack(scratch: Path) -> Iterator[Stack]:
             "MERGEMILL_REDIS_URL": valkey.url,
             "MERGEMILL_STATE_DIR": str(scratch / "state"),
             "MERGEMILL_RAY_ADDRESS": "local",
+            "MERGEMILL_AUTH": "off",
             PACE_FILE: str(pace),
         }
         serve = [sys.executable, "-m", "mergemill", "serve", "--fd", str(listener.fileno())]

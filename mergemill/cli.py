@@ -116,31 +116,12 @@ def serve(
     fd: Annotated[int | None, typer.Option(hidden=True, help="A listening socket to accept on.")] = None,
 ) -> None:
     """Run the REST API; see the settings MERGEMILL_HOST, MERGEMILL_PORT and MERGEMILL_REDIS_URL."""
-    import socket
-
-    import uvicorn
-
-    from api.app import create_app
-    from api.server import Server
-    from mergemill.exposure import check_exposure
+    from mergemill.serving import run_api
     from service.logs import configure
 
     settings = read_settings().served()
     configure(settings.log_format)
-    listener = None if fd is None else socket.socket(fileno=fd)
-    check_exposure(settings.host if listener is None else listener.getsockname()[0], settings)
-    config = uvicorn.Config(
-        create_app(settings),
-        host=settings.host,
-        port=settings.port,
-        log_config=None,
-        access_log=False,  # each request is logged with its id
-        server_header=False,
-        timeout_graceful_shutdown=10,
-    )
-    server = Server(config)
-    server.run(None if listener is None else [listener])
-    if not server.started:
+    if not run_api(settings, fd):
         raise typer.Exit(1)
 
 

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 from service.checkpoint import INDEX_FILE
 from service.jobpages import JobPage
-from service.jobs import JobRecord, JobState
+from service.jobrecord import JobRecord, JobState
 from service.sidecars import MANIFEST
 from workers.errors import NotReadyError, ObjectNotFoundError, OutputReplacedError
 from workers.store.base import ObjectStore

@@ -8,7 +8,7 @@ from typing import Any, Final
 import redis
 
 from service.events import JobEvent, read_event
-from service.jobs import JOB_ID, JobState
+from service.jobrecord import JOB_ID, JobState
 from service.redis_connection import TIMEOUT_S, connect_async, unavailable
 from workers.errors import JobNotFoundError
 

@@ -14,7 +14,8 @@ from datetime import UTC, datetime
 from typing import Final
 
 from service.jobpages import JobStatus
-from service.jobs import TRANSITIONS, JobRecord, JobState, event_name_of
+from service.jobrecord import JobRecord, JobState
+from service.jobs import TRANSITIONS, event_name_of
 from workers.errors import MalformedRequestError
 from workers.task import JSONValue
 

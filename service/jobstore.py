@@ -39,16 +39,15 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import Any, Final, Self
 
-import redis
-
 from service import jobscripts as scripts
 from service.events import telling
 from service.eventscripts import WARN
 from service.idempotency import Once
 from service.jobpages import JobPage, JobStatus, page_of, read_cursor, read_status
-from service.jobs import DETAIL_CHARS, JOB_ID, CancelRequested, Event, JobRecord, JobState, Restarted, advance
+from service.jobrecord import JOB_ID, JobRecord, JobState
+from service.jobs import DETAIL_CHARS, CancelRequested, Event, Restarted, advance
 from service.queuescripts import CLAIM_NEXT
-from service.redis_connection import CONNECTION_TRIES, connect, guarded
+from service.redis_connection import CONNECTION_TRIES, connect, durability_warnings, guarded
 from service.webhooks import Webhook
 from workers.errors import (
     ConflictError,
@@ -68,9 +67,6 @@ REMEMBERED_WRITES: Final = 32
 
 QUEUE_RETRY_S: Final = 30
 """When it may be worth it to try again to have a job queued, in seconds."""
-
-OLDEST_REDIS: Final = (7, 0)
-"""The oldest version of Redis that is supported."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,15 +125,16 @@ class JobStore:
         :raises IdempotencyMismatchError: the idempotency key came with another request.
         :raises TooManyRequestsError: as many of its key wait already.
         """
-        fields = (record.model_dump_json(), record.version, record.state, _terminal(record))
+        fields = (record.id, secrets.token_hex(8), record.model_dump_json(), record.version, record.state)
         known = ("", 0) if once is None else (once.fingerprint, _milliseconds(once.ttl_s))
         remembered = self._key("once", "" if once is None else once.key)
         keys = (self._job(record.id), self._key("jobs"), self._key("active"), remembered)
         told = telling(None, record)[:2]
         place = (record.key or "", -record.priority, most_queued)
         hook = () if webhook is None else (webhook.url, f" {' '.join(webhook.events)} ", webhook.secret)
-        named = (record.id, secrets.token_hex(8))
-        answer = str(self._run(scripts.CREATE, keys, *named, *fields, *known, *told, *place, *hook))
+        answer = str(
+            self._run(scripts.CREATE, keys, *fields, _terminal(record), *known, *told, *place, *hook)
+        )
         if answer == "another":
             raise IdempotencyMismatchError(
                 "this Idempotency-Key came with another request before: every request needs one of its own"
@@ -352,8 +349,6 @@ class JobStore:
         keys = (self._job(lease.job), self._key("output", uri))
         self._check(lease, self._run(scripts.RELEASE_OUTPUT, keys, lease.token, lease.job))
 
-    # The server
-
     @guarded
     def ping(self) -> None:
         """Ask whether Redis is there."""
@@ -362,18 +357,7 @@ class JobStore:
     @guarded
     def durability_warnings(self) -> tuple[str, ...]:
         """A sentence for each setting of this Redis that could lose what it has acknowledged."""
-        version = str(self._redis.info("server").get("redis_version", "0.0"))
-        warnings = []
-        if tuple(int(number) for number in version.split(".")[:2]) < OLDEST_REDIS:
-            warnings.append(f"Redis {version} is older than {'.'.join(map(str, OLDEST_REDIS))}")
-        wanted = {"appendonly": "yes", "appendfsync": "always", "maxmemory-policy": "noeviction"}
-        try:
-            found: Any = self._redis.config_get(*wanted)
-        except redis.ResponseError as error:  # managed services forbid or rename CONFIG
-            return (*warnings, f"Redis does not tell how durable it is ({error}); check {_settings(wanted)}")
-        wrong = {name: found[name] for name in wanted if name in found and found[name] != wanted[name]}
-        warnings.extend(f"Redis has {name} {value}, not {wanted[name]}" for name, value in wrong.items())
-        return tuple(warnings)
+        return durability_warnings(self._redis)
 
     def _key(self, *names: str) -> str:
         return ":".join((self._namespace, *names))
@@ -415,7 +399,3 @@ def _terminal(record: JobRecord) -> str:
 
 def _milliseconds(seconds: float) -> int:
     return max(1, round(seconds * 1000))
-
-
-def _settings(wanted: dict[str, str]) -> str:
-    return ", ".join(f"{name} {value}" for name, value in wanted.items())

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from service.idempotency import Once
 from service.jobpages import JobPage, JobStatus
-from service.jobs import Event, JobRecord, JobState
+from service.jobrecord import JobRecord, JobState
+from service.jobs import Event
 from service.jobstore import JobStore
 from service.keys import ANYBODY, ApiKey, Limits
 from service.webhooks import Webhook

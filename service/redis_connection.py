@@ -20,6 +20,9 @@ TIMEOUT_S: Final = 5.0
 CONNECTION_TRIES: Final = 8
 """How often a broken connection is tried again, with backoff: about four seconds when refused at once."""
 
+OLDEST_REDIS: Final = (7, 0)
+"""The oldest version of Redis that is supported."""
+
 _S = TypeVar("_S")
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
@@ -64,6 +67,23 @@ def guarded(method: Callable[Concatenate[_S, _P], _R]) -> Callable[Concatenate[_
 def unavailable(error: redis.RedisError) -> JobStoreUnavailableError:
     """Our own error for one of redis's."""
     return JobStoreUnavailableError(f"job store: {type(error).__name__}: {error}")
+
+
+def durability_warnings(client: redis.Redis) -> tuple[str, ...]:
+    """A sentence for each setting of this Redis that could lose what it has acknowledged."""
+    version = str(client.info("server").get("redis_version", "0.0"))
+    warnings = []
+    if tuple(int(number) for number in version.split(".")[:2]) < OLDEST_REDIS:
+        warnings.append(f"Redis {version} is older than {'.'.join(map(str, OLDEST_REDIS))}")
+    wanted = {"appendonly": "yes", "appendfsync": "always", "maxmemory-policy": "noeviction"}
+    try:
+        found: Any = client.config_get(*wanted)
+    except redis.ResponseError as error:  # managed services forbid or rename CONFIG
+        settings = ", ".join(f"{name} {value}" for name, value in wanted.items())
+        return (*warnings, f"Redis does not tell how durable it is ({error}); check {settings}")
+    wrong = {name: found[name] for name in wanted if name in found and found[name] != wanted[name]}
+    warnings.extend(f"Redis has {name} {value}, not {wanted[name]}" for name, value in wrong.items())
+    return tuple(warnings)
 
 
 def _options(timeout_s: float = TIMEOUT_S) -> dict[str, Any]:

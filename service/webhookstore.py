@@ -23,7 +23,7 @@ from typing import Any, Self
 
 from service import webhookscripts as scripts
 from service.events import JobEvent, read_event
-from service.jobs import JOB_ID
+from service.jobrecord import JOB_ID
 from service.redis_connection import connect, guarded
 from service.webhooks import Delivery, Try, message_id
 from workers.errors import JobNotFoundError

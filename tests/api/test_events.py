@@ -21,7 +21,8 @@ import redis
 from api import streams
 from api.app import create_app
 from mergemill.events import messages
-from service.jobs import CancelRequested, CommitStarted, Event, JobState, PlanningStarted, Succeeded
+from service.jobrecord import JobState
+from service.jobs import CancelRequested, CommitStarted, Event, PlanningStarted, Succeeded
 from service.jobstore import JobStore, Lease
 from service.settings import Settings
 from service.valkey import EmbeddedValkey
@@ -187,7 +188,7 @@ class TestLive:
     ) -> None:
         monkeypatch.setattr(streams.Streams.__init__, "__defaults__", (0.05,))
         record, _ = claimed(job_store)
-        settings = Settings(redis_url=valkey_url, namespace=job_store._namespace)
+        settings = Settings(redis_url=valkey_url, namespace=job_store._namespace, auth="off")
         with serving(create_app(settings)) as api, api.stream("GET", path(record.id)) as response:
             beats = 0
             for line in response.iter_lines():
@@ -199,7 +200,7 @@ class TestLive:
     def test_sixty_streams_of_twelve_jobs_lose_nothing(self, api: httpx.Client, job_store: JobStore) -> None:
         jobs = [claimed(job_store)[1] for _ in range(12)]
         limits = httpx.Limits(max_connections=100)
-        with httpx.Client(base_url=api.base_url, timeout=60, limits=limits) as http:
+        with httpx.Client(base_url=api.base_url, headers=api.headers, timeout=60, limits=limits) as http:
 
             def follow(lease: Lease) -> list[tuple[str, JSON]]:
                 with reading(http, lease.job) as stream:
@@ -227,7 +228,7 @@ class TestLive:
 
     def test_a_client_that_leaves_is_forgotten_at_once(self, valkey_url: str, job_store: JobStore) -> None:
         record, _ = claimed(job_store)
-        app = create_app(Settings(redis_url=valkey_url, namespace=job_store._namespace))
+        app = create_app(Settings(redis_url=valkey_url, namespace=job_store._namespace, auth="off"))
         with serving(app) as api:
             port = api.base_url.port
             assert port is not None
@@ -240,7 +241,9 @@ class TestLive:
     def test_a_server_that_ends_ends_its_streams(self, valkey_url: str, job_store: JobStore) -> None:
         record, _ = claimed(job_store)
         with ThreadPoolExecutor(10) as pool:
-            with serving(create_app(Settings(redis_url=valkey_url, namespace=job_store._namespace))) as api:
+            with serving(
+                create_app(Settings(redis_url=valkey_url, namespace=job_store._namespace, auth="off"))
+            ) as api:
                 opened = threading.Barrier(11)
 
                 def follow() -> list[str]:
@@ -264,7 +267,7 @@ class TestBreaks:
         self, valkey_url: str, job_store: JobStore
     ) -> None:
         record, lease = claimed(job_store)
-        settings = Settings(redis_url=valkey_url, namespace=job_store._namespace)
+        settings = Settings(redis_url=valkey_url, namespace=job_store._namespace, auth="off")
         found: list[tuple[str, JSON]] = []
         steps, done = iter(STEPS), 1
         while done <= len(STEPS):
@@ -287,7 +290,7 @@ class TestBreaks:
             store = stack.enter_context(JobStore(first.url, valkey_namespace))
             record, lease = claimed(store, PlanningStarted())
             api = stack.enter_context(
-                serving(create_app(Settings(redis_url=first.url, namespace=valkey_namespace)))
+                serving(create_app(Settings(redis_url=first.url, namespace=valkey_namespace, auth="off")))
             )
             stream = stack.enter_context(reading(api, record.id))
             found = [stream.next(), stream.next()]

@@ -30,7 +30,7 @@ def within(valkey_url: str, valkey_namespace: str) -> Iterator[Within]:
 
         def start(root: Path | None) -> httpx.Client:
             store = StoreSettings(file_roots=None if root is None else (str(root),))
-            settings = Settings(redis_url=valkey_url, namespace=valkey_namespace, store=store)
+            settings = Settings(redis_url=valkey_url, namespace=valkey_namespace, auth="off", store=store)
             return running.enter_context(serving(create_app(settings)))
 
         yield start

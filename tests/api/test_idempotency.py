@@ -134,7 +134,7 @@ class TestOneKey:
     def test_an_api_that_is_started_again_knows_it(
         self, valkey_url: str, valkey_namespace: str, key: str
     ) -> None:
-        settings = Settings(redis_url=valkey_url, namespace=valkey_namespace)
+        settings = Settings(redis_url=valkey_url, namespace=valkey_namespace, auth="off")
         with serving(create_app(settings)) as before:
             first = post(before, key)
         with serving(create_app(settings)) as after:
@@ -163,7 +163,9 @@ class TestOneKey:
     def test_it_is_forgotten_in_the_end(
         self, valkey_url: str, valkey_namespace: str, raw: redis.Redis, key: str
     ) -> None:
-        settings = Settings(redis_url=valkey_url, namespace=valkey_namespace, idempotency_seconds=0.2)
+        settings = Settings(
+            redis_url=valkey_url, namespace=valkey_namespace, auth="off", idempotency_seconds=0.2
+        )
         with serving(create_app(settings)) as api:
             first = post(api, key)
             (remembered,) = raw.keys(f"{valkey_namespace}:once:*")
@@ -181,7 +183,7 @@ class TestOneKey:
         proxy = AnswerLosingProxy("127.0.0.1", valkey_server.port)
         url = valkey_server.url.replace(f":{valkey_server.port}", f":{proxy.port}")
         try:
-            with serving(create_app(Settings(redis_url=url, namespace=namespace))) as api:
+            with serving(create_app(Settings(redis_url=url, namespace=namespace, auth="off"))) as api:
                 proxy.lose = 3
                 first = post(api, key)
                 assert (first.status_code, proxy.lost, REPLAYED in first.headers) == (202, 3, False)

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from api.app import create_app
-from service.jobs import CommitStarted, JobRecord, JobState, Succeeded
+from service.jobrecord import JobRecord, JobState
+from service.jobs import CommitStarted, Succeeded
 from service.jobstore import JobStore
 from service.keys import Access, split_token
 from service.settings import Settings

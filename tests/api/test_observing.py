@@ -108,7 +108,7 @@ def test_an_error_that_nobody_expected_has_its_request_s_id(
         raise ZeroDivisionError
 
     monkeypatch.setattr(JobStore, "status", broken)
-    with serving(create_app(Settings(redis_url=valkey_url))) as client:
+    with serving(create_app(Settings(redis_url=valkey_url, auth="off"))) as client:
         answer = client.get("/v1/merges/x", headers={"X-Request-Id": "mine-5"})
     assert (answer.status_code, answer.headers["x-request-id"]) == (500, "mine-5")
     assert answer.json()["request_id"] == "mine-5"

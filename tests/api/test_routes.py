@@ -19,7 +19,8 @@ from api.looking import plan_wanted
 from api.routes import plans
 from mergemill import Client
 from service.checkpoint import INDEX_FILE
-from service.jobs import CommitStarted, Event, JobRecord, Succeeded
+from service.jobrecord import JobRecord
+from service.jobs import CommitStarted, Event, Succeeded
 from service.jobstore import JobStore
 from service.settings import Settings
 from tests.api.conftest import serving
@@ -165,7 +166,7 @@ class TestReplacedOutputs:
             assert f"replaced since by {new.id}" in answer.json()["detail"]
             assert api.get(f"/v1/merges/{new.id}/{path}").status_code == 200
         with (
-            Client(str(api.base_url)) as client,
+            Client(str(api.base_url), api_key=api.headers["Authorization"].split()[1]) as client,
             pytest.raises(OutputReplacedError, match=f"replaced since by {new.id}"),
         ):
             client.download(old.id, tmp_path / "down")

@@ -22,6 +22,7 @@ from api.app import create_app
 from service.settings import Settings
 from tests.api.conftest import serving
 from tests.fuzzing import FACTOR
+from tests.servers.keys import bearer, make_key
 from workers.store import StoreSettings
 
 pytestmark = [pytest.mark.valkey, pytest.mark.fuzz]
@@ -38,6 +39,7 @@ def api(valkey_url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[h
     store = StoreSettings(file_roots=(str(place),), s3_endpoint_url="http://127.0.0.1:1", s3_max_attempts=1)
     namespace = f"test-{place.name}-{os.getpid()}"
     with serving(create_app(Settings(redis_url=valkey_url, namespace=namespace, store=store))) as client:
+        client.headers.update(bearer(make_key(valkey_url, namespace)))
         yield client
 
 
@@ -49,6 +51,7 @@ def test_every_operation(api: httpx.Client, path: str, method: str) -> None:
     @settings(max_examples=20 * FACTOR, deadline=None, suppress_health_check=list(HealthCheck))
     @given(cases)
     def tried(case: schemathesis.Case) -> None:
-        case.call_and_validate(base_url=str(api.base_url), checks=CHECKS)
+        key = {"Authorization": api.headers["Authorization"]}
+        case.call_and_validate(base_url=str(api.base_url), headers=key, checks=CHECKS)
 
     tried()

@@ -10,7 +10,7 @@ import pytest
 from api.streams import Streams
 from service.eventlog import EventLog, Look
 from service.events import Amounts, JobEvent
-from service.jobs import JobState
+from service.jobrecord import JobState
 from workers.errors import JobStoreUnavailableError
 
 pytestmark = pytest.mark.fast

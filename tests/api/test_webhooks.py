@@ -34,6 +34,7 @@ def settings(valkey_url: str, valkey_namespace: str) -> Settings:
     return Settings(
         redis_url=valkey_url,
         namespace=valkey_namespace,
+        auth="off",
         webhook_allow_private=("127.0.0.1",),
         webhook_secret=SECRET,
     )

@@ -11,7 +11,8 @@ import pytest
 import redis
 import torch
 
-from service.jobs import CancelRequested, JobRecord, JobState
+from service.jobrecord import JobRecord, JobState
+from service.jobs import CancelRequested
 from service.runner import MAX_OUTAGES
 from tests.checkpoints import fine_tune, write_checkpoint
 from tests.e2e.bench import Bench, KilledError, Steps, at_step, raising

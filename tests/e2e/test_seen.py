@@ -79,7 +79,7 @@ def spans() -> Iterator[InMemorySpanExporter]:
 @pytest.fixture
 def small(valkey_url: str, valkey_namespace: str) -> Iterator[tuple[httpx.Client, JobStore]]:
     """API and scheduler in this process, and a fleet that is a function call."""
-    settings = Settings(redis_url=valkey_url, namespace=valkey_namespace, poll_seconds=0.01)
+    settings = Settings(redis_url=valkey_url, namespace=valkey_namespace, auth="off", poll_seconds=0.01)
     with JobStore(valkey_url, valkey_namespace) as jobs, serving(create_app(settings)) as client:
         scheduler = Scheduler(settings, jobs, LocalDriver())  # type: ignore[arg-type]
         thread = threading.Thread(target=scheduler.run)

@@ -11,7 +11,7 @@ from standardwebhooks import Webhook as Verifier
 
 from mergemill import Client, Job
 from service.courier import Courier
-from service.jobs import new_job
+from service.jobrecord import new_job
 from service.settings import Settings
 from service.webhooks import Webhook
 from service.webhookstore import WebhookStore
@@ -30,7 +30,7 @@ def test_a_merge_is_told_from_its_beginning_to_its_end(service: RunningService, 
         write_checkpoint(tmp_path / str(seed), fine_tune(tensors, seed, 0.1))
     models = [{"model": str(tmp_path / str(seed))} for seed in (1, 2)]
     seen: list[Job] = []
-    with Client(service.url) as client:
+    with Client(service.url, api_key=service.api_key) as client:
         job = client.submit({"merge_method": "linear", "models": models}, str(tmp_path / "out"))
         done = client.wait(job.id, seen.append, timeout=100)
         events = list(client.events(job.id))

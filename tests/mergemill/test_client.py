@@ -18,7 +18,8 @@ from api.app import create_app
 from api.server import Server
 from mergemill import Client, Job
 from mergemill.client import PATIENCE_S, SUBMIT_RETRIES_S
-from service.jobs import CommitStarted, Event, Failed, JobState, PlanningStarted, Succeeded
+from service.jobrecord import JobState
+from service.jobs import CommitStarted, Event, Failed, PlanningStarted, Succeeded
 from service.jobstore import JobStore
 from service.settings import Settings
 from tests.servers.keys import make_key

@@ -16,7 +16,7 @@ import pytest
 from api.app import create_app
 from mergemill import Client, Event, Job
 from mergemill.events import NoStreamError, messages
-from service.jobs import JobState
+from service.jobrecord import JobState
 from service.jobstore import JobStore
 from service.settings import Settings
 from tests.api.conftest import serving
@@ -43,7 +43,7 @@ def counting(url: str) -> Iterator[tuple[Client, list[str]]]:
 
 @pytest.fixture
 def url(valkey_url: str, valkey_namespace: str) -> Iterator[str]:
-    with serving(create_app(Settings(redis_url=valkey_url, namespace=valkey_namespace))) as api:
+    with serving(create_app(Settings(redis_url=valkey_url, namespace=valkey_namespace, auth="off"))) as api:
         yield str(api.base_url)
 
 
@@ -103,7 +103,7 @@ class TestOnARealApi:
     ) -> None:
         monkeypatch.setattr("mergemill.client.POLL_S", (0.01, 0.05))
         record, lease = claimed(job_store)
-        settings = Settings(redis_url=valkey_url, namespace=job_store._namespace)
+        settings = Settings(redis_url=valkey_url, namespace=job_store._namespace, auth="off")
         found: list[Event] = []
         started = threading.Semaphore(0)
 

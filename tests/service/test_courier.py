@@ -20,7 +20,8 @@ from standardwebhooks import Webhook as Verifier
 from service import courier as couriers
 from service import webhookstore
 from service.courier import Courier
-from service.jobs import CancelRequested, JobState
+from service.jobrecord import JobState
+from service.jobs import CancelRequested
 from service.jobstore import JobStore, Lease
 from service.settings import Settings
 from service.valkey import EmbeddedValkey

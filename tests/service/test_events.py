@@ -12,7 +12,8 @@ import redis
 
 from service import jobstore
 from service.events import CHANGES, JobEvent, last_event, read_event, read_id, telling
-from service.jobs import CancelRequested, CommitStarted, JobState, PlanningStarted, Restarted, advance
+from service.jobrecord import JobState
+from service.jobs import CancelRequested, CommitStarted, PlanningStarted, Restarted, advance
 from service.jobstore import JobStore
 from service.valkey import EmbeddedValkey
 from tests.servers.redis_proxy import AnswerLosingProxy

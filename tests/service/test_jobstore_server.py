@@ -53,7 +53,7 @@ def password(url: str) -> str:
 
 
 def test_an_old_redis_is_named(job_store: JobStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(jobstore, "OLDEST_REDIS", (99, 1))
+    monkeypatch.setattr("service.redis_connection.OLDEST_REDIS", (99, 1))
     (warning,) = job_store.durability_warnings()
     assert "is older than 99.1" in warning
 

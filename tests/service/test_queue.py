@@ -12,7 +12,8 @@ import redis
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from service.jobs import Cancelled, CancelRequested, Failed, JobRecord, JobState, PlanningStarted
+from service.jobrecord import JobRecord, JobState
+from service.jobs import Cancelled, CancelRequested, Failed, PlanningStarted
 from service.jobstore import JobStore, Lease
 from service.keys import Limits, Scope, new_key
 from service.keystore import KeyStore
@@ -29,7 +30,7 @@ _seconds = count(1000)
 def queue(store: JobStore, key: str | None, priority: int = 0, most: int = 0) -> JobRecord:
     """A new job, younger than all before."""
     record = fresh(float(next(_seconds))).model_copy(update={"key": key, "priority": priority})
-    store.create(record, most)
+    store.create(record, most_queued=most)
     return record
 
 

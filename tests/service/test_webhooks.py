@@ -16,7 +16,7 @@ from standardwebhooks import WebhookVerificationError
 
 from service.addresses import Destinations
 from service.events import Amounts, JobEvent
-from service.jobs import JobState
+from service.jobrecord import JobState
 from service.settings import Settings
 from service.webhooks import (
     BACKOFF,
