@@ -24,9 +24,8 @@ Everything that changes a job's keys under a lease checks the lease's token in t
 owner that was paused past its lease changes nothing. Connections are retried, and Redis may have acted
 before a connection broke; every script therefore gives the same answer when it is run again: the record's
 by a nonce, leases by their token's random epoch. Scripts build key names from ids: Redis Cluster, where all
-keys of a script have to be named in advance and live in one slot, is not supported. The keys of webhooks are
-in :mod:`service.webhookstore`, those of API keys in :mod:`service.keystore`, those of schedulers in
-:mod:`service.deployment`.
+keys of a script have to be named in advance and live in one slot, is not supported. There are
+more of them in :mod:`service.webhookstore`, :mod:`service.keystore` and :mod:`service.deployment`.
 """
 
 from __future__ import annotations

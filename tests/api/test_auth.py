@@ -63,7 +63,7 @@ def test_every_route_but_the_health_checks_wants_a_key(api: httpx.Client) -> Non
             refused(answer, method, 401, "unauthenticated")
             assert answer.headers["www-authenticate"] == 'Bearer realm="mergemill"'
             assert operation["security"] == [{"ApiKey": []}]
-    for path in ("/openapi.json", "/docs", "/v1/healthz", "/v1/readyz"):
+    for path in ("/openapi.json", "/docs", "/v1/healthz", "/v1/readyz", "/metrics"):
         assert api.get(path, headers={"authorization": ""}).status_code == 200
     document = api.get("/openapi.json").json()
     assert document["components"]["securitySchemes"]["ApiKey"]["scheme"] == "bearer"

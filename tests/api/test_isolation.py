@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 from api.app import create_app
+from service.checkpoint import INDEX_FILE
 from service.jobrecord import JobRecord, JobState
 from service.jobs import CommitStarted, Succeeded
 from service.jobstore import JobStore
@@ -21,6 +23,7 @@ from tests.api.conftest import serving
 from tests.checkpoints import fine_tune, write_checkpoint
 from tests.servers.keys import bearer, make_key
 from tests.service.job_steps import ALL_COMPLETE, TO_RUNNING, fresh, part
+from workers.task import JSONValue
 
 pytestmark = pytest.mark.valkey
 
@@ -44,7 +47,7 @@ class Tenants:
             (home / "merged").mkdir()
             (home / "merged/config.json").write_text(f"{name}'s secret")
             self.token[name] = make_key(url, namespace, ["read", "submit"], [home.as_uri()], [home.as_uri()])
-            self.jobs[name] = [self._job(name), self._done(name)]
+            self.jobs[name] = [self._job(name), self.done(name)]
 
     def key(self, name: str) -> str:
         return (split_token(self.token[name]) or ("", ""))[0]
@@ -52,20 +55,24 @@ class Tenants:
     def ask(self, name: str, method: str, path: str, **more: Any) -> httpx.Response:
         return self.http.request(method, path, headers=bearer(self.token[name]), **more)
 
-    def _job(self, name: str) -> JobRecord:
+    def status(self, name: str, method: str, path: str) -> int:
+        """What is answered, without waiting for all of it: a stream of events does not end."""
+        with self.http.stream(method, path, headers=bearer(self.token[name])) as answer:
+            return answer.status_code
+
+    def _job(self, name: str, output: str | None = None) -> JobRecord:
         home = (self.place / name).as_uri()
-        access = Access(inputs=(home,), outputs=(home,))
-        job = fresh(time.time()).model_copy(
-            update={"key": self.key(name), "access": access, "output": f"{home}/merged"}
-        )
+        place = output or f"{home}/merged"
+        access = Access(inputs=(home,), outputs=(home, place))
+        job = fresh(time.time()).model_copy(update={"key": self.key(name), "access": access, "output": place})
         self.store.create(job)
         return job
 
-    def _done(self, name: str) -> JobRecord:
-        job = self._job(name)
+    def done(self, name: str, output: str | None = None, files: list[JSONValue] | None = None) -> JobRecord:
+        job = self._job(name, output)
         lease = self.store.acquire(job.id, "owner", 60)
         assert lease is not None
-        files = [{"name": "config.json", "size": 12, "digest": "sha256:x"}]
+        files = files or [{"name": "config.json", "size": 12, "digest": "sha256:x"}]
         for event in (*TO_RUNNING, CommitStarted(), *ALL_COMPLETE, Succeeded({"files": files})):
             if isinstance(event, CommitStarted):
                 self.store.record_part(lease, part(1))
@@ -93,6 +100,8 @@ def job_routes(api: httpx.Client) -> list[tuple[str, str]]:
     assert {path for _, path in found} >= {
         "/v1/merges/{job}",
         "/v1/merges/{job}/cancel",
+        "/v1/merges/{job}/events",
+        "/v1/merges/{job}/deliveries",
         "/v1/merges/{job}/files/{name}",
     }
     return [*found, *(("HEAD", path) for method, path in found if method == "GET")]
@@ -105,11 +114,13 @@ def test_nobody_sees_or_touches_a_job_of_anothers_by_any_route(tenants: Tenants)
             theirs = tenants.ask("bob", method, path)
             missing = tenants.ask("bob", method, path.replace(job.id, NOWHERE))
             assert theirs.status_code == missing.status_code == 404, (method, path, theirs.text)
-            assert theirs.text.replace(job.id, NOWHERE) == missing.text  # nor does the refusal tell
             if method != "HEAD":
                 assert theirs.json()["type"] == "urn:mergemill:error:job_not_found"
-            own = [tenants.ask(name, method, path) for name in ("ann", "root")]
-            assert all(answer.status_code != 404 for answer in own), (method, path)
+                told, never = ({**answer.json(), "request_id": ""} for answer in (theirs, missing))
+                told["detail"] = told["detail"].replace(job.id, NOWHERE)
+                assert told == never  # the refusal does not tell either
+            own = [tenants.status(name, method, path) for name in ("ann", "root")]
+            assert 404 not in own, (method, path)
     assert [tenants.store.get(job.id) for job in tenants.jobs["bob"]] == tenants.jobs["bob"]
 
 
@@ -235,6 +246,52 @@ def test_a_file_of_a_model_that_is_a_link_is_refused(tenants: Tenants, name: str
     )
 
 
+def test_what_anothers_job_replaced_names_no_job_of_anothers(tenants: Tenants) -> None:
+    shared = tenants.place / "shared"
+    shared.mkdir()
+
+    def merged(name: str, text: str) -> JobRecord:
+        (shared / INDEX_FILE).write_text(text)
+        digest = f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"
+        return tenants.done(
+            name, shared.as_uri(), [{"name": INDEX_FILE, "size": len(text), "digest": digest}]
+        )
+
+    old, new = merged("bob", "one"), merged("ann", "two")
+    for path in ("files", f"files/{INDEX_FILE}"):
+        for name, named in (("bob", False), ("root", True)):
+            answer = tenants.ask(name, "GET", f"/v1/merges/{old.id}/{path}")
+            assert answer.status_code == 410
+            assert (new.id in answer.text) == named
+        assert tenants.ask("ann", "GET", f"/v1/merges/{new.id}/{path}").status_code == 200
+
+
+def test_what_is_asked_once_is_asked_by_one_key(tenants: Tenants) -> None:
+    """The same Idempotency-Key of two callers is two; another's job never comes back."""
+    made = {}
+    sent = body(tenants.place, "bob/a", "bob/b", output="bob/out")
+    for name in ("bob", "root"):
+        headers = {**bearer(tenants.token[name]), "Idempotency-Key": "the same"}
+        first, again = (tenants.http.post("/v1/merges", json=sent, headers=headers) for _ in range(2))
+        assert (first.status_code, again.status_code) == (202, 202), again.text
+        assert (again.json()["id"], again.headers["Idempotent-Replayed"]) == (first.json()["id"], "true")
+        assert "Idempotent-Replayed" not in first.headers
+        made[name] = first.json()["id"]
+    assert made["bob"] != made["root"]
+    ann = {**bearer(tenants.token["ann"]), "Idempotency-Key": "the same"}
+    assert tenants.http.post("/v1/merges", json=sent, headers=ann).status_code == 403
+
+
+def test_a_webhook_is_no_place_that_is_read_or_written(tenants: Tenants) -> None:
+    hook = {"url": "https://example.com/", "secret": "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"}
+    sent = body(tenants.place, "bob/a", "bob/b") | {"webhook": hook}
+    answer = tenants.ask("bob", "POST", "/v1/merges", json=sent)
+    assert answer.status_code == 202, answer.text
+    told = f"/v1/merges/{answer.json()['id']}/deliveries"
+    assert tenants.ask("bob", "GET", told).json()["url"] == hook["url"]
+    assert tenants.ask("ann", "GET", told).status_code == 404
+
+
 def test_what_is_allowed_is_planned_and_queued(tenants: Tenants) -> None:
     sent = body(tenants.place, "bob/a", "bob/b")
     assert tenants.ask("bob", "POST", "/v1/plans", json=sent).status_code == 200
@@ -276,9 +333,12 @@ def test_quotas(tenants: Tenants, valkey_url: str, valkey_namespace: str) -> Non
     answer = tenants.http.post("/v1/plans", json=sent, headers=bearer(token))
     assert answer.status_code == 422
     assert "64 bytes" in answer.json()["errors"][0]
-    assert tenants.http.post("/v1/merges", json=sent, headers=bearer(token)).status_code == 202
+    once = {**bearer(token), "Idempotency-Key": "a key"}
+    assert tenants.http.post("/v1/merges", json=sent, headers=once).status_code == 202
     answer = tenants.http.post("/v1/merges", json=sent, headers=bearer(token))
     assert answer.status_code == 429
+    again = tenants.http.post("/v1/merges", json=sent, headers=once)  # counts against nothing
+    assert (again.status_code, again.headers["Idempotent-Replayed"]) == (202, "true")
     assert answer.json()["type"] == "urn:mergemill:error:too_many_requests"
     assert int(answer.headers["retry-after"]) > 0
 
