@@ -69,7 +69,7 @@ def test_what_is_refused(
     assert answer.status_code == 422
     assert any(about in problem for problem in answer.json()["errors"]), answer.text
     assert "hunter2" not in answer.text and SECRET[6:] not in answer.text
-    assert raw.keys(f"{valkey_namespace}:*") == []
+    assert not [key for key in raw.keys(f"{valkey_namespace}:*") if ":key" not in key]
 
 
 def test_a_merge_without_one(api: httpx.Client) -> None:
