@@ -151,7 +151,7 @@ class JobStore:
         if once is None:
             return None
         fingerprint, job = self._redis.hmget(self._key("once", once.key), "fingerprint", "job")
-        return job if fingerprint == once.fingerprint else None
+        return str(job) if fingerprint == once.fingerprint else None
 
     @guarded
     def get(self, job: str) -> JobRecord:

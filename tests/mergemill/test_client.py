@@ -292,6 +292,7 @@ class TestOddAnswers:
             httpx.ReadTimeout("slow"),
             httpx.Response(200, json=_body("running")),
             httpx.RemoteProtocolError("gone"),
+            httpx.Response(429, json={"detail": "too often"}),
             httpx.Response(200, json=_body("succeeded")),
         ]
 

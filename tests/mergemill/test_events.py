@@ -217,7 +217,8 @@ class TestOddStreams:
         assert asked == [None]
 
     @pytest.mark.parametrize(
-        "answer", [httpx.Response(503), [], [b"data: {\n\n"], [b"data: {}\n\n"], [b"\xff\xfe"]]
+        "answer",
+        [httpx.Response(503), httpx.Response(429), [], [b"data: {\n\n"], [b"data: {}\n\n"], [b"\xff\xfe"]],
     )
     def test_streams_that_are_none_do_not_end_the_waiting(self, answer: Any) -> None:
         asked: list[str | None] = []
@@ -225,6 +226,13 @@ class TestOddStreams:
         with pytest.raises(JobFailedError):
             self.client([answer], looks, asked).wait(JOB)
         assert asked == [None] * 3
+
+    def test_events_go_on_after_they_were_asked_for_too_often(self) -> None:
+        asked: list[str | None] = []
+        streams = [httpx.Response(429), [sse(1, "cancelled", "cancelled", 2)]]
+        events = list(self.client(streams, [body("cancelled", 2)], asked).events(JOB))
+        assert [event.event for event in events] == ["cancelled"]
+        assert asked == [None, None]
 
     def test_events_of_a_service_without_them(self) -> None:
         with pytest.raises(NoStreamError):
