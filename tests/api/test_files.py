@@ -46,12 +46,14 @@ def path(job_store: JobStore, tmp_path: Path) -> str:
 
 
 @pytest.mark.parametrize(
-    ("target", "otherwise"), [("/etc/passwd", 200), ("/dev/zero", 404), ("../outside", 404)]
+    ("target", "otherwise"),
+    [("../secret", 200), ("/etc/passwd", 410), ("/dev/zero", 404), ("../outside", 404)],
 )
 def test_a_link_that_was_put_there_leads_nowhere(
     within: Within, path: str, tmp_path: Path, target: str, otherwise: int
 ) -> None:
     (tmp_path.parent / "outside").mkdir(exist_ok=True)
+    (tmp_path.parent / "secret").write_bytes(b"9876543210")
     (tmp_path / "config.json").unlink()
     (tmp_path / "config.json").symlink_to(target)
     answer = within(tmp_path).get(path)

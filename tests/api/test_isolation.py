@@ -271,14 +271,14 @@ def test_what_is_asked_once_is_asked_by_one_key(tenants: Tenants) -> None:
     made = {}
     sent = body(tenants.place, "bob/a", "bob/b", output="bob/out")
     for name in ("bob", "root"):
-        headers = {**bearer(tenants.token[name]), "Idempotency-Key": "the same"}
+        headers = {**bearer(tenants.token[name]), "Idempotency-Key": "the-same"}
         first, again = (tenants.http.post("/v1/merges", json=sent, headers=headers) for _ in range(2))
         assert (first.status_code, again.status_code) == (202, 202), again.text
         assert (again.json()["id"], again.headers["Idempotent-Replayed"]) == (first.json()["id"], "true")
         assert "Idempotent-Replayed" not in first.headers
         made[name] = first.json()["id"]
     assert made["bob"] != made["root"]
-    ann = {**bearer(tenants.token["ann"]), "Idempotency-Key": "the same"}
+    ann = {**bearer(tenants.token["ann"]), "Idempotency-Key": "the-same"}
     assert tenants.http.post("/v1/merges", json=sent, headers=ann).status_code == 403
 
 
@@ -333,7 +333,7 @@ def test_quotas(tenants: Tenants, valkey_url: str, valkey_namespace: str) -> Non
     answer = tenants.http.post("/v1/plans", json=sent, headers=bearer(token))
     assert answer.status_code == 422
     assert "64 bytes" in answer.json()["errors"][0]
-    once = {**bearer(token), "Idempotency-Key": "a key"}
+    once = {**bearer(token), "Idempotency-Key": "a-key"}
     assert tenants.http.post("/v1/merges", json=sent, headers=once).status_code == 202
     answer = tenants.http.post("/v1/merges", json=sent, headers=bearer(token))
     assert answer.status_code == 429
