@@ -31,7 +31,7 @@ COLUMNS = 2048
 PATTERN_ROWS = 4096  # of random numbers, 16 MiB; the tensor repeats them
 REPEATS = BUDGET // (PATTERN_ROWS * COLUMNS * 2) + 2
 NAME = "model.embed_tokens.weight"
-ZEROS = 3
+ZEROS = 2
 """More tensors as big, of zeros."""
 LIMITS = Path(__file__).parent.parent / "servers" / "limits"
 DENSITY = 0.3
@@ -115,7 +115,7 @@ def test_a_tensor_bigger_than_the_budget(valkey_url: str, limited: Path, tmp_pat
         assert how
         assert driver.retries == 0  # nobody was killed for it and replaced
         assert price["surveyed_tensors"] == 1 + ZEROS
-        assert price["input_bytes"] > 8 * BUDGET
+        assert price["input_bytes"] > 6 * BUDGET
         assert price["most_reads"] > 1
         assert len(peaks) == price["parts"] > BUDGET // (64 * MIB)
         assert min(peaks) > BASELINE_BYTES // 2
