@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from service.jobpages import JobStatus
-from service.jobs import JobRecord, JobState
+from service.jobrecord import JobRecord, JobState
 
 
 class _Model(BaseModel):

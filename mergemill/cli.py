@@ -109,27 +109,12 @@ def serve(
     fd: Annotated[int | None, typer.Option(hidden=True, help="A listening socket to accept on.")] = None,
 ) -> None:
     """Run the REST API; see the settings MERGEMILL_HOST, MERGEMILL_PORT and MERGEMILL_REDIS_URL."""
-    import socket
-
-    import uvicorn
-
-    from api.app import create_app
+    from mergemill.serving import run_api
     from service.logs import configure
 
     settings = _settings()
     configure(settings.log_format)
-    config = uvicorn.Config(
-        create_app(settings),
-        host=settings.host,
-        port=settings.port,
-        log_config=None,
-        access_log=False,  # each request is logged with its id
-        server_header=False,
-        timeout_graceful_shutdown=10,
-    )
-    server = uvicorn.Server(config)
-    server.run(None if fd is None else [socket.socket(fileno=fd)])
-    if not server.started:
+    if not run_api(settings, fd):
         raise typer.Exit(1)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from service.checkpoint import INDEX_FILE
-from service.jobs import JobRecord, JobState
+from service.jobrecord import JobRecord, JobState
 from service.jobstore import JobStore
 from service.sidecars import MANIFEST
 from workers.errors import NotReadyError, ObjectNotFoundError, OutputReplacedError

@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Final, Self
 
-from service.jobs import JobState, created_at_ms
+from service.jobrecord import JobState, created_at_ms
 from service.redis_connection import connect, guarded
 
 TRIES: Final = 1

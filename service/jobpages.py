@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from service.jobs import JOB_ID, JobRecord
+from service.jobrecord import JOB_ID, JobRecord
 from workers.errors import CursorError
 
 

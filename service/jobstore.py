@@ -37,7 +37,8 @@ import redis
 
 from service import jobscripts as scripts
 from service.jobpages import JobPage, JobStatus, page_of, read_cursor, read_status
-from service.jobs import JOB_ID, CancelRequested, Event, JobRecord, JobState, Restarted, advance
+from service.jobrecord import JOB_ID, JobRecord, JobState
+from service.jobs import CancelRequested, Event, Restarted, advance
 from service.redis_connection import connect, guarded
 from workers.errors import (
     ConflictError,

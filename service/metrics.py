@@ -26,7 +26,7 @@ from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from service.deployment import Deployment
-from service.jobs import JobRecord
+from service.jobrecord import JobRecord
 from workers.errors import JobStoreUnavailableError
 from workers.task import PartResult
 

@@ -18,22 +18,19 @@ import structlog
 from service import metrics
 from service.commit import Output, output_problems
 from service.driver import Capacity
+from service.jobrecord import JobRecord, JobState
 from service.jobs import (
     Cancelled,
     CommitStarted,
     Event,
     Failed,
-    JobRecord,
-    JobState,
     PlanningStarted,
     Restarted,
     ShardCompleted,
     Succeeded,
     UploadsOpened,
 )
-from service.jobs import (
-    Planned as PlanRecorded,
-)
+from service.jobs import Planned as PlanRecorded
 from service.jobstore import Lease
 from service.plan import PlanOptions, plan_summary
 from service.planning import Planned, examine

@@ -20,7 +20,7 @@ from pydantic import SecretStr
 from service import metrics
 from service.commit import Output
 from service.driver import Driver, TaskRequest
-from service.jobs import JobRecord
+from service.jobrecord import JobRecord
 from service.jobstore import JobStore, Lease
 from service.planning import Planned
 from service.price import label_of, needs, part_label

@@ -20,7 +20,8 @@ from api.routing import readable
 from api.schemas import File, FileList, Job, JobList, MergeRequest, job_of
 from service.delivery import check_in_place, listed
 from service.jobpages import JobStatus
-from service.jobs import CancelRequested, JobState, new_job
+from service.jobrecord import JobState, new_job
+from service.jobs import CancelRequested
 from service.planning import resolve_model
 from service.settings import Settings
 from workers.errors import ObjectNotFoundError, OutputReplacedError, RecipeError, StoreError

@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 from api.app import create_app
 from api.bodies import YAML_TYPES
 from api.schemas import Problem
-from service.jobs import CommitStarted, JobState, Succeeded
+from service.jobrecord import JobState
+from service.jobs import CommitStarted, Succeeded
 from service.jobstore import JobStore
 from service.settings import Settings
 from tests.api.conftest import serving

@@ -16,7 +16,7 @@ from api.app import create_app
 from api.readiness import StoreProbe, compute_check, missing
 from api.schemas import Check
 from service.deployment import Deployment, Heartbeat, Scheduler, View
-from service.jobs import new_job
+from service.jobrecord import new_job
 from service.jobstore import JobStore
 from service.settings import Settings
 from tests.api.conftest import serving

@@ -19,7 +19,8 @@ from api.looking import plan_wanted
 from api.routes import plans
 from mergemill import Client
 from service.checkpoint import INDEX_FILE
-from service.jobs import CommitStarted, Event, JobRecord, Succeeded
+from service.jobrecord import JobRecord
+from service.jobs import CommitStarted, Event, Succeeded
 from service.jobstore import JobStore
 from service.settings import Settings
 from tests.api.conftest import serving

@@ -17,7 +17,8 @@ from typing import Any
 import pytest
 
 from service.driver import Capacity, TaskRequest
-from service.jobs import Event, JobRecord, event_name, new_job
+from service.jobrecord import JobRecord, new_job
+from service.jobs import Event, event_name
 from service.jobstore import JobStore, Lease
 from service.recipe import parse_recipe
 from service.runner import JobRunner

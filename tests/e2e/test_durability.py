@@ -24,7 +24,7 @@ import pytest
 import torch
 
 from mergemill.stack import EmbeddedStack
-from service.jobs import JobRecord, JobState, new_job
+from service.jobrecord import JobRecord, JobState, new_job
 from service.jobstore import JobStore
 from service.plan import PlanOptions
 from service.recipe import parse_recipe

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from service.jobs import CancelRequested, JobState
+from service.jobrecord import JobState
+from service.jobs import CancelRequested
 from tests.checkpoints import fine_tune, write_checkpoint
 from tests.e2e.bench import Bench, Steps, at_step
 from tests.e2e.means import is_mean, nothing_at, submit

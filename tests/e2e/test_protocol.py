@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from service.jobs import JobState
+from service.jobrecord import JobState
 from service.runner import JobRunner
 from tests.checkpoints import fine_tune, llama_tensors, read_checkpoint, write_checkpoint
 from tests.e2e.bench import Bench, Steps

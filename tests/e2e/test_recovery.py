@@ -10,7 +10,8 @@ import pytest
 import redis
 import torch
 
-from service.jobs import CancelRequested, JobRecord, JobState
+from service.jobrecord import JobRecord, JobState
+from service.jobs import CancelRequested
 from tests.checkpoints import fine_tune, write_checkpoint
 from tests.e2e.bench import Bench, KilledError, Steps, at_step, raising
 from tests.e2e.means import SHARD_BYTES, is_mean, nothing_at, submit

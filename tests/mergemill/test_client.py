@@ -17,7 +17,8 @@ import uvicorn
 from api.app import create_app
 from mergemill import Client, Job
 from mergemill.client import PATIENCE_S
-from service.jobs import CommitStarted, Event, Failed, JobState, PlanningStarted, Succeeded
+from service.jobrecord import JobState
+from service.jobs import CommitStarted, Event, Failed, PlanningStarted, Succeeded
 from service.jobstore import JobStore
 from service.settings import Settings
 from tests.service.job_steps import ALL_COMPLETE, PATHS, TO_RUNNING, fresh

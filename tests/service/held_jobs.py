@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 
-from service.jobs import Event, JobRecord
+from service.jobrecord import JobRecord
+from service.jobs import Event
 from service.jobstore import JobStore, Lease
 from tests.service.job_steps import fresh
 

@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import json
 
+from service.jobrecord import JobRecord, JobState, new_job
 from service.jobs import (
     Cancelled,
     CancelRequested,
     CommitStarted,
     Event,
     Failed,
-    JobRecord,
-    JobState,
     Planned,
     PlanningStarted,
     Restarted,
     ShardCompleted,
     Succeeded,
     UploadsOpened,
-    new_job,
 )
 from workers.task import PartResult, TensorDigest
 

@@ -11,7 +11,8 @@ import pytest
 from service.deployment import Deployment, Heartbeat, View
 from service.driver import Capacity
 from service.heartbeat import Heart
-from service.jobs import CancelRequested, JobState, created_at_ms, new_job, new_job_id
+from service.jobrecord import JobState, created_at_ms, new_job, new_job_id
+from service.jobs import CancelRequested
 from service.jobstore import JobStore
 from service.settings import Settings
 from workers.errors import JobStoreUnavailableError

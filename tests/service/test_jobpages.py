@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from service.jobpages import page_of, read_cursor, write_cursor
-from service.jobs import Cancelled, CancelRequested, JobState, new_job_id
+from service.jobrecord import JobState, new_job_id
+from service.jobs import Cancelled, CancelRequested
 from service.jobstore import JobStore
 from tests.service.job_steps import TO_RUNNING, fresh, part
 from workers.errors import CursorError

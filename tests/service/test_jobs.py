@@ -9,17 +9,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from service.jobrecord import HISTORY_LIMIT, JOB_ID, JobRecord, JobState, new_job, new_job_id
 from service.jobs import (
     DETAIL_CHARS,
-    HISTORY_LIMIT,
-    JOB_ID,
     Cancelled,
     CancelRequested,
     CommitStarted,
     Event,
     Failed,
-    JobRecord,
-    JobState,
     Planned,
     PlanningStarted,
     Restarted,
@@ -28,8 +25,6 @@ from service.jobs import (
     UploadsOpened,
     advance,
     event_name,
-    new_job,
-    new_job_id,
 )
 from tests.service.job_steps import ALL_COMPLETE, PATHS, PLANNED, SAMPLES, TO_RUNNING, UPLOADS, fresh
 from workers.errors import IllegalTransitionError

@@ -8,16 +8,15 @@ from collections.abc import Callable
 import pytest
 
 from service import jobstore
+from service.jobrecord import JobState, new_job_id
 from service.jobs import (
     Cancelled,
     CancelRequested,
     CommitStarted,
     Failed,
-    JobState,
     PlanningStarted,
     Restarted,
     UploadsOpened,
-    new_job_id,
 )
 from service.jobstore import JobStore
 from tests.service.held_jobs import claimed, lose

@@ -17,11 +17,11 @@ from urllib.parse import urlsplit
 import pytest
 
 from service import jobstore
+from service.jobrecord import JobState
 from service.jobs import (
     Cancelled,
     CancelRequested,
     CommitStarted,
-    JobState,
     Planned,
     PlanningStarted,
     Restarted,

@@ -8,7 +8,8 @@ from collections.abc import Callable
 import pytest
 import redis
 
-from service.jobs import Cancelled, CancelRequested, CommitStarted, Failed, JobState
+from service.jobrecord import JobState
+from service.jobs import Cancelled, CancelRequested, CommitStarted, Failed
 from service.jobstore import JobStore, Lease
 from tests.service.held_jobs import claimed, lose
 from tests.service.job_steps import ERROR, PATHS, TO_RUNNING, fresh, part

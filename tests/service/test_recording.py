@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from service.jobs import CancelRequested, JobState, new_job_id
+from service.jobrecord import JobState, new_job_id
+from service.jobs import CancelRequested
 from service.jobstore import JobStore
 from tests.service.held_jobs import claimed, lose
 from tests.service.job_steps import PATHS, TO_RUNNING, part
