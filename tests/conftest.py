@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 pytest_plugins = [
+    "tests.log_lines",
     "tests.servers.ray_fixtures",
     "tests.servers.rgw_fixtures",
     "tests.servers.service",

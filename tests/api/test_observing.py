@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import re
 import string
-from collections.abc import Iterator
 from typing import Any
 
 import httpx
 import pytest
-import structlog
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -42,25 +40,6 @@ def test_any_other_is_replaced(given_id: str | None) -> None:
 def test_no_id_can_break_a_line(text: str) -> None:
     assert set(accepted(text)) <= set(string.ascii_letters + string.digits + "._:-")
     assert 0 < len(accepted(text)) <= 64
-
-
-@pytest.fixture
-def lines() -> Iterator[list[dict[str, Any]]]:
-    """What is logged by structlog, with what is bound."""
-    found: list[dict[str, Any]] = []
-
-    def keep(_: Any, __: str, event: dict[str, Any]) -> dict[str, Any]:
-        found.append(dict(event))
-        raise structlog.DropEvent
-
-    before = structlog.get_config()
-    structlog.configure(
-        processors=[structlog.contextvars.merge_contextvars, keep], cache_logger_on_first_use=False
-    )
-    try:
-        yield found
-    finally:
-        structlog.configure(**before)
 
 
 @pytest.mark.valkey

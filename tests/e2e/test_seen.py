@@ -11,7 +11,6 @@ from typing import Any
 
 import httpx
 import pytest
-import structlog
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
@@ -42,24 +41,6 @@ def recipe(tmp_path: Path) -> dict[str, Any]:
         write_checkpoint(tmp_path / name, tensors)
     models = [{"model": str(tmp_path / name), "parameters": {"density": 0.5}} for name in "ab"]
     return {"merge_method": "ties", "base_model": str(tmp_path / "base"), "models": models}
-
-
-@pytest.fixture
-def lines() -> Iterator[list[dict[str, Any]]]:
-    """What is logged, with what is bound."""
-    found: list[dict[str, Any]] = []
-
-    def keep(_: Any, __: str, event: dict[str, Any]) -> dict[str, Any]:
-        found.append(dict(event))
-        raise structlog.DropEvent
-
-    before = structlog.get_config()
-    processors = [structlog.contextvars.merge_contextvars, keep]
-    structlog.configure(processors=processors, cache_logger_on_first_use=False)
-    try:
-        yield found
-    finally:
-        structlog.configure(**before)
 
 
 @pytest.fixture
