@@ -20,6 +20,7 @@ from pathlib import Path
 from benchmarks.inputs import INDEX, Inputs, Size
 from workers.safetensors_format import encode, layout, prefix
 from workers.store import files
+from workers.store.disk import Disk
 from workers.store.uris import to_path
 from workers.task import (
     BLOCK_BYTES,
@@ -80,7 +81,7 @@ def _record(part: Part, result: PartResult, upload: Mapping[str, str]) -> None:
     path = Path(to_path(upload["uri"]))
     note = files.hidden_directory(path) / "uploads" / upload["id"] / "parts" / f"{part.number}.json"
     record = {"offset": part.offset, "size": part.nbytes, "etag": result.etag}
-    files.replace_file(note, json.dumps(record).encode())
+    Disk().replace_file(note, json.dumps(record).encode())
 
 
 def make_hollow_inputs(size: Size, root: Path) -> Inputs:

@@ -52,6 +52,7 @@ def said(capfd: pytest.CaptureFixture[str]) -> Iterator[pytest.CaptureFixture[st
     root = logging.getLogger()
     before = (root.handlers[:], root.level, {name: logging.getLogger(name).level for name in logs._QUIET})
     logs.configure("json", logging.DEBUG)
+    structlog.configure(cache_logger_on_first_use=False)  # what is cached would outlive this test
     try:
         yield capfd
     finally:

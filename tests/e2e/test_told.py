@@ -61,4 +61,4 @@ def test_a_merge_that_fails_tells_its_webhook(service: RunningService, tmp_path:
         (got,) = receiver.wait_for(1, 60)
         body = Verifier(SECRET).verify(got.body, got.headers)
     assert (body["type"], body["data"]["job"]) == ("merge.failed", record.id)
-    assert "PlanError" in body["data"]["detail"]
+    assert "no model here" in body["data"]["detail"]
