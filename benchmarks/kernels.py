@@ -82,6 +82,9 @@ def cases(operands: Operands) -> list[Case]:
             "histogram: high", operands, lambda kernels: kernels.histogram(operands, vectors, None, counts)
         ),
         _case("histogram: low", operands, lambda kernels: kernels.histogram(operands, vectors, high, counts)),
+        _case(
+            "largest", operands, lambda kernels: kernels.largest(operands, vectors, [operands.numel // 5] * 3)
+        ),
         _case("equal_counts", operands, lambda kernels: kernels.equal_counts(operands, vectors, thresholds)),
         _case(
             "elected", operands, lambda kernels: kernels.elected(operands, replace(vectors, terms=trimmed))

@@ -146,6 +146,12 @@ class Kernels(Protocol):
         ``high[term]``, the low 16 bits.
         """
 
+    def largest(
+        self, operands: Operands, formula: Formula, ranks: Sequence[int]
+    ) -> tuple[tuple[int, int], ...]:
+        """Of each term (untrimmed, unweighted): the magnitude bits of the ``rank``-th largest element, from 1, and how
+        many of the elements that have these bits are among the ``rank`` largest. The run is the whole tensor."""
+
     def equal_counts(self, operands: Operands, formula: Formula, thresholds: Sequence[int]) -> Counts:
         """How many elements of each term (untrimmed, unweighted) have these magnitude bits: ``[blocks, terms]``."""
 

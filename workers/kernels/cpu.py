@@ -13,8 +13,9 @@ import torch
 from workers.canonical import SURVEY_ELEMENTS
 from workers.kernels import cpu_dtypes as dtypes
 from workers.kernels import cpu_passes as passes
+from workers.kernels import ranks as ranking
 from workers.kernels.base import Counts, Divisor, Formula, Found, Operands, Sums, Term
-from workers.kernels.cpu_compile import Records
+from workers.kernels.cpu_compile import Records, Words
 from workers.kernels.reference import float32
 
 _CODES = {
@@ -22,6 +23,10 @@ _CODES = {
     torch.bfloat16: dtypes.BFLOAT16,
     torch.float16: dtypes.FLOAT16,
 }
+
+
+_GOLDEN = 0x9E3779B9
+"""2**32 over the golden ratio: its multiples are spread evenly, and in no step with anything."""
 
 
 class FusedKernels:
@@ -63,6 +68,35 @@ class FusedKernels:
         bins = np.full(len(formula.terms), -1, dtype=np.int64) if high is None else _integers(high)
         passes.histogram(*_run(operands, formula), bins, counts)
 
+    def largest(
+        self, operands: Operands, formula: Formula, ranks: Sequence[int]
+    ) -> tuple[tuple[int, int], ...]:
+        """Of each term the bits of its ``rank``-th largest magnitude, and how many equal ones make up the rank."""
+        places, terms, *run = _run(operands, formula)
+        starts = _sample_starts(operands.numel)
+        found = []
+        for number, rank in enumerate(ranks):
+            term = terms[number : number + 1]
+            sample = np.empty(min(operands.numel, ranking.SAMPLE), dtype=np.uint32)
+            passes.magnitudes(places, term, *run, starts, sample)
+            if sample.size == operands.numel:
+                found.append(ranking.largest_of(sample, rank))
+                continue
+
+            def count(window: ranking.Window, term: Records = term) -> tuple[Words, int]:
+                table, above = np.zeros(window.bins, dtype=np.uint32), np.zeros(1, dtype=np.int64)
+                passes.window(places, term, *run, window.low, window.shift, table, above)
+                return table, int(above[0])
+
+            def count_from(pivots: Words, term: Records = term) -> Counts:
+                counts = np.zeros(pivots.size, dtype=np.int64)
+                passes.count_from(places, term, *run, pivots, counts)
+                return counts
+
+            likely = ranking.bracket(sample, rank, operands.numel)
+            found.append(ranking.largest(count, count_from, rank, likely))
+        return tuple(found)
+
     def equal_counts(self, operands: Operands, formula: Formula, thresholds: Sequence[int]) -> Counts:
         """How many elements of each term have the magnitude bits of its threshold: ``[blocks, terms]``."""
         counts = np.zeros((_blocks(operands), len(formula.terms)), dtype=np.int64)
@@ -100,6 +134,9 @@ def prepare() -> None:
     kernels.nonfinite(operands)
     kernels.histogram(operands, formula, None, np.zeros((1, passes.BINS), dtype=np.int64))
     kernels.equal_counts(operands, formula, [0])
+    equal, different = torch.zeros(ranking.SAMPLE + 1), torch.arange(ranking.SAMPLE + 1.0)
+    for model in (equal, different):  # each is counted by a kernel of its own
+        kernels.largest(Operands(0, equal, (model,), ()), formula, [1])
     kernels.elected(operands, formula)
     kernels.norms(operands, formula)
     kernels.products(operands)
@@ -164,6 +201,17 @@ def _task_vectors(operands: Operands, formula: Formula) -> bool:
 
 def _integers(values: Sequence[int]) -> Counts:
     return np.array(values, dtype=np.int64)
+
+
+def _sample_starts(numel: int) -> Counts:
+    """Where each piece of a sample begins: everywhere, or one in each of as many equal stretches, not at equal
+    distances, which might be a row's length."""
+    if numel <= ranking.SAMPLE:
+        return np.arange(0, numel, passes.PIECE)
+    pieces = ranking.SAMPLE // passes.PIECE
+    stretch = numel // pieces // passes.PIECE
+    numbers = np.arange(pieces)
+    return (numbers * stretch + (numbers * _GOLDEN % (1 << 32) * stretch >> 32)) * passes.PIECE
 
 
 def _blocks(operands: Operands) -> int:

@@ -29,12 +29,17 @@ TERM = np.dtype(
 TILE = 1 << 10
 """Elements of a tile: a few rows of them stay in the first-level cache."""
 
+PIECE = 1 << 6
+"""Elements of a sample that lie together."""
+
 BINS = 1 << 16
 COLUMNS = 4
 """Of a table that counts; see ``tiles.count``."""
 
 _PAD = 32
 """Floats between rows, so that they do not all fall into the same sets of the cache."""
+
+OUTSIDE = np.uint32(0xFFFFFFFF)
 
 _ZERO, _MINUS_ZERO = np.float32(0.0), np.float32(-0.0)
 
@@ -234,6 +239,77 @@ def histogram(
                 tiles.low_bits(row, np.uint32(high[number]), words[:size])
             tiles.count(words[:size], table)
         tiles.move(table, counts[number])
+
+
+@Kernel
+def magnitudes(
+    places: Records,
+    terms: Records,
+    first: int,
+    numel: int,
+    task_vectors: bool,
+    starts: Integers,
+    bits: Words,
+) -> None:
+    """Write the magnitude bits of one term's pieces from each of ``starts`` on, one piece after the other."""
+    rows = _rows(1, PIECE)
+    words = np.zeros(PIECE, np.uint32)
+    written = 0
+    for start in starts:
+        size = min(PIECE, numel - start)
+        less = _base(places, task_vectors, start, rows, size)
+        row = rows[_TERMS, :size]
+        tiles.sparse(places, terms[0], first, start, less, words, row)
+        tiles.magnitudes(row, bits[written : written + size])
+        written += size
+
+
+@Kernel
+def count_from(
+    places: Records,
+    terms: Records,
+    first: int,
+    numel: int,
+    task_vectors: bool,
+    pivots: Words,
+    counts: Integers,
+) -> None:
+    """Count one term's magnitude bits that are at least as large as each of ``pivots``."""
+    rows = _rows(1, numel)
+    words = np.zeros(TILE, np.uint32)
+    for start in range(0, numel, TILE):
+        size = min(TILE, numel - start)
+        less = _base(places, task_vectors, start, rows, size)
+        row = rows[_TERMS, :size]
+        tiles.sparse(places, terms[0], first, start, less, words, row)
+        for number in range(pivots.size):
+            counts[number] += tiles.count_from(row, pivots[number])
+
+
+@Kernel
+def window(
+    places: Records,
+    terms: Records,
+    first: int,
+    numel: int,
+    task_vectors: bool,
+    low: int,
+    shift: int,
+    table: Words,
+    above: Integers,
+) -> None:
+    """Count one term's magnitude bits within a window of ``workers.kernels.ranks``, and those above it."""
+    rows = _rows(1, numel)
+    words = np.zeros(TILE, np.uint32)
+    for start in range(0, numel, TILE):
+        size = min(TILE, numel - start)
+        less = _base(places, task_vectors, start, rows, size)
+        row = rows[_TERMS, :size]
+        tiles.sparse(places, terms[0], first, start, less, words, row)
+        bins = words[: (size + 15) // 16 * 16]
+        bins[size:] = OUTSIDE
+        above[0] += tiles.window(row, np.uint32(low), np.uint32(shift), np.uint32(table.size), bins)
+        tiles.count_within(bins, table)
 
 
 @Kernel

@@ -204,6 +204,48 @@ def move(table: Words, counts: Integers) -> None:
 
 
 @inlined
+def magnitudes(row: Floats, bits: Words) -> None:
+    """The magnitude bits; those of NaN and infinities are 0."""
+    for i in range(row.size):
+        bits[i] = finite_bits(row[i])
+
+
+@inlined
+def count_from(row: Floats, pivot: np.uint32) -> np.uint32:
+    """How many elements have magnitude bits of ``pivot`` or more, those of NaN and infinities being 0."""
+    found = np.uint32(0)
+    for i in range(row.size):
+        found = np.uint32(found + np.uint32(finite_bits(row[i]) >= pivot))
+    return found
+
+
+@inlined
+def window(row: Floats, low: np.uint32, shift: np.uint32, bins: np.uint32, into: Words) -> np.int32:
+    """The bin of each element in a window from ``low`` on; at least ``bins`` for those outside. Counts those above."""
+    above = np.int32(0)
+    for i in range(row.size):
+        beyond = np.uint32(finite_bits(row[i]) - low)  # of those below, more than any magnitude
+        found = np.uint32(beyond >> shift)
+        into[i] = found
+        above = np.int32(above + np.int32((beyond <= MAGNITUDE) & (found >= bins)))
+    return above
+
+
+@inlined
+def count_within(bins: Words, table: Words) -> None:
+    """Count the bins that ``table`` has. Few are, so sixteen are looked at together: as one vector."""
+    limit = np.uint32(table.size)
+    for sixteen in range(0, bins.size, 16):
+        some = np.uint32(0)
+        for i in range(sixteen, sixteen + 16):
+            some |= np.uint32(bins[i] < limit)
+        if some != 0:
+            for i in range(sixteen, sixteen + 16):
+                if bins[i] < limit:
+                    table[bins[i]] += np.uint32(1)
+
+
+@inlined
 def count_equal(row: Floats, wanted: np.uint32) -> np.uint32:
     """How many elements have these magnitude bits, those of NaN and infinities being 0."""
     found = np.uint32(0)

@@ -12,12 +12,14 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
+import numpy as np
 import torch
 
 from workers.canonical import SURVEY_ELEMENTS
 from workers.kernels import reference
 from workers.kernels.base import KEEP_ALL, Counts, Formula, Found, Operands, Sums, Term
 from workers.kernels.conveyor import Carrier, InPlace
+from workers.kernels.ranks import rank_in
 from workers.random import words_below
 
 _BINS = 1 << 16
@@ -71,6 +73,20 @@ class TorchKernels:
 
         self._carrier.carry(operands, step)
         counts += found.cpu().numpy()
+
+    def largest(
+        self, operands: Operands, formula: Formula, ranks: Sequence[int]
+    ) -> tuple[tuple[int, int], ...]:
+        """Of each term the bits of its ``rank``-th largest magnitude, and how many equal ones make up the rank."""
+        highs = np.zeros((len(ranks), _BINS), dtype=np.int64)
+        self.histogram(operands, formula, None, highs)
+        found = [rank_in(counts, rank) for counts, rank in zip(highs, ranks, strict=True)]
+        lows = np.zeros_like(highs)
+        self.histogram(operands, formula, [high for high, _ in found], lows)
+        within = (rank_in(counts, left) for counts, (_, left) in zip(lows, found, strict=True))
+        return tuple(
+            ((high << 16) | low, equals) for (high, _), (low, equals) in zip(found, within, strict=True)
+        )
 
     def equal_counts(self, operands: Operands, formula: Formula, thresholds: Sequence[int]) -> Counts:
         """How many elements of each term have the magnitude bits of its threshold: ``[blocks, terms]``."""

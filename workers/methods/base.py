@@ -60,6 +60,13 @@ class SurveyPass(ABC):
         """Whether this has something to find, given what the passes before it found."""
         return True
 
+    def at_once(self, kernels: Kernels, operands: Operands, facts: Facts) -> Facts | None:
+        """What this pass adds to the facts, and maybe later ones would, where all that is surveyed is one whole tensor.
+
+        ``None``, as by default: there is no quicker way than to accumulate, combine and conclude.
+        """
+        return None
+
     @abstractmethod
     def accumulate(self, kernels: Kernels, operands: Operands, facts: Facts) -> Summary:
         """The statistic of one run of elements; ``facts`` are those of the passes before."""

@@ -47,7 +47,15 @@ class Tally:
 
 def survey(passes: Sequence[SurveyPass], operands: Operands, kernels: Kernels) -> Facts:
     """All that ``passes`` find out about a whole tensor, of at least one element."""
-    return survey_all(passes, [operands], kernels)
+    facts: Facts = {}
+    for survey_pass in passes:
+        if survey_pass.needed(facts):
+            found = survey_pass.at_once(kernels, operands, facts)
+            if found is None:
+                summary = survey_pass.accumulate(kernels, operands, facts)
+                found = survey_pass.conclude(survey_pass.combine([summary]), operands.numel, facts)
+            facts |= found
+    return facts
 
 
 def survey_all(passes: Sequence[SurveyPass], tensors: Sequence[Operands], kernels: Kernels) -> Facts:

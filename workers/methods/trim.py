@@ -137,6 +137,20 @@ class HighHistogram(_Histogram):
     def _high(self, formula: Formula, facts: Facts) -> None:
         return None
 
+    def at_once(self, kernels: Kernels, operands: Operands, facts: Facts) -> Facts:
+        """The thresholds themselves: with the whole tensor at hand a pass or two by a guess find them."""
+        formula = self.trim.surveyed(facts)
+        models = [term.model for term in formula.terms]
+        ranks = [
+            keep_count(self.trim.densities[model], operands.numel, self.trim.keep_count) for model in models
+        ]
+        found = dict(zip(models, kernels.largest(operands, formula, ranks), strict=True))
+        every = [found.get(model, (None, None)) for model in range(len(self.trim.densities))]
+        return {
+            "trim_threshold": [threshold for threshold, _ in every],
+            "trim_equals": [equals for _, equals in every],
+        }
+
     def conclude(self, summary: Summary, numel: int, facts: Facts) -> Facts:
         ranks = (keep_count(density, numel, self.trim.keep_count) for density in self.trim.densities)
         return {
@@ -152,6 +166,9 @@ class LowHistogram(_Histogram):
 
     Adds ``trim_threshold``: the k-th magnitude's bits; ``trim_equals``: how many equal to it make up k.
     """
+
+    def needed(self, facts: Facts) -> bool:
+        return "trim_threshold" not in facts
 
     def _high(self, formula: Formula, facts: Facts) -> list[int]:
         return [facts["trim_high"][term.model][0] for term in formula.terms]

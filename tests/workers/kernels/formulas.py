@@ -142,6 +142,10 @@ def statistics(kernels: Kernels, run: Operands, formula: Formula) -> dict[str, A
         "low": low.tobytes(),
         "equal_counts": kernels.equal_counts(run, formula, thresholds).tolist(),
         "nan_is_zero": kernels.equal_counts(run, formula, [0] * len(bins)).tolist(),
+        "largest": [
+            kernels.largest(run, formula, [rank] * len(bins))
+            for rank in sorted({1, run.numel // 3, run.numel} - {0})
+        ],
         "elected": kernels.elected(run, formula),
         "norms": kernels.norms(run, formula).tobytes(),
         "products": kernels.products(pair).tobytes(),

@@ -270,7 +270,7 @@ def test_overflow_is_told_from_bad_input() -> None:
 def test_every_kernel_can_be_made_ready_beforehand() -> None:
     prepare()
     kernels = [kernel for kernel in vars(cpu_passes).values() if isinstance(kernel, Kernel)]
-    assert len(kernels) == 7
+    assert len(kernels) == 10
     assert all(kernel.ready for kernel in kernels)
 
 

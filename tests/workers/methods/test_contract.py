@@ -80,7 +80,8 @@ def test_pieces_in_any_order_and_grouping_find_the_same_facts(name: str) -> None
             assert canonical_json(nested) == flat
         random.Random(1).shuffle(summaries)
         facts = json.loads(canonical_json(conclude_pass(survey_pass, summaries, LONG, facts)))
-    assert facts == facts_of(of, base, models)
+    whole = facts_of(of, base, models)  # which knows no thresholds by halves
+    assert {name: facts[name] for name in whole} == whole
 
 
 @NAMES
