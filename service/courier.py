@@ -29,7 +29,7 @@ CLOSE_S: Final = 3.0
 """How long a courier that is closed waits for what it is sending, in seconds."""
 
 POLL_S: Final = 0.5
-"""How often a thread that has nothing to send looks for something, in seconds."""
+"""How often a courier that has nothing to send looks for something, in seconds."""
 
 Post = Callable[[str, Mapping[str, str], bytes, Destinations], Answer]
 """Sends a body somewhere: URL, headers, body, and where it may go."""
@@ -60,6 +60,7 @@ class Courier:
         self._claim_s = claim_s
         self._post = post
         self._stopping = threading.Event()
+        self._watch = threading.Lock()
         self._threads = [
             threading.Thread(target=self._run, name=f"courier-{number}", daemon=True)
             for number in range(threads)
@@ -83,15 +84,25 @@ class Courier:
     def _run(self) -> None:
         while not self._stopping.is_set():
             try:
-                claim = self._store.claim(self._claim_s)
+                with self._watch:  # one thread looks for all; when it has found something, the next one does
+                    claim = self._next()
                 if claim is not None:
                     self._deliver(claim)
-                    continue
+                continue
             except JobStoreUnavailableError as error:
                 log.warning("webhooks are out of reach", error=str(error))
             except Exception:  # a defect of ours: the delivery is tried again when its claim has run out
                 log.exception("a webhook could not be handled")
             self._stopping.wait(POLL_S)
+
+    def _next(self) -> Claim | None:
+        """A delivery to make, as soon as there is one; ``None`` when the courier is closed."""
+        while not self._stopping.is_set():
+            claim = self._store.claim(self._claim_s)
+            if claim is not None:
+                return claim
+            self._stopping.wait(POLL_S)
+        return None
 
     def _deliver(self, claim: Claim) -> None:
         began, clock = time.time(), time.monotonic()

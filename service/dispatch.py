@@ -119,7 +119,7 @@ class Policy:
     """How often a task is started by itself before it is given up because its workers die."""
     per_cpu: float = 2.0
     """Batches in the cluster at once for each of its CPUs: one runs, one is ready to."""
-    max_stream: int = 16
+    max_stream: int = 32
     """Tasks that go to one worker together."""
     max_stream_bytes: int = 1 << 20
     """Their payloads together, when there is more than one."""

@@ -32,6 +32,13 @@ WORKER_ENV: Mapping[str, str] = {
 """Environment of the workers. Buffers of 2 MiB and more go back to the system when freed, which glibc's
 sliding threshold would put off; what is smaller stays on the heap, free of page faults."""
 
+QUIET_ENV: Mapping[str, str] = {
+    "RAY_enable_metrics_collection": "0",
+    "RAY_event_stats": "0",
+    "RAY_task_events_report_interval_ms": "0",
+}
+"""What a Ray of our own need not do: count, and tell its dashboard, which is not there, of every task."""
+
 LOOPBACK_ENV: Mapping[str, str] = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
 """What makes a Ray of our own take 127.0.0.1 for its address, and so listen nowhere else: it is how Ray keeps to one
 machine where it supports no cluster. Given as an argument it would be replaced by the machine's address."""
@@ -240,6 +247,7 @@ def _environment(*, local: bool) -> dict[str, str]:
         if "RAY_AUTH_MODE" not in os.environ:
             # Nobody else needs its token, so it is not Ray's default, a file in the home directory.
             fixed |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+        defaults |= QUIET_ENV
         fixed |= {**LOOPBACK_ENV, **WORKER_ENV}
     root = str(Path(__file__).resolve().parent.parent)
     if root not in site.getsitepackages():  # run from a source tree

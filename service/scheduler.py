@@ -8,7 +8,9 @@ import signal
 import socket
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
+from queue import Empty, SimpleQueue
 from types import FrameType
 
 import structlog
@@ -45,6 +47,8 @@ class Scheduler:
         self._jobs = jobs
         self._tools = Tools(settings, jobs, open_stores(settings.store), driver, self._stopping)
         self._running: dict[str, tuple[JobRunner, threading.Thread]] = {}
+        # Says that there may be work before the next look; a signal handler may say so, whatever it interrupts.
+        self._roused: SimpleQueue[None] = SimpleQueue()
         self._next_look = 0.0
         self._lock = threading.Lock()
 
@@ -56,7 +60,7 @@ class Scheduler:
         with Heart(self._settings, self.owner, self._tools.driver, lambda: len(self._snapshot())):
             while not self._stopping.is_set():
                 if not self._claim():
-                    self._stopping.wait(self._settings.poll_seconds)
+                    self._pause()
         for _, thread in self._snapshot():
             thread.join()
         keeper.join()
@@ -65,16 +69,31 @@ class Scheduler:
     def stop(self) -> None:
         """Let go of every job, which others or a later start take over. Safe in a signal handler."""
         self._stopping.set()
+        self._roused.put(None)
+
+    def _pause(self) -> None:
+        """Until it is time to look for work again, or a job has ended, or this scheduler is stopped."""
+        settings = self._settings
+        with suppress(Empty):
+            self._roused.get(
+                timeout=settings.busy_poll_seconds if self._snapshot() else settings.poll_seconds
+            )
+
+    def _run_job(self, runner: JobRunner) -> None:
+        try:
+            runner.run()
+        finally:
+            with self._lock:
+                del self._running[runner.lease.job]
+                self._next_look = 0.0
+            self._roused.put(None)
 
     def _claim(self) -> bool:
         """Take one more job if there is room and work."""
         now = time.monotonic()
         with self._lock:
-            before = len(self._running)
-            self._running = {job: pair for job, pair in self._running.items() if pair[1].is_alive()}
-            if len(self._running) >= self._settings.max_running_jobs:
-                return False
-            if len(self._running) == before > 0 and now < self._next_look:
+            running = len(self._running)
+            if running >= self._settings.max_running_jobs or (running and now < self._next_look):
                 return False
         try:
             settings = self._settings
@@ -88,23 +107,24 @@ class Scheduler:
             log.error("a job's record cannot be read; it is left alone", error=str(error))
             return False
         if claimed is None:
-            self._next_look = now + self._settings.busy_poll_seconds
+            with self._lock:
+                if len(self._running) == running:  # since one ended, another may be due
+                    self._next_look = now + self._settings.busy_poll_seconds
             return False
         record, lease = claimed
         runner = JobRunner(record, lease, self._tools)
-        thread = threading.Thread(target=runner.run, name=record.id, daemon=True)
+        thread = threading.Thread(target=self._run_job, args=(runner,), name=record.id, daemon=True)
         with self._lock:
-            self._running[record.id] = (runner, thread)
+            self._running[lease.job] = (runner, thread)
         thread.start()
         return True
 
     def _keep_leases(self) -> None:
         """Renew every lease in time; a runner whose lease is lost is told, and stops."""
         while not self._stopping.wait(self._settings.lease_seconds / RENEWALS_PER_LEASE) or self._snapshot():
-            for runner, thread in self._snapshot():
+            for runner, _ in self._snapshot():
                 try:
-                    if thread.is_alive():
-                        self._jobs.renew(runner.lease)
+                    self._jobs.renew(runner.lease)
                 except LeaseLostError:
                     runner.lost.set()
                 except JobStoreUnavailableError as error:
@@ -115,7 +135,7 @@ class Scheduler:
 
     def _snapshot(self) -> list[tuple[JobRunner, threading.Thread]]:
         with self._lock:
-            return [pair for pair in self._running.values() if pair[1].is_alive()]
+            return list(self._running.values())
 
 
 def main(settings: Settings, ready_file: Path | None = None) -> None:

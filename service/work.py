@@ -207,7 +207,7 @@ class Work:
                         future = self._tools.driver.submit(task.request())
                     flying[future] = task, span
                     future.add_done_callback(landed.put)
-                done = _drain(landed, settings.poll_seconds)
+                done = _drain(landed, settings.busy_poll_seconds)
                 for future in filterfalse(_failed, done):
                     self._landed(*flying.pop(future), future)
                 self._record_made()
