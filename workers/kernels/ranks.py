@@ -23,8 +23,9 @@ VALUE_BITS = 31
 SAMPLE = 1 << 17
 """Values that a guess is made from. So few are sorted at once rather than counted."""
 
-_FEW = 3
-"""Different values of a bracket: if it has no more, values repeat so often that they are looked at one by one."""
+_COMMON = 1 / 8
+"""Share of a bracket from which on a value is looked at by itself. In a window its many counts would wait for each
+other, and where values repeat so often, the wanted one is most likely such a one."""
 
 _DEVIATIONS = 3
 """Of the sample's rank, to each side, that a bracket covers: about 1 in 400 misses."""
@@ -82,32 +83,46 @@ def largest_of(values: Bits, rank: int) -> tuple[int, int]:
     return int(value), rank - int(np.count_nonzero(values > value))
 
 
-def bracket(sample: Bits, rank: int, numel: int) -> Bits:
-    """Values of a sample, ascending, of which the ``rank``-th largest of all ``numel`` probably is one, or between."""
+@dataclass(frozen=True, slots=True)
+class Bracket:
+    """Where a value probably is."""
+
+    low: int
+    """The smallest it may well be."""
+    high: int
+    """The largest."""
+    common: Bits
+    """The values between that are many times in it, ascending."""
+
+
+def bracket(sample: Bits, rank: int, numel: int) -> Bracket:
+    """Where the ``rank``-th largest of ``numel`` values probably is, by a sample of them."""
     share = rank / numel
     spread = _DEVIATIONS * (share * (1 - share) * sample.size) ** 0.5 + 1
     ends = (sample.size * (1 - share) + side * spread for side in (-1, 1))
     low, high = (min(max(int(end), 0), sample.size - 1) for end in ends)
     ordered = np.partition(sample, (low, high))
-    return np.unique(ordered[low : high + 1])
+    values, counts = np.unique(ordered[low : high + 1], return_counts=True)
+    common = values[counts >= _COMMON * counts.sum()]
+    return Bracket(int(values[0]), int(values[-1]), common)
 
 
-def largest(count: Count, count_from: CountFrom, rank: int, likely: Bits) -> tuple[int, int]:
+def largest(count: Count, count_from: CountFrom, rank: int, guess: Bracket) -> tuple[int, int]:
     """The ``rank``-th largest value (from 1), and how many equal to it are among the ``rank`` largest.
 
-    :param likely: some of the values that it may be near, ascending; at least one.
     :raises ValueError: there are not so many values.
     """
     low, high = 0, 1 << VALUE_BITS  # it is from low on, and below high
-    window = Window.over(int(likely[0]), int(likely[-1]) + 1)
-    if likely.size <= _FEW:  # values repeat: it is most likely one of these
-        pivots = np.unique(np.stack((likely, likely + 1)))
-        found = count_from(pivots)  # descending
-        at = int(np.searchsorted(-found, -rank, side="right")) - 1  # the last pivot that `rank` values reach
-        above = int(found[at + 1]) if at + 1 < pivots.size else 0
-        low = low if at < 0 else int(pivots[at])
+    window = Window.over(guess.low, guess.high + 1)
+    if guess.common.size:
+        ends = np.array([guess.low, guess.high + 1], dtype=np.uint32)
+        pivots = np.unique(np.concatenate((guess.common, guess.common + 1, ends)))
+        reach = count_from(pivots)
+        at = int(np.count_nonzero(reach >= rank)) - 1  # the last pivot that so many values reach
+        above = int(reach[at + 1]) if at + 1 < pivots.size else 0
+        low = int(pivots[at]) if at >= 0 else low
         high = int(pivots[at + 1]) if at + 1 < pivots.size else high
-        if high - low == 1:
+        if at >= 0 and high - low == 1:
             return low, rank - above
         window = Window.over(low, high)
     while low < high:

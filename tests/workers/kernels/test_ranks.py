@@ -51,15 +51,17 @@ class Counting:
 @given(
     st.lists(values, min_size=1, max_size=60),
     st.data(),
-    st.lists(st.integers(0, 2**31 - 1), min_size=1, max_size=5),
+    st.lists(values, min_size=1, max_size=5),
+    st.booleans(),
 )
 def test_a_wrong_guess_costs_a_few_passes_and_no_more(
-    found: list[int], data: st.DataObject, likely: list[int]
+    found: list[int], data: st.DataObject, likely: list[int], common: bool
 ) -> None:
     bits = np.array(found, dtype=np.uint32)
     rank = data.draw(st.integers(1, len(found)))
     counting = Counting(bits)
-    guess = np.unique(np.array(likely, dtype=np.uint32))
+    between = np.unique(np.array(likely if common else [], dtype=np.uint32))
+    guess = ranks.Bracket(min(likely), max(likely), between)
     assert ranks.largest(counting.window, counting.pivots, rank, guess) == expected(bits, rank)
     assert counting.passes <= 4
 
@@ -70,16 +72,18 @@ def test_the_bracket_of_everything_holds_it(found: list[int], data: st.DataObjec
     bits = np.array(found, dtype=np.uint32)
     rank = data.draw(st.integers(1, len(found)))
     bracket = ranks.bracket(bits, rank, bits.size)
-    assert bracket[0] <= expected(bits, rank)[0] <= bracket[-1]
+    assert bracket.low <= expected(bits, rank)[0] <= bracket.high
+    assert set(bracket.common) <= set(found)
     assert ranks.largest_of(bits, rank) == expected(bits, rank)
 
 
 @pytest.mark.fast
 def test_more_values_than_there_are_are_refused() -> None:
     counting = Counting(np.array([1, 2, 3], dtype=np.uint32))
-    for likely in ([2], [1, 2, 3, 4, 5]):
+    for common in ([], [2]):
+        guess = ranks.Bracket(1, 3, np.array(common, dtype=np.uint32))
         with pytest.raises(ValueError, match="no 4-th"):
-            ranks.largest(counting.window, counting.pivots, 4, np.array(likely, dtype=np.uint32))
+            ranks.largest(counting.window, counting.pivots, 4, guess)
 
 
 def tensors(kind: str, numel: int) -> Operands:
