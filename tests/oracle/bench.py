@@ -13,7 +13,16 @@ from safetensors import safe_open
 
 from tests.checkpoints import Tensors, read_checkpoint
 from tests.oracle.cases import Case, Recipe, with_models
-from tests.oracle.compare import Distance, Mask, distance, mask_of, scale_of, undefined_by_trim
+from tests.oracle.compare import (
+    Distance,
+    Mask,
+    distance,
+    mask_of,
+    scale_of,
+    undefined_by_band,
+    undefined_by_trim,
+    undefined_by_variance,
+)
 
 DTYPE_KEYS = {"dtype", "torch_dtype"}
 
@@ -58,6 +67,11 @@ class Bench:
             undefined = torch.zeros(one.shape, dtype=torch.bool)
             if case.method == "ties" and base is not None:
                 undefined = undefined_by_trim(base, models, [each["density"] for each in own])
+            if case.method.startswith("breadcrumbs") and base is not None:
+                undefined = undefined_by_band(base, models, own)
+            if case.method == "sce" and base is not None:
+                fraction = case.recipe.get("parameters", {}).get("select_topk", 1.0)
+                undefined = undefined_by_variance(base, models, fraction)
             found[name] = distance(one, two, scale, undefined)
         return found
 

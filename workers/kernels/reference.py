@@ -195,9 +195,9 @@ def execute(program: Program, terms: Sequence[torch.Tensor]) -> list[torch.Tenso
     rows: list[torch.Tensor | None] = list(terms)
     for number, step in enumerate(program.steps):
         rows.append(_taken(step, [row for at in step.rows if (row := rows[at]) is not None], terms[0]))
-        for row in step.rows:
-            if uses[row] <= number:
-                rows[row] = None
+        for at in step.rows:
+            if uses[at] <= number:
+                rows[at] = None
     return [row for at in program.outputs if (row := rows[at]) is not None]
 
 

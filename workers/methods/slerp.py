@@ -60,4 +60,7 @@ SLERP = Method(
     min_models=2,
     max_models=2,
     profiles=NO_PROFILE_DIFFERENCES,
+    reads_as="θ = sin((1−t)·Ω)/sin Ω · θ₁ + sin(t·Ω)/sin Ω · θ₂ with Ω the angle between them; linear where "
+    "that is small",
+    example={"t": 0.5},
 )
