@@ -125,7 +125,7 @@ def undefined_by_band(
 def undefined_by_variance(
     base: torch.Tensor, models: Sequence[torch.Tensor], fraction: float
 ) -> torch.Tensor:
-    """Elements that SCE may select or not as it likes: variances that rounding cannot tell from the least that stays."""
+    """Elements that SCE may select or not as it likes: variances that rounding cannot tell from the least kept."""
     found = torch.zeros(base.shape, dtype=torch.bool)
     if fraction >= 1:
         return found

@@ -112,7 +112,8 @@ def markdown(results: Results, opened: int, problems: Sequence[str]) -> str:
     """The document."""
     tools = ", ".join(f"{tool} {version}" for tool, version in results.versions.items())
     outcome = (
-        f"{sum(not is_excepted(case) for case in results.parity)} recipes agree in every element that is defined, and transformers opens all\n"
+        f"{sum(not is_excepted(case) for case in results.parity)} recipes agree in every element that is defined,\n"
+        "and transformers opens all\n"
         f"{opened} merged checkpoints and generates from them."
         if not problems
         else "**Not as it should be:**\n\n" + "\n".join(f"- {problem}" for problem in problems)

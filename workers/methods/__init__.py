@@ -18,6 +18,7 @@ from workers.methods.della import DELLA
 from workers.methods.della_linear import DELLA_LINEAR
 from workers.methods.found import found_outside
 from workers.methods.karcher import KARCHER
+from workers.methods.knots import KNOTS
 from workers.methods.linear import LINEAR
 from workers.methods.model_stock import MODEL_STOCK
 from workers.methods.multislerp import MULTISLERP
@@ -29,6 +30,7 @@ from workers.methods.sce import SCE
 from workers.methods.slerp import SLERP
 from workers.methods.task_arithmetic import TASK_ARITHMETIC
 from workers.methods.ties import TIES
+from workers.methods.tsv import TSV
 
 _OURS: Mapping[str, Method] = MappingProxyType(
     {
@@ -51,6 +53,8 @@ _OURS: Mapping[str, Method] = MappingProxyType(
             RAM,
             RAMPLUS_TL,
             CONSENSUS,
+            TSV,
+            KNOTS,
             MODEL_STOCK,
             NEARSWAP,
             ARCEE_FUSION,

@@ -24,7 +24,7 @@ def whole(parameters: NoParameters, models: Sequence[NoParameters]) -> Whole:
             raise ValueError("task vectors need the base model's elements")
         return fuse_rows(tensors.base, tensors.models[0])
 
-    return Whole(merge, 72)
+    return Whole(merge, 100)
 
 
 def formula(parameters: NoParameters, models: Sequence[NoParameters], facts: Facts) -> Formula:

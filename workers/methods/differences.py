@@ -18,7 +18,7 @@ def differences(method: Method, used: Parameters, models: tuple[Parameters, ...]
     now = {**_values(used), **(_values(models[0]) if models else {})}
     others = []
     for profile, values in method.profiles.items():
-        switches = _defaults(method) | values
+        switches = {**_defaults(method), **values}
         apart = [
             f"`{name}: {_text(value)}`"
             for name, value in switches.items()
@@ -58,7 +58,7 @@ def _matters(name: str, now: Mapping[str, JSONValue], then: Mapping[str, JSONVal
     if name == "divisor":
         return bool(now.get("normalize", True)) or bool(then.get("normalize", now.get("normalize", True)))
     if name in ("rescale", "keep_count", "equal_magnitudes", "band_count", "chances", "trim_scope"):
-        return now.get("density", 0.0) != 1.0
+        return bool(now.get("density", 0.0) != 1.0)
     return True
 
 

@@ -125,6 +125,8 @@ CASES = {
     "ramplus_tl": case("ramplus_tl", [{}] * 3, epsilon=1e-3, r=0.5, alpha=2.0),
     "ramplus_tl of the whole model": case("ramplus_tl", [{}] * 3, epsilon=1e-3, count_scope="model"),
     "consensus": case("consensus", [{"weight": 0.5}, {}, {"mask_lambda": 0.6}], agreement=2, lambda_=0.5),
+    "tsv": case("tsv", [{"weight": 0.5}, {}, {}], lambda_=0.8),
+    "knots": case("knots", [{"weight": 0.5}, {"density": 0.5}, {}]),
     "model_stock": case("model_stock", [{}] * 3),
     "model_stock, rows": case("model_stock", [{}] * 3, filter_wise=True),
     "nearswap": case("nearswap", [{}], t=5e-4),
