@@ -117,9 +117,22 @@ def undefined_by_band(
         top = min(int(each["gamma"] * n), n - keep)
         ordered = size.flatten().sort(descending=True).values
         for last in (top, top + keep):  # the border lies between it and the next
-            if 0 < last < n and ordered[last - 1] == ordered[last]:
+            if 0 < last < n and ordered[last - 1] == ordered[last] > 0:
                 found |= size == ordered[last]
     return found
+
+
+def undefined_by_importance(base: torch.Tensor, model: torch.Tensor) -> torch.Tensor:
+    """Elements that Arcee Fusion may take or not as it likes: importances that rounding cannot tell from the least
+    that counts."""
+    start, end = base.double(), model.double()
+    below, above = (torch.log_softmax(x, dim=-1) for x in (start, end))
+    divergence = (above.exp() * (above - below)).sum(dim=-1, keepdim=True)
+    score = (end - start).abs() * divergence
+    ordered = score.flatten().sort().values
+    low, middle, high = (ordered[int((ordered.numel() - 1) * share)] for share in (0.25, 0.5, 0.75))
+    least = middle + 1.5 * (high - low)
+    return (score - least).abs() <= 1e-4 * least
 
 
 def undefined_by_variance(

@@ -79,12 +79,12 @@ def test_whole_tensors_merge_as_in_memory(
 
 def shard_bytes(shards: list[bytes], wanted: torch.Tensor) -> bool:
     """Whether these elements are in one of the shards."""
-    return any(wanted.numpy().tobytes() in shard for shard in shards)
+    return any(wanted.contiguous().view(torch.uint8).numpy().tobytes() in shard for shard in shards)
 
 
 def test_what_does_not_fit_a_worker_is_told_with_its_name(models: Path) -> None:
     tight = SMALL.model_copy(update={"worker_memory_bytes": 100 * MIB})
-    with pytest.raises(PlanError, match=r"the biggest task \(w.*raise it to at least"):
+    with pytest.raises(PlanError, match=r"the biggest task \(n and 1 more\).*raise it to at least"):
         plan(models, "model_stock", list("abc"), {"filter_wise": True}, tight)
 
 
@@ -93,7 +93,6 @@ def test_a_base_makes_task_vectors_where_it_is_optional(models: Path, tmp_path: 
     more: dict[str, Any] = {} if based else {"base_model": None}
     parameters = {"weight": 1.0}
     planned = plan(models, "nuslerp", ["a", "b"], parameters, SMALL, out_dtype="float32", **more)
-    assert planned.plan.surveys  # "w" is split, and its angle is taken of the whole
     own, theirs = resolve_parameters(METHODS["nuslerp"], None, parameters, [{}, {}])
     a, b, base = (read_checkpoint(models / name)["w"] for name in ("a", "b", "base"))
     wanted = merge_tensor(
@@ -103,9 +102,12 @@ def test_a_base_makes_task_vectors_where_it_is_optional(models: Path, tmp_path: 
 
 
 def test_a_scaled_passthrough_is_not_a_copy(models: Path, tmp_path: Path) -> None:
-    copied = plan(models, "passthrough", ["a"], {}, SMALL).plan
+    def merges(parameters: dict[str, Any]) -> int:
+        parts = plan(models, "passthrough", ["a"], parameters, SMALL).plan.parts
+        return sum(isinstance(piece, MergePiece) for part in parts for piece in part.pieces)
+
+    assert (merges({}), merges({"scale": 1.0}), merges({"scale": 0.5})) == (0, 0, 2)
     scaled = plan(models, "passthrough", ["a"], {"scale": 0.5}, SMALL)
-    assert copied.price.bytes_copied > 0 == scaled.plan.price.bytes_copied
     wanted = (read_checkpoint(models / "a")["n"].float() * 0.5).to(torch.bfloat16).view(torch.int16)
     assert shard_bytes(run(scaled, tmp_path / "merged").shards(), wanted)
 
@@ -116,7 +118,8 @@ def test_the_plan_says_where_profiles_differ(models: Path) -> None:
 
     said = notices("ties", {"density": 0.5})
     assert "`ties` is not the same everywhere" in said
-    assert "paper sets `trim_scope: model`" in said
+    assert "paper sets `" in said
+    assert "`trim_scope: model`" in said
     assert "mergekit sets" in said and "`equal_magnitudes: exact_k`" in said
     assert "Set `profile:`" in said
     assert "everywhere" not in notices("ties", {"density": 0.5}, profile="mergekit")
