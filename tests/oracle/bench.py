@@ -26,7 +26,7 @@ from tests.oracle.compare import (
 )
 
 SLACK = {"multislerp": 10, "karcher": 2, "sce": 4}
-"""By how much the bound is wider where mergekit takes norms, angles or energies in float32, which scale all elements."""
+"""How much wider the bound is where mergekit takes norms, angles or energies in float32: they scale all elements."""
 
 DTYPE_KEYS = {"dtype", "torch_dtype"}
 

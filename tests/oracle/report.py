@@ -41,8 +41,8 @@ equals the trim's threshold, as others' do, and which of the equals make up exac
 ## The other methods
 
 {count} random recipes for each, of one to three of the models and with random parameters; *excepted* recipes, and what
-is apart in them, are left out of the other figures. The bound is ten times as wide for `multislerp`, twice for `karcher` and
-four times for `sce`, whose lengths, angles and energies mergekit takes in float32: they scale all elements of a tensor.
+is apart in them, are left out of the other figures. The bound is ten times as wide for `multislerp`, twice for
+`karcher` and four times for `sce`, whose lengths, angles and energies mergekit takes in float32: they scale all elements of a tensor.
 
 | method | recipes | elements | undefined | same bits | beyond the bound | worst | excepted recipes | apart in them |
 |---|---:|---:|---:|---:|---:|---:|---:|---:|
