@@ -314,8 +314,10 @@ class MethodInfo(_Model):
     """One sentence."""
     paper: str
     """Where it is defined."""
+    formula: str
+    """What it computes, as markdown."""
     base: str
-    """Whether it needs a base model."""
+    """Whether a base model is `required`, `optional`, the `first_model`, or `none` of its business."""
     min_models: int
     """Fewest models."""
     max_models: int | None
@@ -326,6 +328,10 @@ class MethodInfo(_Model):
     """JSON schema of each model's parameters, which may also be given globally."""
     profiles: dict[str, dict[str, Any]]
     """Defaults under the named profiles."""
+    most_reads: int
+    """How often it reads a tensor that is split, at most, under its defaults."""
+    whole_bytes_per_element: int
+    """Workspace bytes for each element where its defaults keep a tensor whole; 0 where they do not."""
 
 
 def job_of(status: JobStatus, base: str) -> Job:

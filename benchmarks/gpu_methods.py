@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from workers.kernels.base import Counts, Election, Formula, Kernels, Operands, Term
+from workers.kernels.base import PAIR, PAIRS, Counts, Election, Formula, Kernels, Operands, Term
 from workers.kernels.scalars import keep_bound, keep_count, slerp_coefficients, weight_sum
 
 WEIGHTS = (0.5, 0.3, 0.4)
@@ -44,7 +44,7 @@ def _linear(kernels: Kernels, operands: Operands) -> Surveyed:
 
 
 def _slerp(kernels: Kernels, operands: Operands) -> Surveyed:
-    sums = kernels.products(operands)
+    sums = kernels.products(operands, PAIR, PAIRS)
     first, second, dot = (math.fsum(column) for column in sums.T.tolist())
     coefficients = slerp_coefficients(0.4, first, second, dot)
     return Formula((Term(0, coefficients[0]), Term(1, coefficients[1]))), sums.ravel().tolist()

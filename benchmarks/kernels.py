@@ -15,7 +15,7 @@ from functools import partial
 import numpy as np
 import torch
 
-from workers.kernels.base import Election, Formula, Kernels, Operands, Term
+from workers.kernels.base import PAIR, PAIRS, Election, Formula, Kernels, Operands, Term
 from workers.kernels.cpu import FusedKernels
 from workers.kernels.torch_kernels import TorchKernels
 
@@ -90,7 +90,7 @@ def cases(operands: Operands) -> list[Case]:
             "elected", operands, lambda kernels: kernels.elected(operands, replace(vectors, terms=trimmed))
         ),
         _case("norms", operands, lambda kernels: kernels.norms(operands, replace(vectors, terms=dropped))),
-        _case("products", pair, lambda kernels: kernels.products(pair)),
+        _case("products", pair, lambda kernels: kernels.products(pair, PAIR, PAIRS)),
         _case("nonfinite", operands, lambda kernels: kernels.nonfinite(operands)),
     ]
 

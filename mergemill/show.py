@@ -185,7 +185,7 @@ def method_table(methods: Iterable[Mapping[str, Any]]) -> Table:
             *method["model_parameters"].get("properties", {}),
             *method["parameters"].get("properties", {}),
         ]
-        base = " + base" if method["base"] == "required" else ""
+        base = {"required": " + base", "optional": " (+ base)"}.get(method["base"], "")
         table.add_row(method["name"], count + base, ", ".join(dict.fromkeys(names)), method["summary"])
     return table
 

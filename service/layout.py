@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from service.checkpoint import StoredTensor
 from service.matching import OutputTensor
 from service.price import DESCRIPTIONS, MIN_PART_BYTES, description_bytes, merge_bytes
-from workers.binding import bind
+from workers.binding import bind, whole_of
 from workers.task import (
     BLOCK_BYTES,
     DTYPE_BYTES,
@@ -108,7 +108,7 @@ def pieces_of(
     def fits(output_bytes: int, held_bytes: int) -> bool:
         return tensor.nbytes <= output_bytes and held <= held_bytes
 
-    if fits(min(limits.part_bytes, limits.whole_bytes), limits.packed_bytes):
+    if whole_of(whole) or fits(min(limits.part_bytes, limits.whole_bytes), limits.packed_bytes):
         return [alone], None  # with a survey or without: asking the method would be half of planning
     passes = 0 if shared else len(bind(whole).passes)
     if passes and fits(limits.whole_bytes, limits.held_bytes):
@@ -145,7 +145,10 @@ def survey_id(of: object, semantics_version: int) -> str:
 
 def _with_others(whole: Arithmetic) -> bool:
     """Whether a tensor is surveyed together with all others, and not by itself."""
-    if whole.parameters.get("trim_scope") != "model":  # binding every tensor would be half of planning
+    if "model" not in (
+        whole.parameters.get("trim_scope"),
+        whole.parameters.get("count_scope"),
+    ):  # binding every tensor would be half of planning
         return False
     bound = bind(whole)
     return bound.parameters.survey_scope == "model" and bool(bound.passes)
@@ -163,6 +166,7 @@ def slice_arithmetic(whole: Arithmetic, first: int, last: int) -> Arithmetic:
         whole.numel,
         first,
         last,
+        whole.shape,
     )
 
 

@@ -212,11 +212,11 @@ class _Matcher:
             return self._mismatch(tensor, [(checkpoint, stored) for _, checkpoint, _, stored in present])
         dtype = self.recipe.out_dtype_name or tensor.dtype
         models = tuple(ModelInput(index, stored.ref, own) for index, _, own, stored in present)
-        if self.method.copies and models and models[0].ref.dtype == dtype:
+        if self.method.copies and models and models[0].ref.dtype == dtype and _is_unscaled(models[0]):
             return _copy(tensor, present[0][3])
-        if self.method.base != "required" and len(models) < max(1, self.method.min_models):
+        if not self.recipe.has_task_vectors and len(models) < max(1, self.method.min_models):
             return _copy(tensor, tensor) if tensor.dtype == dtype else self._cast(tensor, dtype)
-        base = tensor.ref if self.method.base == "required" else None
+        base = tensor.ref if self.recipe.has_task_vectors else None
         arithmetic = Arithmetic(
             tensor.name,
             self.method.name,
@@ -227,6 +227,7 @@ class _Matcher:
             tensor.numel,
             0,
             tensor.numel,
+            tensor.shape if self.method.whole else (),
         )
         return OutputTensor(tensor.name, tensor.shape, dtype, arithmetic, tensor.numel)
 
@@ -243,7 +244,7 @@ class _Matcher:
                     return embedding
         if self.recipe.missing_tensors == "base":
             self.notices.append(f"{label}: lacks {tensor.name}, taken from {self.against}")
-            return tensor if self.method.base == "required" else None
+            return tensor if self.recipe.has_task_vectors else None
         self._problem(
             f"lacks tensors of {self.against}",
             label,
@@ -319,6 +320,10 @@ class _Matcher:
 
 def _mergeable(tensor: StoredTensor, others: Sequence[StoredTensor | None]) -> bool:
     return tensor.is_float and all(other is None or other.is_float for other in others)
+
+
+def _is_unscaled(model: ModelInput) -> bool:
+    return bool(model.parameters.get("scale", 1.0) == 1.0)
 
 
 def _copy(shape_of: StoredTensor, source: StoredTensor) -> OutputTensor:

@@ -27,6 +27,9 @@ from service.matching import Inputs, Match, match
 from service.price import BASELINE_BYTES, MAX_PARTS, MIN_PART_BYTES, Price, price, workspace_bytes
 from service.recipe import Recipe
 from workers.errors import PlanError
+from workers.methods import get_method
+from workers.methods.differences import differences
+from workers.methods.resolve import resolve_parameters
 from workers.safetensors_format import encode, layout
 from workers.task import HeaderPiece, MergePiece, Part, Piece, Survey, digest, part_id
 
@@ -168,7 +171,7 @@ def _laid_out(
     if recipe.profile is not None:
         notices: tuple[str, ...] = (f"semantics follow the profile `{recipe.profile}`", *matched.notices)
     else:
-        notices = matched.notices
+        notices = (*_differences(recipe), *matched.notices)
     part_ids = tuple(part_id(part) for part in parts)
     weight_map = dict(sorted(weight_map.items()))
     files = [[shard.name, shard.size] for shard in shards]
@@ -202,6 +205,14 @@ def plan_summary(plan: Plan, gpu_memory_bytes: int = 0) -> dict[str, Any]:
         "total_size": plan.total_size,
         "notices": list(plan.notices),
     }
+
+
+def _differences(recipe: Recipe) -> tuple[str, ...]:
+    """What another profile would have made of the recipe, where that is something else."""
+    own = [entry.parameters for _, entry in recipe.task_models]
+    method = get_method(recipe.merge_method)
+    found = differences(method, *resolve_parameters(method, None, recipe.parameters, own))
+    return (found,) if found else ()
 
 
 def _limits(options: PlanOptions, inputs: int, baseline_bytes: int) -> Limits:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from workers.arena import padded
+from workers.binding import whole_of
 from workers.kernels.moves import device_bytes
 from workers.ranges import READ_BYTES, Arrangement
 from workers.task import (
@@ -148,6 +149,12 @@ def merge_bytes(arithmetic: Arithmetic, output_width: int) -> int:
     return sum(ref.nbytes for ref in arithmetic.refs) + (arithmetic.last - arithmetic.first) * output_width
 
 
+def whole_bytes(arithmetic: Arithmetic) -> int:
+    """Bytes of workspace of a tensor that is merged as a whole; 0 for one that is merged element by element."""
+    whole = whole_of(arithmetic)
+    return 0 if whole is None else whole.bytes_per_element * arithmetic.numel
+
+
 def workspace_bytes(inputs: int) -> int:
     """Bytes of the arithmetic's workspace for that many inputs."""
     return WORKSPACE_BYTES + WORKSPACE_BYTES_PER_INPUT * inputs
@@ -242,7 +249,8 @@ def _part_load(part: Part) -> _Load:
         reads=_requests(arrangement),
         inputs=padded(arrangement.nbytes),
         output=0 if part.source else padded(part.lead + part.nbytes),
-        workspace=workspace_bytes(max((len(arithmetic.refs) for arithmetic in merges), default=1)),
+        workspace=workspace_bytes(max((len(arithmetic.refs) for arithmetic in merges), default=1))
+        + max(map(whole_bytes, merges), default=0),
         description=steps + sum(map(description_bytes, part.pieces)),
         device=max(
             (

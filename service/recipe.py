@@ -181,11 +181,17 @@ class Recipe(_Frozen):
         """
         listed = tuple(enumerate(self.models))
         kind = get_method(self.merge_method).base
-        if kind == "required":
+        if self.has_task_vectors:
             return tuple((index, entry) for index, entry in listed if entry.model != self.base_model)
         if kind == "first_model":
             return tuple(sorted(listed, key=lambda pair: pair[1].model != self.base_model))
         return listed
+
+    @property
+    def has_task_vectors(self) -> bool:
+        """Whether models are merged by their differences to the base."""
+        kind = get_method(self.merge_method).base
+        return kind == "required" or (kind == "optional" and self.base_model is not None)
 
     @property
     def reference(self) -> str:

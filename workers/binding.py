@@ -9,7 +9,7 @@ from functools import lru_cache
 
 from workers.kernels.base import Formula
 from workers.methods import get_method
-from workers.methods.base import Method, Parameters, SurveyPass
+from workers.methods.base import Method, Parameters, SurveyPass, Whole
 from workers.task import Arithmetic, Facts, canonical_json
 
 
@@ -25,6 +25,8 @@ class BoundMethod:
     """Each model's parameters."""
     passes: tuple[SurveyPass, ...]
     """The survey that these parameters need."""
+    whole: Whole | None
+    """How the whole tensor is merged, where no formula does it."""
 
     def formula(self, facts: Facts) -> Formula:
         """What merges the tensor that ``facts`` were found of."""
@@ -37,9 +39,16 @@ def bind(arithmetic: Arithmetic) -> BoundMethod:
     return _bind(arithmetic.method, canonical_json(arithmetic.parameters), models)
 
 
+def whole_of(arithmetic: Arithmetic) -> Whole | None:
+    """How a whole tensor is merged, where no formula does it; asks methods that always have one nothing."""
+    return bind(arithmetic).whole if get_method(arithmetic.method).whole else None
+
+
 @lru_cache(maxsize=256)
 def _bind(name: str, parameters_json: str, models_json: str) -> BoundMethod:
     method = get_method(name)
     parameters = method.parameters.model_validate_json(parameters_json)
     models = tuple(method.model_parameters.model_validate(value) for value in json.loads(models_json))
-    return BoundMethod(method, parameters, models, method.survey(parameters, models))
+    whole = None if method.whole is None else method.whole(parameters, models)
+    passes = () if whole else method.survey(parameters, models)
+    return BoundMethod(method, parameters, models, passes, whole)

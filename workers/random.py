@@ -68,6 +68,14 @@ def keep_mask(key: int, first: int, count: int, density: float) -> torch.Tensor:
     return words_below(key, first, count, keep_bound(density))
 
 
+def words(key: int, count: int) -> Words:
+    """The 32-bit words of the flat elements ``[0, count)``: shape ``[count]``."""
+    counters = torch.arange(-(-count // 4), dtype=torch.int64)
+    zeros = torch.zeros_like(counters)
+    drawn = philox4x32((counters & _LOW, counters >> 32, zeros, zeros), key)
+    return torch.stack(drawn, dim=1).flatten()[:count]
+
+
 def words_below(
     key: int, first: int, count: int, bound: int, device: torch.device | str = "cpu"
 ) -> torch.Tensor:

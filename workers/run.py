@@ -24,8 +24,8 @@ from workers.errors import ObjectChangedError, StoreError, TruncatedReadError, U
 from workers.inputs import Inputs, aligned
 from workers.kernels import kernels_of, pin_of
 from workers.kernels.base import Kernels, Operands
-from workers.kernels.reference import TORCH_DTYPES
-from workers.methods.base import Summary
+from workers.kernels.reference import TORCH_DTYPES, round_to
+from workers.methods.base import Summary, Tensors, Whole
 from workers.methods.survey import Tally, survey
 from workers.nonfinite import NonFinite
 from workers.pipeline import Pipeline
@@ -257,11 +257,30 @@ class PartRun(Task):
     def _merge(self, piece: MergePiece, target: memoryview) -> None:
         kernels, method = self._tools.kernels, bind(piece.arithmetic)
         operands = self._inputs.operands(piece.arithmetic)
+        if method.whole is not None:
+            self._merge_whole(piece, method.whole, operands, target)
+            return
         facts = self._facts[piece.survey] if piece.survey else survey(method.passes, operands, kernels)
         out = torch.frombuffer(target, dtype=TORCH_DTYPES[piece.dtype])
         found = kernels.merge(operands, method.formula(facts), out)
         self._problems.add_inputs(piece.name, piece.arithmetic.refs, found.nonfinite)
         self._problems.add_overflow(piece, found.overflowed)
+
+    def _merge_whole(self, piece: MergePiece, whole: Whole, operands: Operands, target: memoryview) -> None:
+        """Merge what no formula merges: here, whatever the device, a whole tensor at a time."""
+        shape = piece.arithmetic.shape
+        base = None if operands.base is None else operands.base.view(shape)
+        models = tuple(model.view(shape) for model in operands.models)
+        merged = whole.merge(Tensors(base, models, operands.mask_keys)).reshape(-1)
+        bad = ~torch.isfinite(merged)
+        for elements in operands.inputs:
+            bad &= torch.isfinite(elements)
+        found = kernels_of("cpu").nonfinite(operands)
+        self._problems.add_inputs(piece.name, piece.arithmetic.refs, found)
+        out = torch.frombuffer(target, dtype=TORCH_DTYPES[piece.dtype])
+        out.copy_(round_to(merged, out.dtype))
+        bad |= torch.isinf(out) & torch.isfinite(merged)
+        self._problems.add_overflow(piece, int(torch.count_nonzero(bad)))
 
     def _digest(self) -> None:
         position = 0

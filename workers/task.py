@@ -123,6 +123,8 @@ class Arithmetic:
     """First element of this run."""
     last: int
     """One past the last element of this run."""
+    shape: tuple[int, ...] = ()
+    """The whole tensor's shape, where the method asks for it."""
 
     @property
     def refs(self) -> tuple[TensorRef, ...]:

@@ -7,6 +7,7 @@ from fastapi import APIRouter
 from api.routing import readable
 from api.schemas import MethodInfo
 from workers.methods import METHODS
+from workers.methods.base import Method
 
 router = APIRouter(prefix="/v1/methods", tags=["methods"])
 
@@ -14,17 +15,22 @@ router = APIRouter(prefix="/v1/methods", tags=["methods"])
 @readable(router, "", response_model=list[MethodInfo])
 def list_methods() -> list[MethodInfo]:
     """Every merge method with the JSON schemas of its parameters."""
-    return [
-        MethodInfo(
-            name=method.name,
-            summary=method.summary,
-            paper=method.paper,
-            base=method.base,
-            min_models=method.min_models,
-            max_models=method.max_models,
-            parameters=method.parameters.model_json_schema(by_alias=True),
-            model_parameters=method.model_parameters.model_json_schema(by_alias=True),
-            profiles={name: dict(values) for name, values in method.profiles.items()},
-        )
-        for method in METHODS.values()
-    ]
+    return [_info(method) for method in METHODS.values()]
+
+
+def _info(method: Method) -> MethodInfo:
+    passes, whole = method.typical_cost
+    return MethodInfo(
+        name=method.name,
+        summary=method.summary,
+        paper=method.paper,
+        formula=method.reads_as,
+        base=method.base,
+        min_models=method.min_models,
+        max_models=method.max_models,
+        parameters=method.parameters.model_json_schema(by_alias=True),
+        model_parameters=method.model_parameters.model_json_schema(by_alias=True),
+        profiles={name: dict(values) for name, values in method.profiles.items()},
+        most_reads=1 + passes,
+        whole_bytes_per_element=whole,
+    )

@@ -12,7 +12,7 @@ from mergemill.local import methods_here
 pytestmark = pytest.mark.fast
 
 PAGE = Path(__file__).parents[2] / "docs/methods.md"
-HIDDEN = {"int8_mask"}
+HIDDEN = {"int8_mask", "eps"}
 """What is only accepted, and does nothing."""
 PROFILES = ("paper", "mergekit")
 METHODS = methods_here()
@@ -36,11 +36,15 @@ def table(*rows: list[str]) -> str:
 
 
 def values_of(schema: dict[str, Any]) -> str:
+    if "const" in schema:
+        return code(schema["const"])
     if "enum" in schema:
         return " ".join(map(code, schema["enum"]))
     if schema["type"] == "boolean":
         return "`true` `false`"
-    return "0 to 1" if schema.get("maximum") == 1 else "number"
+    if schema.get("maximum") is not None:
+        return f"{schema['minimum']:g} to {schema['maximum']:g}"
+    return "0 or more" if schema.get("minimum") == 0 else "number"
 
 
 def meanings() -> str:
@@ -54,6 +58,22 @@ def meanings() -> str:
                 found.setdefault(row, []).append(code(method["name"]))
     rows = [[row[0], ", ".join(methods), *row[1:]] for row, methods in found.items()]
     return table(["parameter", "of", "values", "default", "meaning"], *rows)
+
+
+def methods() -> str:
+    """Every method, what it computes, what it takes and what it costs."""
+    rows = []
+    for method in METHODS:
+        least, most = method["min_models"], method["max_models"]
+        count = f"{least}" if most == least else f"{least} or more" if most is None else f"{least} to {most}"
+        base = {"required": " and a base", "optional": ", a base if wanted"}.get(method["base"], "")
+        whole = method["whole_bytes_per_element"]
+        cost = f"whole tensors, {whole} bytes an element" if whole else f"{method['most_reads']} reads"
+        formula = method["formula"].replace("|", "\\|")
+        rows.append(
+            [code(method["name"]), formula, count + base, cost.replace("1 reads", "1 read"), method["paper"]]
+        )
+    return table(["method", "what comes out", "models", "cost when split", "source"], *rows)
 
 
 def switches() -> str:
@@ -74,11 +94,12 @@ def test_every_parameter_and_each_of_its_values_is_explained() -> None:
     for method in METHODS:
         for name, schema in properties(method).items():
             assert schema.get("description"), (method["name"], name)
+            assert method["formula"], method["name"]
             for value in schema.get("enum", []):
                 assert f"`{value}`" in schema["description"], (method["name"], name, value)
 
 
 def test_the_page_says_what_the_schema_says() -> None:
     text = PAGE.read_text()
-    for expected in (meanings(), switches()):
+    for expected in (methods(), meanings(), switches()):
         assert expected in text, f"docs/methods.md has to hold:\n\n{expected}\n"

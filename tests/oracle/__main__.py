@@ -17,6 +17,7 @@ from rich.console import Console
 from tests.checkpoints import llama_tensors, write_checkpoint
 from tests.oracle.bench import Bench
 from tests.oracle.cases import DARE, PARITY, ROUNDED, write_inputs
+from tests.oracle.methods import DELLA_MASKS, METHOD_CASES
 from tests.oracle.ours import merge_by_service, merge_in_process
 from tests.oracle.report import Results, markdown, total
 
@@ -43,7 +44,7 @@ def main() -> int:
             reply = ask(bench)
         results = Results(
             versions=reply["versions"],
-            parity={case: total(bench.compare(case)) for case in PARITY},
+            parity={case: total(bench.compare(case)) for case in (*PARITY, *METHOD_CASES)},
             rounded={case: total(bench.compare(case)) for case in ROUNDED},
             dare={
                 (case, tool, factor): bench.mask(case, made, factor)
@@ -54,17 +55,25 @@ def main() -> int:
                 )
             },
         )
+        results.dare.update(
+            ((case, tool, "l1"), bench.mask(case, made, "l1"))
+            for case in DELLA_MASKS
+            for tool, made in (("mergekit", bench.theirs(case)), ("Mergemill", bench.ours(case)))
+        )
         loaded = reply["loaded"]
         problems = [
             *results.problems(),
             *(problem for case in (*PARITY, *ROUNDED) for problem in bench.checkpoint_problems(case)),
+            *(problem for case in METHOD_CASES for problem in bench.checkpoint_problems(case)),
             *(f"{Path(made).name}: {found['problem']}" for made, found in loaded.items() if found["problem"]),
         ]
     options.output.parent.mkdir(parents=True, exist_ok=True)
     options.output.write_text(markdown(results, len(loaded), problems))
     for problem in problems:
         console.print(f"[red]✗[/red] {problem}")
-    console.print(f"{len(PARITY)} recipes compared, {len(problems)} problems: {options.output}")
+    console.print(
+        f"{len(PARITY) + len(METHOD_CASES)} recipes compared, {len(problems)} problems: {options.output}"
+    )
     return 1 if problems else 0
 
 
@@ -73,7 +82,7 @@ def merge(bench: Bench, *, in_process: bool) -> None:
     write_inputs(bench.root / "inputs")
     jobs = {
         bench.ours(case, profile): bench.recipe(case, **({"profile": profile} if profile else {}))
-        for case in (*PARITY, *ROUNDED, *DARE)
+        for case in (*PARITY, *ROUNDED, *DARE, *METHOD_CASES, *DELLA_MASKS)
         for profile in (FACTORS if case in DARE else ("mergekit",))
     }
     if in_process:
@@ -88,7 +97,7 @@ def ask(bench: Bench) -> dict[str, Any]:
     """Run the other tools, in their environment."""
     merges = [
         {"recipe": bench.recipe(case), "output": str(bench.theirs(case)), "seed": SEED}
-        for case in (*PARITY, *ROUNDED, *DARE)
+        for case in (*PARITY, *ROUNDED, *DARE, *METHOD_CASES, *DELLA_MASKS)
     ]
     request, reply = bench.root / "request.json", bench.root / "reply.json"
     opened = [str(bench.ours(case)) for case in (*PARITY, *ROUNDED)]

@@ -13,7 +13,20 @@ from safetensors import safe_open
 
 from tests.checkpoints import Tensors, read_checkpoint
 from tests.oracle.cases import Case, Recipe, with_models
-from tests.oracle.compare import Distance, Mask, distance, mask_of, scale_of, undefined_by_trim
+from tests.oracle.compare import (
+    Distance,
+    Mask,
+    distance,
+    mask_of,
+    scale_of,
+    undefined_by_band,
+    undefined_by_importance,
+    undefined_by_trim,
+    undefined_by_variance,
+)
+
+SLACK = {"multislerp": 10, "karcher": 2, "sce": 4}
+"""How much wider the bound is where mergekit takes norms, angles or energies in float32: they scale all elements."""
 
 DTYPE_KEYS = {"dtype", "torch_dtype"}
 
@@ -55,9 +68,17 @@ class Bench:
             if (one.shape, one.dtype) != (two.shape, two.dtype):
                 raise ValueError(f"{case.name}: {name} is {one.dtype}{one.shape} and {two.dtype}{two.shape}")
             scale = scale_of(case.method, case.recipe.get("parameters", {}), base, models, own)
+            scale = scale * SLACK.get(case.method, 1)
             undefined = torch.zeros(one.shape, dtype=torch.bool)
             if case.method == "ties" and base is not None:
                 undefined = undefined_by_trim(base, models, [each["density"] for each in own])
+            if case.method.startswith("breadcrumbs") and base is not None:
+                undefined = undefined_by_band(base, models, own)
+            if case.method == "arcee_fusion" and base is not None:
+                undefined = undefined_by_importance(base, models[0])
+            if case.method == "sce" and base is not None:
+                fraction = case.recipe.get("parameters", {}).get("select_topk", 1.0)
+                undefined = undefined_by_variance(base, models, fraction)
             found[name] = distance(one, two, scale, undefined)
         return found
 

@@ -74,7 +74,11 @@ def scale_of(
     if method == "linear":
         divisor = abs(sum(weights)) if parameters.get("normalize", True) else 1.0
         return torch.stack([abs(w) / divisor * x.abs() for w, x in zip(weights, wide, strict=True)]).sum(0)
-    if method in ("slerp", "passthrough"):
+    if method == "passthrough":
+        return torch.stack(
+            [abs(each.get("scale", 1.0)) * x.abs() for each, x in zip(own, wide, strict=True)]
+        ).sum(0)
+    if base is None and method in ("slerp", "nuslerp", "multislerp", "karcher"):
         return torch.stack([x.abs() for x in wide]).sum(0)
     if base is None:
         raise ValueError(f"{method} has no base")
@@ -99,6 +103,53 @@ def undefined_by_trim(
         if threshold > 0 and int((size >= threshold).sum()) > kept:
             found |= size == threshold
     return found
+
+
+def undefined_by_band(
+    base: torch.Tensor, models: Sequence[torch.Tensor], own: Sequence[Mapping[str, Any]]
+) -> torch.Tensor:
+    """Elements that breadcrumbs may keep or drop as it likes: equals at either end of what stays."""
+    found = torch.zeros(base.shape, dtype=torch.bool)
+    for model, each in zip(models, own, strict=True):
+        size = (model.float() - base.float()).abs()
+        n = size.numel()
+        keep = int(each["density"] * n)
+        top = min(int(each["gamma"] * n), n - keep)
+        ordered = size.flatten().sort(descending=True).values
+        for last in (top, top + keep):  # the border lies between it and the next
+            if 0 < last < n and ordered[last - 1] == ordered[last] > 0:
+                found |= size == ordered[last]
+    return found
+
+
+def undefined_by_importance(base: torch.Tensor, model: torch.Tensor) -> torch.Tensor:
+    """Elements that Arcee Fusion may take or not as it likes: importances that rounding cannot tell from the least
+    that counts."""
+    start, end = base.double(), model.double()
+    below, above = (torch.log_softmax(x, dim=-1) for x in (start, end))
+    divergence = (above.exp() * (above - below)).sum(dim=-1, keepdim=True)
+    score = (end - start).abs() * divergence
+    ordered = score.flatten().sort().values
+    low, middle, high = (ordered[int((ordered.numel() - 1) * share)] for share in (0.25, 0.5, 0.75))
+    least = middle + 1.5 * (high - low)
+    return (score - least).abs() <= 1e-4 * least
+
+
+def undefined_by_variance(
+    base: torch.Tensor, models: Sequence[torch.Tensor], fraction: float
+) -> torch.Tensor:
+    """Elements that SCE may select or not as it likes: variances that rounding cannot tell from the least kept."""
+    found = torch.zeros(base.shape, dtype=torch.bool)
+    if fraction >= 1:
+        return found
+    taus = torch.stack([model.float() - base.float() for model in models]).double()
+    variance = taus.var(0, unbiased=False)
+    kept = int(int(torch.count_nonzero(variance)) * fraction)
+    if not kept:
+        return found
+    least = variance.flatten().sort(descending=True).values[kept - 1]
+    near = (variance - least).abs() <= RELATIVE * least
+    return near if int(near.sum()) > 1 else found
 
 
 @dataclass(frozen=True, slots=True)

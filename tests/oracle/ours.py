@@ -67,7 +67,7 @@ def _merge(data: Recipe) -> tuple[Tensors, Path]:
         method, recipe.profile, recipe.parameters, [entry.parameters for _, entry in recipe.task_models]
     )
     models = [read_checkpoint(Path(entry.model)) for _, entry in recipe.task_models]
-    base = read_checkpoint(Path(recipe.reference)) if method.base == "required" else None
+    base = read_checkpoint(Path(recipe.reference)) if recipe.has_task_vectors else None
     dtype: torch.dtype = getattr(torch, data["dtype"])
     merged = {}
     for name in base or models[0]:

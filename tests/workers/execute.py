@@ -57,7 +57,7 @@ def plan(
 ) -> Planned:
     """Plan a merge of the checkpoints ``root/<name>``, on the base ``root/base`` where the method has one."""
     value = {"merge_method": method, "models": [{"model": str(root / name)} for name in names]} | more
-    if method not in ("linear", "slerp", "passthrough"):
+    if method not in ("linear", "slerp", "passthrough") and "base_model" not in more:
         value["base_model"] = str(root / "base")
     recipe = parse_recipe(value | {"parameters": dict(parameters)})
     return plan_recipe(recipe, options, LocalStore(), {}, baseline_bytes=0)

@@ -6,8 +6,8 @@ compiled). Inputs come in their own dtypes; all arithmetic is float32, one opera
 written here, and is rounded to the output dtype once.
 
 An element of a term is made in these steps: widen to float32; subtract the base's (``task_vectors``); drop and
-rescale; trim; multiply by the weight. An element of the output is the terms' sum, in order, or their elected
-consensus; over the divisor; times lambda; plus the base's.
+rescale; trim from above and from below; multiply by the weight. An element of the output is the terms' sum, in order,
+their elected consensus, or what a small program makes of them; over the divisor; times lambda; plus the base's.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, Literal, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from workers.kernels.program import Program
+
 if TYPE_CHECKING:  # whoever only plans needs no torch
     import torch
 
@@ -28,8 +30,13 @@ Divisor = Literal["abs_weights", "count", "weights"]
 KEEP_ALL = 1 << 32
 """The bound above every 32-bit random word: nothing is dropped."""
 
+NO_CEILING = 0x7F800001
+"""The ceiling above every number's magnitude bits: nothing is too large."""
+
 DROP_NUMBERS = 0x7F800001
 """The threshold above every number's magnitude bits, infinity's included: only NaN is left."""
+
+Pairs = Sequence[tuple[int, int]]
 
 Counts = npt.NDArray[np.int64]
 Sums = npt.NDArray[np.float64]
@@ -79,6 +86,8 @@ class Term:
     cut: tuple[int, int] | None = None
     """``(block, take)``: of the elements equal to the threshold, those of earlier survey blocks stay, of this block
     the first ``take``, of later blocks none. ``None``: all stay."""
+    ceiling: int = NO_CEILING
+    """Numbers with magnitude bits from this on become +0.0; NaN stays."""
 
     def trim_of(self, block: int) -> tuple[int, int | None]:
         """The threshold within a survey block, and how many elements equal to it stay (``None``: all)."""
@@ -103,14 +112,36 @@ class Formula:
 
     terms: tuple[Term, ...]
     """The models that take part, in the order of summation; at least one."""
-    task_vectors: bool = False
-    """Whether terms are differences to the base, which is added back at the end."""
+    task_vectors: bool | None = False
+    """Whether terms are differences to the base, which is added back at the end; ``None``: where there is a base."""
     election: Election | None = None
     """Merge by elected signs; ``None``: add the terms up."""
     divide: float | None = None
     """What the sum is divided by, once rounded to float32; ``None``: nothing."""
     lambda_: float = 1.0
     """What the result is multiplied by, once rounded to float32, before the base is added."""
+    program: Program | None = None
+    """Merge by what its one output is; ``None``: by election or sum."""
+
+
+PAIR = Formula((Term(0), Term(1)))
+"""Two models as they are."""
+
+PAIRS = ((0, 0), (1, 1), (0, 1))
+"""Both squared norms and the dot product of two rows."""
+
+
+def has_task_vectors(operands: Operands, formula: Formula) -> bool:
+    """Whether the formula's terms are differences to the base."""
+    if formula.task_vectors and operands.base is None:
+        raise ValueError("task vectors need the base model's elements")
+    return formula.task_vectors is not False and operands.base is not None
+
+
+def refuse_cuts(formula: Formula) -> None:
+    """A statistic that does not take elements in order has no place for a cut."""
+    if any(term.cut is not None for term in formula.terms):
+        raise ValueError("products take terms without a cut")
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,7 +174,7 @@ class Kernels(Protocol):
         """Count magnitude bits of each term (untrimmed, unweighted), and add to ``counts``, shape ``[terms, 65536]``.
 
         With ``high`` of ``None`` their high 16 bits are counted; else, of the elements whose high bits are
-        ``high[term]``, the low 16 bits.
+        ``high[term]``, the low 16 bits. Where the formula has a program, its outputs are counted in place of terms.
         """
 
     def largest(
@@ -162,5 +193,8 @@ class Kernels(Protocol):
         """L1 norms of each term's elements before they are dropped and after, unscaled and untrimmed: shape
         ``[blocks, terms, 2]``, float64, each block summed by the fixed tree of ``reference.block_sums``."""
 
-    def products(self, operands: Operands) -> Sums:
-        """Of two models: both squared norms and the dot product, shape ``[blocks, 3]``, float64, by the same tree."""
+    def products(self, operands: Operands, formula: Formula, pairs: Pairs) -> Sums:
+        """Dot products of pairs of terms (trimmed, weighted), or of outputs of the formula's program, which sees NaN
+        and infinities among its terms as zero: shape ``[blocks, pairs]``, float64, by the same tree. A pair is two
+        numbers of terms or outputs. No term has a cut: the tree does not take elements in order.
+        """

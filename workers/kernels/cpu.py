@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -13,9 +14,23 @@ import torch
 from workers.canonical import SURVEY_ELEMENTS
 from workers.kernels import cpu_dtypes as dtypes
 from workers.kernels import cpu_passes as passes
+from workers.kernels import cpu_programs as programs
+from workers.kernels import cpu_sums as sums
 from workers.kernels import ranks as ranking
-from workers.kernels.base import Counts, Divisor, Formula, Found, Operands, Sums, Term
+from workers.kernels.base import (
+    Counts,
+    Divisor,
+    Formula,
+    Found,
+    Operands,
+    Pairs,
+    Sums,
+    Term,
+    has_task_vectors,
+    refuse_cuts,
+)
 from workers.kernels.cpu_compile import Records, Words
+from workers.kernels.program import Program, Writer
 from workers.kernels.reference import float32
 
 _CODES = {
@@ -40,18 +55,21 @@ class FusedKernels:
         """Write the merged elements to ``out``, and say what was found."""
         election = formula.election
         found = np.zeros(len(operands.inputs) + 1, dtype=np.int64)
-        passes.merge(
-            _places(*operands.inputs, out),
-            _terms(operands, formula),
-            operands.first,
-            operands.numel,
-            _task_vectors(operands, formula),
-            0 if election is None else int(election.zero_sign),
+        _, *of_run = _run(operands, formula)
+        places = _places(*operands.inputs, out)
+        finish = (
             formula.divide is not None,
             np.float32(1.0 if formula.divide is None else float32(formula.divide)),
             np.float32(float32(formula.lambda_)),
             found,
         )
+        if formula.program is not None:
+            program = programs.assemble(formula.program)
+            steps = (program.code, program.values, program.slots, int(program.outputs[0]))
+            programs.program_merge(places, *of_run, *steps, *finish)
+        else:
+            zero_sign = 0 if election is None else int(election.zero_sign)
+            passes.merge(places, *of_run, zero_sign, *finish)
         *counts, overflowed = found.tolist()
         return Found(tuple(counts), overflowed)
 
@@ -65,8 +83,13 @@ class FusedKernels:
         self, operands: Operands, formula: Formula, high: Sequence[int] | None, counts: Counts
     ) -> None:
         """Count the high 16 magnitude bits of each term, or the low ones within its bin ``high``, into ``counts``."""
-        bins = np.full(len(formula.terms), -1, dtype=np.int64) if high is None else _integers(high)
-        passes.histogram(*_run(operands, formula), bins, counts)
+        bins = np.full(len(counts), -1, dtype=np.int64) if high is None else _integers(high)
+        if formula.program is None:
+            passes.histogram(*_run(operands, formula), bins, counts)
+        else:
+            program = programs.assemble(formula.program)
+            steps = (program.code, program.values, program.slots, program.outputs)
+            programs.program_histogram(*_run(operands, formula), *steps, bins, counts)
 
     def largest(
         self, operands: Operands, formula: Formula, ranks: Sequence[int]
@@ -111,15 +134,23 @@ class FusedKernels:
 
     def norms(self, operands: Operands, formula: Formula) -> Sums:
         """L1 norms of each term before its drop and after, unscaled: ``[blocks, terms, 2]``."""
-        sums = np.empty((_blocks(operands), len(formula.terms), 2), dtype=np.float64)
-        passes.norms(*_run(operands, formula), sums)
-        return sums
+        found = np.empty((_blocks(operands), len(formula.terms), 2), dtype=np.float64)
+        sums.norms(*_run(operands, formula), found)
+        return found
 
-    def products(self, operands: Operands) -> Sums:
-        """Both squared norms of two models and their dot product: ``[blocks, 3]``."""
-        sums = np.empty((_blocks(operands), 3), dtype=np.float64)
-        passes.products(_places(*operands.models), operands.numel, sums)
-        return sums
+    def products(self, operands: Operands, formula: Formula, pairs: Pairs) -> Sums:
+        """Dot products of pairs of terms, or of outputs of the program: ``[blocks, pairs]``."""
+        refuse_cuts(formula)
+        program = programs.assemble(formula.program or _terms_alone(len(formula.terms)))
+        steps = (program.code, program.values, program.slots)
+        slots = program.outputs[np.array(pairs, dtype=np.int64)]
+        groups = []
+        for first in range(0, len(pairs), sums.PAIRS):
+            wanted = np.ascontiguousarray(slots[first : first + sums.PAIRS])
+            found = np.empty((_blocks(operands), len(wanted)), dtype=np.float64)
+            sums.products(*_run(operands, formula), *steps, wanted, found)
+            groups.append(found)
+        return np.concatenate(groups, axis=1)
 
 
 def prepare() -> None:
@@ -139,7 +170,10 @@ def prepare() -> None:
         kernels.largest(Operands(0, equal, (model,), ()), formula, [1])
     kernels.elected(operands, formula)
     kernels.norms(operands, formula)
-    kernels.products(operands)
+    kernels.products(operands, formula, [(0, 0)])
+    alone = replace(formula, program=_terms_alone(1))
+    kernels.merge(operands, alone, torch.empty(1))
+    kernels.histogram(operands, alone, None, np.zeros((1, passes.BINS), dtype=np.int64))
 
 
 def _run(operands: Operands, formula: Formula) -> tuple[Records, Records, int, int, bool]:
@@ -149,8 +183,14 @@ def _run(operands: Operands, formula: Formula) -> tuple[Records, Records, int, i
         _terms(operands, formula),
         operands.first,
         operands.numel,
-        _task_vectors(operands, formula),
+        has_task_vectors(operands, formula),
     )
+
+
+def _terms_alone(terms: int) -> Program:
+    """The program whose outputs are the terms."""
+    writer = Writer(terms)
+    return writer.program(*writer.terms)
 
 
 def _places(*tensors: torch.Tensor) -> Records:
@@ -176,6 +216,7 @@ def _terms(operands: Operands, formula: Formula) -> Records:
                 operands.mask_keys[term.model] if drawn else 0,
                 term.keep_below,
                 term.threshold,
+                term.ceiling,
                 cut_block,
                 take,
                 float32(term.factor),
@@ -191,12 +232,6 @@ def _share(term: Term, divisor: Divisor | None) -> float:
     if divisor is None:
         return 0.0
     return {"abs_weights": abs(term.weight), "count": 1.0, "weights": term.weight}[divisor]
-
-
-def _task_vectors(operands: Operands, formula: Formula) -> bool:
-    if formula.task_vectors and operands.base is None:
-        raise ValueError("task vectors need the base model's elements")
-    return formula.task_vectors
 
 
 def _integers(values: Sequence[int]) -> Counts:

@@ -67,6 +67,15 @@ def cut(row: Floats, threshold: np.uint32, left: int) -> int:
 
 
 @inlined
+def lower(row: Floats, ceiling: np.uint32) -> None:
+    """Zero the numbers whose magnitude bits are ``ceiling`` or more; NaN stays."""
+    if ceiling <= INFINITY:
+        for i in range(row.size):
+            magnitude = bits_of(row[i]) & MAGNITUDE
+            row[i] = ZERO if (magnitude >= ceiling) & (magnitude <= INFINITY) else row[i]
+
+
+@inlined
 def finish(row: Floats, threshold: np.uint32, weight: np.float32) -> None:
     """Trim, and multiply by the weight."""
     for i in range(row.size):

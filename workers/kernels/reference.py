@@ -19,7 +19,7 @@ trim or a mask says; infinities follow arithmetic; and statistics read both as z
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import reduce
 
 import numpy as np
@@ -27,6 +27,7 @@ import torch
 
 from workers.canonical import SURVEY_ELEMENTS
 from workers.kernels.base import Divisor
+from workers.kernels.program import Program, Step
 
 TORCH_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """The torch dtype of each safetensors dtype that arithmetic is done on."""
@@ -100,6 +101,13 @@ def trim(x: torch.Tensor, threshold: int) -> torch.Tensor:
     """Zero the elements whose magnitude bits are below ``threshold``; those equal to it stay."""
     bits = magnitude_bits(x)
     return select(x, torch.ge(bits, threshold, out=bits).neg_())
+
+
+def lower(x: torch.Tensor, ceiling: int) -> torch.Tensor:
+    """Zero the numbers whose magnitude bits are ``ceiling`` or more; NaN stays."""
+    bits = magnitude_bits(x)
+    low = torch.lt(bits, ceiling, out=bits).neg_()
+    return select(x, low.bitwise_or_(nan_mask(x)))
 
 
 def trim_equals(x: torch.Tensor, threshold: int, take: int) -> torch.Tensor:
@@ -176,6 +184,39 @@ def consensus(
     """Elect the signs of the weighted ``vectors``, and merge what agrees."""
     weighted = weigh(vectors, weights)
     return disjoint_merge(weighted, weights, elect(accumulate(weighted), zero_sign), divisor)
+
+
+# --- programs ---------------------------------------------------------------------------------------------
+
+
+def execute(program: Program, terms: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """The outputs of a program on its terms; a row is let go of once nothing reads it any more."""
+    uses = program.last_uses
+    rows: list[torch.Tensor | None] = list(terms)
+    for number, step in enumerate(program.steps):
+        rows.append(_taken(step, [row for at in step.rows if (row := rows[at]) is not None], terms[0]))
+        for at in step.rows:
+            if uses[at] <= number:
+                rows[at] = None
+    return [row for at in program.outputs if (row := rows[at]) is not None]
+
+
+def _taken(step: Step, rows: Sequence[torch.Tensor], like: torch.Tensor) -> torch.Tensor:
+    if step.operation == "constant":
+        return torch.full_like(like, float32(step.value))
+    return _OPERATIONS[step.operation](*rows)
+
+
+_OPERATIONS: dict[str, Callable[..., torch.Tensor]] = {
+    "add": torch.add,
+    "subtract": torch.sub,
+    "multiply": torch.mul,
+    "divide": torch.div,
+    "absolute": lambda x: magnitude_bits(x).view(torch.float32),
+    "less": lambda x, y: torch.lt(x, y, out=_flags(x, torch.float32)),
+    "greater": lambda x, y: torch.gt(x, y, out=_flags(x, torch.float32)),
+    "choose": lambda condition, x, y: torch.where(condition == 0.0, y, x),
+}
 
 
 # --- statistics -------------------------------------------------------------------------------------------

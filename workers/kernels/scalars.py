@@ -66,3 +66,22 @@ def slerp_coefficients(t: float, first: float, second: float, dot: float) -> tup
         return 1 - t, t
     angle = math.acos(cosine)
     return math.sin((1 - t) * angle) / math.sin(angle), math.sin(t * angle) / math.sin(angle)
+
+
+ALMOST_PARALLEL = 6e-8
+"""Within this of 1, a cosine's half unit in the last place of float32, NuSLERP is linear interpolation."""
+
+
+def slerp_weights(t: float, angle: float) -> tuple[float, float]:
+    """What spherical interpolation at ``t`` multiplies two vectors by that lie ``angle`` apart (radians)."""
+    if abs(math.cos(angle)) > 1 - ALMOST_PARALLEL:
+        return 1 - t, t
+    return math.sin((1 - t) * angle) / math.sin(angle), math.sin(t * angle) / math.sin(angle)
+
+
+def stock_ratio(cosines: Sequence[float], models: int) -> float:
+    """How far Model Stock goes from the base to the mean of the models (2403.19522), given the cosines between all
+    pairs of their task vectors."""
+    mean = math.fsum(cosines) / len(cosines)
+    below = 1 + (models - 1) * mean
+    return models * mean / below if abs(below) > 1e-8 else 0.0

@@ -17,7 +17,19 @@ import torch
 
 from workers.canonical import SURVEY_ELEMENTS
 from workers.kernels import reference
-from workers.kernels.base import KEEP_ALL, Counts, Formula, Found, Operands, Sums, Term
+from workers.kernels.base import (
+    KEEP_ALL,
+    NO_CEILING,
+    Counts,
+    Formula,
+    Found,
+    Operands,
+    Pairs,
+    Sums,
+    Term,
+    has_task_vectors,
+    refuse_cuts,
+)
 from workers.kernels.conveyor import Carrier, InPlace
 from workers.kernels.ranks import rank_in
 from workers.random import words_below
@@ -63,10 +75,11 @@ class TorchKernels:
         self, operands: Operands, formula: Formula, high: Sequence[int] | None, counts: Counts
     ) -> None:
         """Count the high 16 magnitude bits of each term, or the low ones within its bin ``high``, into ``counts``."""
-        found = self._zeros(len(formula.terms), _BINS)
+        found = self._zeros(len(counts), _BINS)
 
         def step(run: Operands) -> None:
-            for index, vector in enumerate(_sparse_terms(run, formula)):
+            vectors = _sparse_terms(run, formula) if formula.program is None else _finite_rows(run, formula)
+            for index, vector in enumerate(vectors):
                 bits = reference.finite_bits(vector)
                 values = bits.bitwise_right_shift_(16) if high is None else bits.sub_(high[index] << 16)
                 found[index].add_(_count(values))
@@ -131,16 +144,16 @@ class TorchKernels:
         self._carrier.carry(operands, step)
         return _read(found)
 
-    def products(self, operands: Operands) -> Sums:
-        """Both squared norms of two models and their dot product: ``[blocks, 3]``."""
-        found = self._zeros(_blocks(operands), 3, dtype=torch.float64)
+    def products(self, operands: Operands, formula: Formula, pairs: Pairs) -> Sums:
+        """Dot products of pairs of terms, or of outputs of the program: ``[blocks, pairs]``."""
+        refuse_cuts(formula)
+        found = self._zeros(_blocks(operands), len(pairs), dtype=torch.float64)
 
         def step(run: Operands) -> None:
-            rows = found[_rows(operands, run)]
-            # In float64 the products of float32 values are exact.
-            first, second = (reference.finite_or_zero(reference.to_float32(x)).double() for x in run.models)
-            for index, (x, y) in enumerate(((first, first), (second, second), (first, second))):
-                rows[:, index] = reference.block_sums(x * y)
+            rows, vectors = found[_rows(operands, run)], _finite_rows(run, formula)
+            for index, (one, two) in enumerate(pairs):
+                # In float64 the products of float32 values are exact.
+                rows[:, index] = reference.block_sums(vectors[one].double() * vectors[two].double())
 
         self._carrier.carry(operands, step)
         return _read(found)
@@ -172,10 +185,8 @@ def _read(found: torch.Tensor) -> Sums:
 
 def _base(run: Operands, formula: Formula) -> torch.Tensor | None:
     """What a formula's terms are differences to, in float32; ``None`` when they are none."""
-    if not formula.task_vectors:
+    if not has_task_vectors(run, formula) or run.base is None:
         return None
-    if run.base is None:
-        raise ValueError("task vectors need the base model's elements")
     return reference.to_float32(run.base)
 
 
@@ -202,17 +213,30 @@ def _sparse_terms(run: Operands, formula: Formula) -> Iterator[torch.Tensor]:
 def _trimmed(run: Operands, base: torch.Tensor | None, term: Term) -> torch.Tensor:
     """A term's vector, dropped, rescaled and trimmed; a cut's block is a run of its own."""
     vector = _dropped(run, term, _vector(run, base, term))
+    if term.ceiling < NO_CEILING:
+        vector = reference.lower(vector, term.ceiling)
     threshold, take = term.trim_of(run.first // SURVEY_ELEMENTS)
     if take is not None:
         return reference.trim_equals(vector, threshold, take)
     return reference.trim(vector, threshold) if threshold else vector
 
 
+def _finite_rows(run: Operands, formula: Formula) -> list[torch.Tensor]:
+    """The terms with NaN and infinities as zero, or what the program makes of them: for a statistic."""
+    base = _base(run, formula)
+    weighted = _weighted((_trimmed(run, base, term) for term in formula.terms), formula)
+    finite = [reference.finite_or_zero(vector) for vector in weighted]
+    return finite if formula.program is None else reference.execute(formula.program, finite)
+
+
 def _merged(run: Operands, formula: Formula) -> torch.Tensor:
     base, election = _base(run, formula), formula.election
     weighted = _weighted((_trimmed(run, base, term) for term in formula.terms), formula)
-    merged = reference.accumulate(weighted)
-    if election is not None:
+    if formula.program is not None:
+        (merged,) = reference.execute(formula.program, weighted)
+    else:
+        merged = reference.accumulate(weighted)
+    if election is not None and formula.program is None:
         signs = reference.elect(merged, election.zero_sign)
         weights = [term.weight for term in formula.terms]
         merged = reference.disjoint_merge(weighted, weights, signs, election.divisor)

@@ -10,12 +10,15 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
 from workers.kernels.base import Formula, Kernels, Operands, Term
 from workers.task import SURVEY_ELEMENTS, Facts, JSONValue
+
+if TYPE_CHECKING:  # whoever only plans needs no torch
+    import torch
 
 Summary = JSONValue
 """What one survey pass found on some blocks: small JSON, combined exactly, however grouped and ordered."""
@@ -98,6 +101,31 @@ class BlockwisePass(SurveyPass):
         return {number: value for summary in summaries for number, value in summary.items()}
 
 
+@dataclass(frozen=True, slots=True)
+class Tensors:
+    """One whole tensor from every input, in their own dtypes and in its shape."""
+
+    base: torch.Tensor | None
+    """The base model's, for methods that have one."""
+    models: tuple[torch.Tensor, ...]
+    """The models', in the recipe's order."""
+    mask_keys: tuple[int, ...]
+    """As :class:`workers.kernels.base.Operands` has them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Whole:
+    """How a tensor is merged of which no part can be merged without the rest, and not by an elementwise formula."""
+
+    merge: Callable[[Tensors], torch.Tensor]
+    """The merged float32 tensor, in the shape of the inputs; the inputs are left alone."""
+    bytes_per_element: int
+    """Workspace bytes for each element of the tensor, the inputs and the output not counted."""
+
+
+WholeFunction = Callable[[Any, Sequence[Any]], Whole | None]
+"""``(parameters, model parameters) -> how``; ``None`` where these parameters leave it to the formula."""
+
 SurveyFunction = Callable[[Any, Sequence[Any]], tuple[SurveyPass, ...]]
 """``(parameters, model parameters) -> passes``; no passes when these parameters need none."""
 
@@ -123,8 +151,12 @@ class Method:
     """The mathematics."""
     survey: SurveyFunction = lambda parameters, models: ()
     """The passes that must have seen the whole tensor before there is a formula."""
-    base: Literal["required", "first_model", "none"] = "none"
-    """Whether a base model is required, is one of the two models (SLERP), or has no part in it."""
+    whole: WholeFunction | None = None
+    """How whole tensors are merged, for methods that are not always elementwise once surveyed; those tensors are kept
+    in one part, whatever their size, and priced as such."""
+    base: Literal["required", "optional", "first_model", "none"] = "none"
+    """Whether a base model is required, makes task vectors of models where it is given, is one of the two models
+    (SLERP), or has no part in it."""
     min_models: int = 1
     """Fewest models, the base not counted (for ``first_model``: counted)."""
     max_models: int | None = None
@@ -132,4 +164,26 @@ class Method:
     profiles: Mapping[str, Mapping[str, JSONValue]] = field(default_factory=dict)
     """Parameter defaults under a named profile (``paper``, ``mergekit``); what the recipe sets wins."""
     copies: bool = False
-    """Whether the output is the first model's own bytes when the dtype stays (passthrough)."""
+    """Whether the output is the first model's own bytes when the dtype stays (passthrough), unless it is scaled."""
+    reads_as: str = ""
+    """The formula, for people; markdown with the names of the parameters."""
+    example: Mapping[str, JSONValue] = field(default_factory=dict)
+    """Parameters, global and the models', that have it do all of its steps; those without a default among them."""
+
+    @property
+    def typical_cost(self) -> tuple[int, int]:
+        """The passes before the merge of a tensor that is split, and the workspace bytes for each element of one that
+        is merged as a whole, under the parameters of :attr:`example`."""
+        own, theirs = (
+            {name: value for name, value in self.example.items() if name in _names(model)}
+            for model in (self.parameters, self.model_parameters)
+        )
+        parameters = self.parameters.model_validate(own)
+        models = [self.model_parameters.model_validate(theirs)] * max(2, self.min_models)
+        models = models[: self.max_models]
+        whole = None if self.whole is None else self.whole(parameters, models)
+        return (0, whole.bytes_per_element) if whole else (len(self.survey(parameters, models)), 0)
+
+
+def _names(model: type[Parameters]) -> set[str]:
+    return {given.alias or name for name, given in model.model_fields.items()}

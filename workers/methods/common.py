@@ -88,6 +88,11 @@ def terms_of(models: Sequence[WeightedModel]) -> tuple[Term, ...]:
     return tuple(Term(index, model.weight) for index, model in enumerate(models))
 
 
+def terms_alone(models: int) -> tuple[Term, ...]:
+    """A term for each model: the whole of it."""
+    return tuple(Term(model) for model in range(models))
+
+
 def densities_of(models: Sequence[SparseModel]) -> tuple[float, ...]:
     """The models' densities."""
     return tuple(model.density for model in models)

@@ -50,4 +50,7 @@ DARE_LINEAR = Method(
     survey=survey,
     base="required",
     profiles={"paper": {"rescale": "inverse"}, "mergekit": {"rescale": "l1"}},
+    reads_as="θ = θ_base + lambda · Σ wᵢ·τ̂ᵢ (over Σ wᵢ with `normalize`); τ̂ keeps elements with the chance "
+    "density, over it",
+    example={"density": 0.5},
 )

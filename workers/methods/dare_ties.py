@@ -82,4 +82,6 @@ DARE_TIES = Method(
         },
         "mergekit": {"rescale": "l1", "retrim": False, "zero_sign": "positive", "divisor": "weights"},
     },
+    reads_as="the disjoint merge of `ties` of the task vectors that `dare_linear` leaves",
+    example={"density": 0.5},
 )

@@ -8,7 +8,7 @@ import torch
 
 from workers.kernels.base import Kernels, Operands
 from workers.kernels.torch_kernels import TorchKernels
-from workers.methods.base import Method, Parameters
+from workers.methods.base import Method, Parameters, Tensors
 from workers.methods.survey import survey, survey_all
 
 TORCH: Kernels = TorchKernels()
@@ -47,7 +47,8 @@ def merge_tensors(
     kernels: Kernels = TORCH,
 ) -> dict[str, torch.Tensor]:
     """Survey and merge whole models in memory: tensors by name, each as in :func:`merge_tensor`."""
-    passes = method.survey(parameters, models)
+    whole = None if method.whole is None else method.whole(parameters, models)
+    passes = () if whole else method.survey(parameters, models)
     tensors = {
         name: Operands(
             first=0,
@@ -63,6 +64,11 @@ def merge_tensors(
         shared = survey_all(passes, list(tensors.values()), kernels)
     merged = {}
     for name, like in inputs[0].items():
+        if whole and like.numel():
+            base = None if bases is None else bases[name]
+            keys = tuple((mask_keys or {}).get(name, ()))
+            merged[name] = whole.merge(Tensors(base, tuple(model[name] for model in inputs), keys))
+            continue
         merged[name] = torch.empty(like.shape, dtype=torch.float32, device=like.device)
         if name in tensors:
             facts = survey(passes, tensors[name], kernels) if shared is None else shared

@@ -31,4 +31,5 @@ LINEAR = Method(
     model_parameters=WeightedModel,
     formula=formula,
     profiles=NO_PROFILE_DIFFERENCES,
+    reads_as="θ = Σ wᵢ·θᵢ (over Σ wᵢ with `normalize`)",
 )

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from workers.kernels.base import Formula, Kernels, Operands, Term
+from workers.kernels.base import PAIR, PAIRS, Formula, Kernels, Operands, Term
 from workers.kernels.scalars import slerp_coefficients
 from workers.methods.base import BlockwisePass, Method, Parameters, Summary, SurveyPass
 from workers.methods.common import NO_PROFILE_DIFFERENCES, Fraction01, NoParameters
@@ -28,7 +28,7 @@ class Angle(BlockwisePass):
     """How far to go."""
 
     def per_block(self, kernels: Kernels, operands: Operands, facts: Facts) -> Sequence[JSONValue]:
-        sums: list[list[float]] = kernels.products(operands).tolist()
+        sums: list[list[float]] = kernels.products(operands, PAIR, PAIRS).tolist()
         return sums
 
     def conclude(self, summary: Summary, numel: int, facts: Facts) -> Facts:
@@ -60,4 +60,7 @@ SLERP = Method(
     min_models=2,
     max_models=2,
     profiles=NO_PROFILE_DIFFERENCES,
+    reads_as="θ = sin((1−t)·Ω)/sin Ω · θ₁ + sin(t·Ω)/sin Ω · θ₂ with Ω the angle between them; linear where "
+    "that is small",
+    example={"t": 0.5},
 )

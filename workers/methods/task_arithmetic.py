@@ -30,4 +30,6 @@ TASK_ARITHMETIC = Method(
     formula=formula,
     base="required",
     profiles=NO_PROFILE_DIFFERENCES,
+    reads_as="θ = θ_base + lambda · Σ wᵢ·τᵢ (over Σ wᵢ with `normalize`), τᵢ = θᵢ − θ_base; a negative "
+    "weight takes away",
 )

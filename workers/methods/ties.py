@@ -60,4 +60,7 @@ TIES = Method(
             "divisor": "weights",
         },
     },
+    reads_as="θ = θ_base + lambda · Σ wᵢ·τ̂ᵢ / Σ |wᵢ| over the models with sign(wᵢ·τ̂ᵢ) = sign(Σ w·τ̂); τ̂ "
+    "is τ without but its largest magnitudes",
+    example={"density": 0.5},
 )

@@ -122,13 +122,15 @@ class _Histogram(SurveyPass):
         formula = self.trim.surveyed(facts)
         counts = np.zeros((len(formula.terms), BINS), dtype=np.int64)
         kernels.histogram(operands, formula, self._high(formula, facts), counts)
-        packed = {term.model: _pack(counted) for term, counted in zip(formula.terms, counts, strict=True)}
+        packed = {
+            term.model: pack_histogram(counted) for term, counted in zip(formula.terms, counts, strict=True)
+        }
         return [packed.get(model) for model in range(len(self.trim.densities))]
 
     def combine(self, summaries: Sequence[Summary]) -> Summary:
         if len(summaries) == 1:
             return summaries[0]
-        return [_add(histograms) for histograms in zip(*summaries, strict=True)]
+        return [add_histograms(histograms) for histograms in zip(*summaries, strict=True)]
 
 
 class HighHistogram(_Histogram):
@@ -155,7 +157,7 @@ class HighHistogram(_Histogram):
         ranks = (keep_count(density, numel, self.trim.keep_count) for density in self.trim.densities)
         return {
             "trim_high": [
-                None if histogram is None else _select(histogram, rank)
+                None if histogram is None else select_rank(histogram, rank)
                 for histogram, rank in zip(summary, ranks, strict=True)
             ]
         }
@@ -177,7 +179,7 @@ class LowHistogram(_Histogram):
         thresholds: list[int | None] = []
         equals: list[int | None] = []
         for histogram, high in zip(summary, facts["trim_high"], strict=True):
-            low, rank = (None, None) if histogram is None else _select(histogram, high[1])
+            low, rank = (None, None) if histogram is None else select_rank(histogram, high[1])
             thresholds.append(None if low is None else (high[0] << 16) | low)
             equals.append(rank)
         return {"trim_threshold": thresholds, "trim_equals": equals}
@@ -216,7 +218,7 @@ class Equals(BlockwisePass):
         return {"trim_cut": cuts}
 
 
-def _pack(counts: Counts) -> str:
+def pack_histogram(counts: Counts) -> str:
     """A histogram as text: base64 of zlib of the gaps between filled bins (uint16) and their counts (int64)."""
     (bins,) = np.nonzero(counts > 0)  # of booleans it is several times as fast
     gaps = bins.astype("<u2")
@@ -233,7 +235,13 @@ def counts_of(histogram: str) -> tuple[Counts, Counts]:
     return np.cumsum(gaps, dtype=np.int64), np.frombuffer(raw, "<i8", filled, offset=2 * filled)
 
 
-def _add(histograms: Sequence[str | None]) -> str | None:
+def zeros_of(histogram: str) -> int:
+    """How many values were in the first bin of a packed histogram: of high bits, zeros (and magnitudes below 1e-40)."""
+    bins, counts = counts_of(histogram)
+    return int(counts[0]) if len(bins) and bins[0] == 0 else 0
+
+
+def add_histograms(histograms: Sequence[str | None]) -> str | None:
     """One packed histogram for several."""
     total = np.zeros(BINS, dtype=np.int64)
     for histogram in histograms:
@@ -241,10 +249,10 @@ def _add(histograms: Sequence[str | None]) -> str | None:
             return None
         bins, counts = counts_of(histogram)
         total[bins] += counts
-    return _pack(total)
+    return pack_histogram(total)
 
 
-def _select(histogram: str, rank: int) -> list[int]:
+def select_rank(histogram: str, rank: int) -> list[int]:
     """The bin of the ``rank``-th largest value (from 1), and the rank of that value within its bin."""
     bins, counts = (found[::-1] for found in counts_of(histogram))
     totals = np.cumsum(counts)

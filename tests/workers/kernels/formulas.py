@@ -9,7 +9,17 @@ import numpy as np
 import torch
 from hypothesis import strategies as st
 
-from workers.kernels.base import DROP_NUMBERS, KEEP_ALL, Election, Formula, Kernels, Operands, Term
+from workers.kernels.base import (
+    DROP_NUMBERS,
+    KEEP_ALL,
+    NO_CEILING,
+    Election,
+    Formula,
+    Kernels,
+    Operands,
+    Term,
+)
+from workers.kernels.program import OPERATIONS, Program, Step
 from workers.task import SURVEY_ELEMENTS
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -97,8 +107,31 @@ def terms(draw: st.DrawFn, run: Operands, task_vectors: bool) -> tuple[Term, ...
         )
         # Surveys find thresholds among numbers, and NaN is above them whatever its payload is.
         top = DROP_NUMBERS if cut is None else DROP_NUMBERS - 1
-        found.append(replace(term, threshold=min(threshold, top), cut=cut))
+        ceiling = draw(st.sampled_from([NO_CEILING, NO_CEILING, threshold + 1, 0x3C000000, 0]))
+        found.append(replace(term, threshold=min(threshold, top), cut=cut, ceiling=min(ceiling, NO_CEILING)))
     return tuple(found)
+
+
+@st.composite
+def programs(draw: st.DrawFn, terms: int, outputs: int = 1) -> Program:
+    """Any steps on any rows before them, unused ones among them."""
+    steps = []
+    for number in range(draw(st.integers(0, 12))):
+        operation = draw(st.sampled_from(OPERATIONS))
+        count = {"constant": 0, "absolute": 1, "choose": 3}.get(operation, 2)
+        rows = tuple(draw(st.integers(0, terms + number - 1)) for _ in range(count))
+        steps.append(Step(operation, rows, draw(WEIGHTS) if operation == "constant" else 0.0))
+    some = st.integers(0, terms + len(steps) - 1)
+    return Program(terms, tuple(steps), tuple(draw(some) for _ in range(outputs)))
+
+
+@st.composite
+def programmed(draw: st.DrawFn, models: tuple[int, int] = (1, 5)) -> tuple[Operands, Formula, torch.dtype]:
+    """As :func:`cases`, with a program in place of an election."""
+    run, formula, dtype = draw(cases(models))
+    task_vectors = draw(st.sampled_from([formula.task_vectors, None]))
+    program = draw(programs(len(formula.terms)))
+    return run, replace(formula, election=None, task_vectors=task_vectors, program=program), dtype
 
 
 @st.composite
@@ -136,7 +169,8 @@ def statistics(kernels: Kernels, run: Operands, formula: Formula) -> dict[str, A
     low = np.ones_like(high)  # counts are added
     kernels.histogram(run, formula, bins, low)
     thresholds = [(bin_ << 16) | int(counts.argmax()) for bin_, counts in zip(bins, low, strict=True)]
-    pair = replace(run, models=(run.models[0], run.models[-1]))
+    uncut = replace(formula, terms=tuple(replace(term, cut=None) for term in formula.terms))
+    every = [(one, two) for one in range(len(formula.terms)) for two in range(one + 1)]
     return {
         "high": high.tobytes(),
         "low": low.tobytes(),
@@ -148,6 +182,22 @@ def statistics(kernels: Kernels, run: Operands, formula: Formula) -> dict[str, A
         ],
         "elected": kernels.elected(run, formula),
         "norms": kernels.norms(run, formula).tobytes(),
-        "products": kernels.products(pair).tobytes(),
+        "products": kernels.products(run, uncut, every).tobytes(),
         "nonfinite": kernels.nonfinite(run),
+    }
+
+
+def program_statistics(kernels: Kernels, run: Operands, formula: Formula) -> dict[str, Any]:
+    """All statistics of a formula with a program of three outputs, as comparable values."""
+    high = np.zeros((3, 1 << 16), dtype=np.int64)
+    kernels.histogram(run, formula, None, high)
+    bins = [int(counts.argmax()) for counts in high]
+    low = np.zeros_like(high)
+    kernels.histogram(run, formula, bins, low)
+    uncut = replace(formula, terms=tuple(replace(term, cut=None) for term in formula.terms))
+    pairs = [(one, two) for one in range(3) for two in range(3)] * 2  # more than are added up at once
+    return {
+        "high": high.tobytes(),
+        "low": low.tobytes(),
+        "products": kernels.products(run, uncut, pairs).tobytes(),
     }

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tests.workers.kernels.formulas import DTYPES, elements, merged, statistics, terms
 from tests.workers.kernels.lanes import LateLanes
 from workers.canonical import SURVEY_ELEMENTS
-from workers.kernels.base import Election, Formula, Operands, Term
+from workers.kernels.base import PAIR, PAIRS, Election, Formula, Operands, Term
 from workers.kernels.conveyor import Carrier, Conveyor, InPlace, Lanes
 from workers.kernels.cpu import FusedKernels
 from workers.kernels.moves import MADE, Lane, chunks, device_bytes, moves
@@ -267,7 +267,7 @@ def test_a_pass_takes_no_more_than_it_says(models: int, dtype: torch.dtype, bloc
         "equal": (lambda: kernels.equal_counts(run, formula, [0] * models), widths, 0),
         "elected": (lambda: kernels.elected(run, formula), widths, 0),
         "norms": (lambda: kernels.norms(run, formula), widths, 0),
-        "products": (lambda: kernels.products(pair), widths[:2], 0),
+        "products": (lambda: kernels.products(pair, PAIR, PAIRS), widths[:2], 0),
     }
     found = {
         name: (grown(call), device_bytes(numel, inputs, width, step))

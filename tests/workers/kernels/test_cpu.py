@@ -25,10 +25,13 @@ from tests.workers.kernels.formulas import (
     elements,
     merged,
     operands,
+    program_statistics,
+    programmed,
+    programs,
     statistics,
 )
-from workers.kernels import cpu_passes
-from workers.kernels.base import Divisor, Election, Formula, Operands, Term
+from workers.kernels import cpu_passes, cpu_programs, cpu_sums
+from workers.kernels.base import PAIR, PAIRS, Divisor, Election, Formula, Operands, Term
 from workers.kernels.cpu import FusedKernels, prepare
 from workers.kernels.cpu_compile import Kernel
 from workers.kernels.torch_kernels import TorchKernels
@@ -65,6 +68,22 @@ def test_merges_of_many_models_are_torchs(case: tuple[Operands, Formula, torch.d
 def test_statistics_are_torchs(case: tuple[Operands, Formula, torch.dtype]) -> None:
     run, formula, _ = case
     assert statistics(FUSED, run, formula) == statistics(TORCH, run, formula)
+
+
+@settings(BUSY, max_examples=120)
+@given(case=programmed())
+def test_programs_are_torchs_bit_for_bit(case: tuple[Operands, Formula, torch.dtype]) -> None:
+    assert merged(FUSED, *case) == merged(TORCH, *case)
+
+
+@settings(BUSY, max_examples=40)
+@given(case=programmed(models=(1, 4)), data=st.data())
+def test_statistics_of_programs_are_torchs(
+    case: tuple[Operands, Formula, torch.dtype], data: st.DataObject
+) -> None:
+    run, formula, _ = case
+    formula = replace(formula, program=data.draw(programs(len(formula.terms), outputs=3)))
+    assert program_statistics(FUSED, run, formula) == program_statistics(TORCH, run, formula)
 
 
 @settings(BUSY, max_examples=30)
@@ -155,7 +174,7 @@ def test_a_run_is_the_sum_of_its_parts(split: int) -> None:
     assert counts[0].sum() == 3 * run.numel
     together: list[Callable[[Operands], Any]] = [
         lambda piece: FUSED.norms(piece, BIG),
-        lambda piece: FUSED.products(replace(piece, models=piece.models[:2])),
+        lambda piece: FUSED.products(piece, PAIR, PAIRS),
         lambda piece: FUSED.equal_counts(piece, BIG, [0, 0x3C000000, 0]),
     ]
     for statistic in together:
@@ -254,7 +273,7 @@ def test_zeros_keep_their_signs() -> None:
 @pytest.mark.parametrize("numel", [1, cpu_passes.TILE, SURVEY_ELEMENTS - 1, SURVEY_ELEMENTS])
 def test_a_sum_of_minus_zeros_is_the_trees(numel: int) -> None:
     run = Operands(0, None, (torch.zeros(numel), torch.full((numel,), -1.0)), ())
-    assert FUSED.products(run).tobytes() == TORCH.products(run).tobytes()
+    assert FUSED.products(run, PAIR, PAIRS).tobytes() == TORCH.products(run, PAIR, PAIRS).tobytes()
 
 
 def test_overflow_is_told_from_bad_input() -> None:
@@ -269,8 +288,9 @@ def test_overflow_is_told_from_bad_input() -> None:
 
 def test_every_kernel_can_be_made_ready_beforehand() -> None:
     prepare()
-    kernels = [kernel for kernel in vars(cpu_passes).values() if isinstance(kernel, Kernel)]
-    assert len(kernels) == 10
+    found = [value for module in (cpu_passes, cpu_programs, cpu_sums) for value in vars(module).values()]
+    kernels = [kernel for kernel in found if isinstance(kernel, Kernel)]
+    assert len(kernels) == 12
     assert all(kernel.ready for kernel in kernels)
 
 

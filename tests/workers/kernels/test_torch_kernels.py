@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.workers.philox import numpy_words
-from workers.kernels.base import DROP_NUMBERS, KEEP_ALL, Election, Formula, Operands, Term
+from workers.kernels.base import DROP_NUMBERS, KEEP_ALL, PAIR, PAIRS, Election, Formula, Operands, Term
 from workers.kernels.torch_kernels import TorchKernels
 from workers.random import mask_key
 from workers.task import SURVEY_ELEMENTS
@@ -282,7 +282,8 @@ def test_products_are_both_squared_norms_and_the_dot() -> None:
     n = SURVEY_ELEMENTS + 3
     first, second = np.random.default_rng(0).normal(0, 1, (2, n)).astype(np.float32)
     second[7] = np.nan
-    products = KERNELS.products(Operands(0, None, (torch.from_numpy(first), torch.from_numpy(second)), ()))
+    run = Operands(0, None, (torch.from_numpy(first), torch.from_numpy(second)), ())
+    products = KERNELS.products(run, PAIR, PAIRS)
     second[7] = 0
     a, b = first.astype(np.float64), second.astype(np.float64)
     for block, run in enumerate((slice(0, SURVEY_ELEMENTS), slice(SURVEY_ELEMENTS, n))):

@@ -30,6 +30,14 @@ class Case:
     method: Method
     parameters: Parameters
     models: tuple[Parameters, ...]
+    on_base: bool = False
+    """Whether the base is given where it is optional."""
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the tensor is merged as a whole, not by a formula."""
+        whole = self.method.whole
+        return whole is not None and whole(self.parameters, self.models) is not None
 
     @property
     def keys(self) -> tuple[int, ...]:
@@ -37,20 +45,30 @@ class Case:
 
     @property
     def has_base(self) -> bool:
-        return self.method.base == "required"
+        return self.method.base == "required" or self.on_base
 
 
-def case(name: str, models: list[dict[str, Any]], **parameters: Any) -> Case:
+def case(name: str, models: list[dict[str, Any]], on_base: bool = False, **parameters: Any) -> Case:
     method = METHODS[name]
-    return Case(
-        method, method.parameters(**parameters), tuple(method.model_parameters(**model) for model in models)
-    )
+    own = tuple(method.model_parameters(**model) for model in models)
+    return Case(method, method.parameters(**parameters), own, on_base)
 
 
 THREE = [{"weight": 0.7, "density": 0.3}, {"weight": -0.4, "density": 0.05}, {"weight": 1.3, "density": 1.0}]
 SIXTEEN = [{"weight": 0.1 * index - 0.25, "density": (index + 1) / 16} for index in range(16)]
 PAPER = {"trim_scope": "tensor", "keep_count": "paper", "zero_sign": "majority", "divisor": "count"}
 MERGEKIT = {"keep_count": "mergekit", "equal_magnitudes": "exact_k", "divisor": "weights"}
+
+CHANCED = [
+    {"weight": 0.7, "density": 0.5},
+    {"weight": -0.4, "density": 0.2, "epsilon": 0.1},
+    {"density": 1.0},
+]
+BANDED = [
+    {"weight": 0.7, "density": 0.5, "gamma": 0.1},
+    {"weight": -0.4, "density": 0.05, "gamma": 0.3},
+    {"density": 1.0},
+]
 
 CASES = {
     "linear": case("linear", [{"weight": 0.3}, {"weight": 0.5}, {"weight": -0.1}]),
@@ -83,6 +101,36 @@ CASES = {
         **MERGEKIT,
     ),
     "passthrough": case("passthrough", [{}]),
+    "passthrough, scaled": case("passthrough", [{"scale": -0.7}]),
+    "nuslerp": case("nuslerp", [{"weight": 0.7}, {"weight": 0.4}]),
+    "nuslerp of task vectors": case("nuslerp", [{"weight": 0.7}, {"weight": 0.4}], on_base=True),
+    "nuslerp, rows": case("nuslerp", [{"weight": 1}, {"weight": 3}], on_base=True, nuslerp_flatten=False),
+    "nuslerp, columns": case(
+        "nuslerp", [{"weight": 1}, {"weight": 3}], nuslerp_flatten=False, nuslerp_row_wise=True
+    ),
+    "multislerp": case("multislerp", [{"weight": 0.3}, {"weight": 0.5}, {"weight": 0.4}]),
+    "multislerp of task vectors": case("multislerp", [{}] * 4, on_base=True),
+    "karcher": case("karcher", [{}] * 3),
+    "della": case("della", CHANCED),
+    "della as the paper": case("della", CHANCED, chances="width", divisor="count"),
+    "della_linear, norm matched": case("della_linear", CHANCED, rescale="l1", normalize=True, lambda_=0.7),
+    "della_linear, dense": case("della_linear", [{"density": 1.0}, {"density": 0.0}, {"weight": 0.4}]),
+    "breadcrumbs": case("breadcrumbs", BANDED, lambda_=0.8),
+    "breadcrumbs as mergekit": case("breadcrumbs", BANDED, band_count="mergekit", normalize=True),
+    "breadcrumbs_ties": case("breadcrumbs_ties", BANDED, normalize=True),
+    "sce": case("sce", [{}] * 3),
+    "sce, selected": case("sce", [{}] * 4, select_topk=0.2),
+    "sce as mergekit": case("sce", [{}] * 3, select_topk=0.5, small_energies="equal"),
+    "ram": case("ram", [{}] * 3, epsilon=1e-3),
+    "ramplus_tl": case("ramplus_tl", [{}] * 3, epsilon=1e-3, r=0.5, alpha=2.0),
+    "ramplus_tl of the whole model": case("ramplus_tl", [{}] * 3, epsilon=1e-3, count_scope="model"),
+    "consensus": case("consensus", [{"weight": 0.5}, {}, {"mask_lambda": 0.6}], agreement=2, lambda_=0.5),
+    "tsv": case("tsv", [{"weight": 0.5}, {}, {}], lambda_=0.8),
+    "knots": case("knots", [{"weight": 0.5}, {"density": 0.5}, {}]),
+    "model_stock": case("model_stock", [{}] * 3),
+    "model_stock, rows": case("model_stock", [{}] * 3, filter_wise=True),
+    "nearswap": case("nearswap", [{}], t=5e-4),
+    "arcee_fusion": case("arcee_fusion", [{}]),
 }
 
 
