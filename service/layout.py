@@ -89,6 +89,23 @@ def model_survey(tensors: Iterable[OutputTensor], semantics_version: int) -> str
     return survey_id(of, semantics_version) if of else None
 
 
+def surveyed_apart(tensors: Iterable[OutputTensor]) -> tuple[str, str] | None:
+    """Two tensors that would be surveyed together though their parameters differ; ``None`` when all agree."""
+    first: Arithmetic | None = None
+    for tensor in tensors:
+        whole = tensor.source
+        if not isinstance(whole, Arithmetic) or not tensor.is_counted or not _with_others(whole):
+            continue
+        first = first or whole
+        if _said(first) != _said(whole):
+            return first.name, whole.name
+    return None
+
+
+def _said(whole: Arithmetic) -> object:
+    return whole.parameters, [model.parameters for model in whole.models]
+
+
 def pieces_of(
     tensor: OutputTensor, limits: Limits, semantics_version: int, together: str | None = None
 ) -> tuple[list[Piece], Survey | None]:

@@ -22,8 +22,10 @@ from service.layout import (
     shard_name,
     shards_of,
     survey_together,
+    surveyed_apart,
 )
-from service.matching import Inputs, Match, match
+from service.matching import Match, match
+from service.pairing import Inputs
 from service.price import BASELINE_BYTES, MAX_PARTS, MIN_PART_BYTES, Price, price, workspace_bytes
 from service.recipe import Recipe
 from workers.errors import PlanError
@@ -127,6 +129,12 @@ def draft_plan(
         problems.append(f"{inputs.reference.uri} holds no tensors")
     if not matched.tensors:
         return None, tuple(problems)
+    if differing := surveyed_apart(matched.tensors):
+        problems.append(
+            "parameters: under `trim_scope: model` there is one threshold for all tensors, so no parameter may "
+            f"differ between them, as they do between {' and '.join(differing)}; set `trim_scope: tensor`"
+        )
+        return None, tuple(problems)
     plan = _laid_out(recipe, inputs, matched, options, baseline_bytes)
     return plan, (*problems, *_excesses(plan, options, baseline_bytes))
 
@@ -134,7 +142,7 @@ def draft_plan(
 def _laid_out(
     recipe: Recipe, inputs: Inputs, matched: Match, options: PlanOptions, baseline_bytes: int
 ) -> Plan:
-    limits = _limits(options, 1 + len(inputs.models), baseline_bytes)
+    limits = _limits(options, 1 + recipe.most_inputs, baseline_bytes)
     groups = shards_of(matched.tensors, options.shard_bytes)
     shards: list[Shard] = []
     parts: list[Part] = []
@@ -150,7 +158,7 @@ def _laid_out(
         size = header.nbytes + sum(tensor.nbytes for tensor in group)
         # Two neighbouring parts together exceed the target, or PART_REFS: so this many bytes a part keep within
         # MAX_PARTS.
-        pairs = max(1, MAX_PARTS // 2 - 1 - len(group) * (1 + len(inputs.models)) // PART_REFS)
+        pairs = max(1, MAX_PARTS // 2 - 1 - len(group) * (1 + recipe.most_inputs) // PART_REFS)
         fitted = replace(limits, part_bytes=max(limits.part_bytes, -(-size // pairs)))
         pieces: list[Piece] = [header]
         for tensor in group:

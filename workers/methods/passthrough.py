@@ -1,26 +1,33 @@
-"""Passthrough: one model as it is, its dtype maybe changed."""
+"""Passthrough: one model as it is, its dtype maybe changed, or a multiple of it."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 from workers.kernels.base import Formula, Term
-from workers.methods.base import Method
-from workers.methods.common import NO_PROFILE_DIFFERENCES, NoParameters
+from workers.methods.base import Method, Parameters
+from workers.methods.common import NO_PROFILE_DIFFERENCES, NoParameters, Real
 from workers.task import Facts
 
 
-def formula(parameters: NoParameters, models: Sequence[NoParameters], facts: Facts) -> Formula:
-    """The model itself."""
-    return Formula((Term(0),))
+class ScaledModel(Parameters):
+    """Parameters of a model that is passed through."""
+
+    scale: Real = 1.0
+    """What the model is multiplied by."""
+
+
+def formula(parameters: NoParameters, models: Sequence[ScaledModel], facts: Facts) -> Formula:
+    """The model itself, times its scale."""
+    return Formula((Term(0, models[0].scale),))
 
 
 PASSTHROUGH = Method(
     name="passthrough",
-    summary="Copies one model.",
+    summary="Copies one model, or its layers, or scales them.",
     paper="arXiv:2403.13257",
     parameters=NoParameters,
-    model_parameters=NoParameters,
+    model_parameters=ScaledModel,
     formula=formula,
     max_models=1,
     profiles=NO_PROFILE_DIFFERENCES,
