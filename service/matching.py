@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from service.checkpoint import TIED_NAMES, Checkpoint, StoredTensor
+from service.depth import with_depths
 from service.pairing import Inputs, Row, pair
 from service.recipe import Recipe, Source
 from service.recipe.resolve import Resolver, unused_filters
@@ -101,6 +102,7 @@ class _Matcher:
         self.spellings: dict[int, set[str]] = {}  # one model may be listed twice, and under two names
         for name, checkpoint in inputs.models.items():
             self.spellings.setdefault(id(checkpoint), set()).add(name)
+        self.config = inputs.reference.config
         self.are_digested = inputs.are_digested
         self.found: dict[tuple[str, str, str], dict[str, None]] = {}
         self.misfits: set[str] = set()
@@ -113,7 +115,8 @@ class _Matcher:
         problems = (*self.pairing.problems, *self._sentences())
         fitting = tuple(output for output in outputs if output and output.name not in self.misfits)
         filters = unused_filters(self.recipe, self._names()) if self.pairing.rows else []
-        notices = dict.fromkeys([*self.pairing.notices, *self.notices, *filters])
+        _, depths = with_depths(self.config, self.pairing.slicings)
+        notices = dict.fromkeys([*self.pairing.notices, *depths, *self.notices, *filters])
         return Match(self._tied(fitting), problems, tuple(notices))
 
     def _names(self) -> Iterator[str]:

@@ -12,6 +12,8 @@ from typing import Any
 
 import yaml
 
+from service.depth import with_depths
+from service.pairing import pair
 from service.plan import Plan, Shard
 from service.planning import Planned, is_hub_name
 from service.recipe import DTYPES
@@ -42,8 +44,9 @@ class OutputFile:
 
 
 def config_json(planned: Planned) -> str | None:
-    """The reference's config.json with the dtype of what was written; None when it has none."""
-    config = planned.inputs.reference.config
+    """The reference's config.json with the dtype and the layers that were written; None when it has none."""
+    slicings = pair(planned.recipe, planned.inputs).slicings
+    config, _ = with_depths(planned.inputs.reference.config, slicings)
     if config is None:
         return None
     corrected = {key: value for key, value in config.items() if key != "_name_or_path"}

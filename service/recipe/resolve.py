@@ -17,7 +17,7 @@ from service.recipe.values import Scalar, filters_of, fits, is_plain, value_of
 from workers.errors import RecipeError
 from workers.methods import get_method
 from workers.methods.base import Method
-from workers.methods.resolve import model_names, resolve_parameters
+from workers.methods.resolve import model_names, number_names, resolve_parameters
 from workers.task import JSONValue
 
 Said = tuple[tuple[str, Scalar], ...]
@@ -43,6 +43,7 @@ class Resolver:
         self._method: Method = get_method(recipe.merge_method)
         self._profile = recipe.profile
         self._own_names = model_names(self._method)
+        self._numbers = number_names(self._method)
         self._settings: dict[str, _Settings] = {}
         self._known: dict[tuple[str, Said, tuple[Said, ...]], Resolved | RecipeError] = {}
 
@@ -55,9 +56,9 @@ class Resolver:
         settings = self._settings.get(stretch.path)
         if settings is None:
             settings = self._settings[stretch.path] = _Settings.of(stretch, self._own_names)
-        shared = _said(settings.shared, name, position)
+        shared = self._said(settings.shared, name, position)
         models = tuple(
-            _said(each, own, position) for each, own in zip(settings.models, own_names, strict=True)
+            self._said(each, own, position) for each, own in zip(settings.models, own_names, strict=True)
         )
         key = (stretch.path, shared, models)
         if key not in self._known:
@@ -66,6 +67,16 @@ class Resolver:
         if isinstance(found, RecipeError):
             raise RecipeError(*found.problems)
         return found
+
+    def _said(self, settings: Mapping[str, tuple[Any, ...]], name: str, position: float) -> Said:
+        said = []
+        for parameter, levels in settings.items():
+            is_number = parameter in self._numbers
+            values = (value_of(each, name, position, is_number=is_number) for each in levels)
+            value = next((found for found in values if found is not None), None)
+            if value is not None:
+                said.append((parameter, value))
+        return tuple(said)
 
     def _resolved(
         self, stretch: Stretch, shared: dict[str, Any], models: list[dict[str, Any]]
@@ -125,14 +136,3 @@ def _levels(sections: Sequence[Section], takes: Callable[[str], bool]) -> dict[s
             if takes(name):
                 found[name] = (*found.get(name, ()), setting)
     return found
-
-
-def _said(settings: Mapping[str, tuple[Any, ...]], name: str, position: float) -> Said:
-    said = []
-    for parameter, levels in settings.items():
-        value = next(
-            (found for each in levels if (found := value_of(each, name, position)) is not None), None
-        )
-        if value is not None:
-            said.append((parameter, value))
-    return tuple(said)

@@ -2,7 +2,8 @@
 
 Reference: mergekit's documented configuration format; its precedence was established by running it. A filter is
 looked for in the tensor's name, and the first condition that fits wins; where none does, the setting says nothing
-about this tensor. A gradient's values lie evenly over a slice's layers, and what is in between is interpolated.
+about this tensor. A gradient's values lie evenly over a slice's layers; numbers in between are interpolated,
+while of switches and words each holds until the next.
 """
 
 from __future__ import annotations
@@ -24,18 +25,19 @@ CATCH_ALL = "*"
 _KEYS = frozenset({"filter", "value"})
 
 
-def value_of(setting: Any, name: str, position: float) -> Scalar | None:
+def value_of(setting: Any, name: str, position: float, *, is_number: bool = True) -> Scalar | None:
     """What a setting says for the tensor called ``name``; ``None`` when it says nothing.
 
     :param setting: one without :func:`setting_problems`.
     :param position: where the tensor's layer lies among the slice's, from 0 to 1; 0 outside of them.
+    :param is_number: whether a gradient's values are interpolated; switches and words hold until the next one.
     """
     conditions = _conditions(setting)
     if conditions is not None:
         fitting = (each for each in conditions if fits(each.get("filter"), name))
         first = next(fitting, None)
-        return None if first is None else _interpolated(first["value"], position)
-    return _interpolated(setting, position)
+        return None if first is None else _value_at(first["value"], position, is_number)
+    return _value_at(setting, position, is_number)
 
 
 def fits(wanted: str | None, name: str) -> bool:
@@ -106,23 +108,16 @@ def _value_problems(value: Any) -> list[str]:
             return ["an empty list says nothing"]
         if len(value) > MAX_GRADIENT:
             return [f"{len(value)} values in a gradient, more than the {MAX_GRADIENT} that are read"]
-        return [] if all(_number(each) is not None for each in value) else ["a gradient is a list of numbers"]
+        return [] if all(isinstance(each, Scalar) for each in value) else ["a gradient is a list of values"]
     if isinstance(value, Mapping):
         return ["a condition's `value` is one value or a gradient, not another condition"]
     return ["has no value"] if value is None else []
 
 
-def _interpolated(value: Any, position: float) -> Scalar:
-    if not isinstance(value, list | tuple):
-        scalar: Scalar = value
-        return scalar
-    found = interpolate([float(each) for each in value], position)
-    # A switch's gradient, as mergekit takes it: on wherever it is not off altogether.
-    return found != 0 if all(isinstance(each, bool) for each in value) else found
-
-
-def _number(value: Any) -> float | None:
-    try:
-        return float(value) if isinstance(value, bool | int | float | str) else None
-    except (ValueError, OverflowError):
-        return None
+def _value_at(value: Any, position: float, is_number: bool) -> Scalar:
+    scalar: Scalar = value
+    if isinstance(value, list | tuple):
+        if is_number:
+            return interpolate([float(each) for each in value], position)
+        scalar = value[int(position * (len(value) - 1))]
+    return scalar

@@ -74,7 +74,9 @@ def scale_of(
     if method == "linear":
         divisor = abs(sum(weights)) if parameters.get("normalize", True) else 1.0
         return torch.stack([abs(w) / divisor * x.abs() for w, x in zip(weights, wide, strict=True)]).sum(0)
-    if method in ("slerp", "passthrough"):
+    if method == "passthrough":
+        return abs(float(own[0].get("scale", 1.0))) * wide[0].abs()
+    if method == "slerp":
         return torch.stack([x.abs() for x in wide]).sum(0)
     if base is None:
         raise ValueError(f"{method} has no base")

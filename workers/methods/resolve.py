@@ -103,16 +103,19 @@ def section_problems(
     return sorted(problems)
 
 
-def required_names(method: Method, profile: str | None) -> frozenset[str]:
-    """The parameters that a recipe has to give."""
-    fields = [*method.parameters.model_fields.items(), *method.model_parameters.model_fields.items()]
-    needed = {field.alias or name for name, field in fields if field.is_required()}
-    return frozenset(needed - _profile(method, profile, []).keys())
-
-
 def model_names(method: Method) -> frozenset[str]:
     """The parameters that each model has of its own."""
     return frozenset(_names(method.model_parameters))
+
+
+def number_names(method: Method) -> frozenset[str]:
+    """The parameters that are numbers, so that there are values in between."""
+    numbers = set()
+    for model in (method.parameters, method.model_parameters):
+        for name, schema in model.model_json_schema().get("properties", {}).items():
+            if schema.get("type") in ("number", "integer"):
+                numbers.add(name)
+    return frozenset(numbers)
 
 
 def _profile(method: Method, profile: str | None, problems: list[str]) -> Values:
