@@ -45,13 +45,17 @@ def sliced(*slices: tuple[str, int, int], **more: Any) -> dict[str, Any]:
 
 def sources(found: Match) -> dict[str, tuple[str, ...]]:
     """For every output tensor the models and names that it is made of."""
-    return {
-        tensor.name: tuple(
-            _named(ref)
-            for ref in (tensor.source.refs if isinstance(tensor.source, Arithmetic) else [tensor.source.ref])
-        )
-        for tensor in found.tensors
-    }
+    made = {}
+    for tensor in found.tensors:
+        source = tensor.source
+        refs = source.refs if isinstance(source, Arithmetic) else (source.ref,)
+        made[tensor.name] = tuple(_named(ref) for ref in refs)
+    return made
+
+
+def arithmetics(found: Match) -> dict[str, Arithmetic]:
+    """What is computed, by the output tensor's name."""
+    return {t.name: t.source for t in found.tensors if isinstance(t.source, Arithmetic)}
 
 
 def _named(ref: TensorRef) -> str:
@@ -75,7 +79,7 @@ def test_slices_take_their_layers_in_order_and_number_them_anew() -> None:
     ]
     assert made["model.embed_tokens.weight"] == ("a:model.embed_tokens.weight",)
     assert set(made) == set(SIX)
-    assert list(made)[0] == "model.embed_tokens.weight"
+    assert next(iter(made)) == "model.embed_tokens.weight"
     assert list(made)[-1] == "lm_head.weight"
 
 
@@ -100,18 +104,11 @@ def test_gradients_lie_over_each_slice() -> None:
         ],
         "parameters": {"t": [{"filter": "mlp", "value": [0, 0.2, 1]}, {"value": 0.5}]},
     }
-    found = {tensor.name: tensor.source for tensor in matched(value, a=SIX, c=SIX).tensors}
-
-    def t(name: str) -> Any:
-        source = found[name]
-        assert isinstance(source, Arithmetic)
-        return source.parameters["t"]
-
-    assert [t(f"model.layers.{n}.mlp.up_proj.weight") for n in range(4)] == [0, 0.2, 1, 1]
-    assert {t(name) for name in found if "mlp" not in name} == {0.5}
-    at = found["model.layers.1.self_attn.q_proj.weight"]
-    assert isinstance(at, Arithmetic)
-    assert [_named(ref) for ref in at.refs] == [
+    found = arithmetics(matched(value, a=SIX, c=SIX))
+    t = {name: source.parameters["t"] for name, source in found.items()}
+    assert [t[f"model.layers.{n}.mlp.up_proj.weight"] for n in range(4)] == [0, 0.2, 1, 1]
+    assert {value for name, value in t.items() if "mlp" not in name} == {0.5}
+    assert [_named(ref) for ref in found["model.layers.1.self_attn.q_proj.weight"].refs] == [
         "a:model.layers.1.self_attn.q_proj.weight", "c:model.layers.4.self_attn.q_proj.weight",
     ]  # fmt: skip
 
@@ -179,14 +176,14 @@ def test_more_tensors_than_are_written_are_refused_before_they_are_made() -> Non
         (sliced(("a", 3, 1)), "slices[0].sources[0].layer_range: [3, 1] ends before it begins"),
         (sliced(("a", -2, 1)), "slices[0].sources[0].layer_range[0]: Input should be greater than or equal to 0"),
         (sliced(("a", 0, 2), models=[{"model": "/a"}]), "slices: there are `models` already"),
-        ({"merge_method": "linear", "slices": [{"sources": [{"model": "/a"}]}]}, "slices[0].sources[0].layer_range: Field"),
+        ({"merge_method": "linear", "slices": [{"sources": [{"model": "/a"}]}]}, "slices[0].sources[0].layer_range: "),
         (
             {"merge_method": "ties", "base_model": "/b", "slices": sliced(("a", 0, 2))["slices"]},
             "slices[0].sources: the base model '/b' is not one of them; list it, with the layers",
         ),
         (
             {"merge_method": "passthrough", "slices": [{"sources": [{"model": "/a", "layer_range": [0, 1]}] * 2}]},
-            "slices[0].sources: `passthrough` takes 1 to 1",
+            "slices[0].sources: `passthrough` takes 1 model(s), there are 2",
         ),
         (
             {
@@ -198,11 +195,14 @@ def test_more_tensors_than_are_written_are_refused_before_they_are_made() -> Non
             "slices[0].sources[1].layer_range: [0, 3] is not as many layers as the slice's first source has, 2",
         ),
         (
-            {"merge_method": "linear", "slices": [{"parameters": {"wait": 1}, "sources": sliced(("a", 0, 2))["slices"][0]["sources"]}]},
+            {"merge_method": "linear", "slices": [sliced(("a", 0, 2))["slices"][0] | {"parameters": {"wait": 1}}]},
             "slices[0].parameters.wait: is not a parameter of linear; did you mean 'weight'?",
         ),
         (
-            {"merge_method": "linear", "modules": {"default": {"models": [{"model": "/a"}], "parameters": {"norm": [1, 2]}}}},
+            {
+                "merge_method": "linear",
+                "modules": {"default": {"models": [{"model": "/a"}], "parameters": {"norm": [1, 2]}}},
+            },
             "modules.default.parameters.norm: is not a parameter of linear; did you mean 'normalize'?",
         ),
         ({"merge_method": "linear", "modules": {"default": {}}}, "modules.default: a module has either"),

@@ -126,7 +126,7 @@ def test_what_no_filter_gives_a_tensor_is_named() -> None:
     resolver, stretch = Resolver(recipe), recipe.regions[0].stretches[0]
     assert resolver.resolve(stretch, "mlp", ["mlp", "mlp"], 0.25).shared == {"t": 0.25}
     for _ in range(2):  # remembered, too
-        with pytest.raises(RecipeError, match="parameters.t: is required"):
+        with pytest.raises(RecipeError, match=r"parameters\.t: is required"):
             resolver.resolve(stretch, "norm", ["norm", "norm"], 0)
 
 
