@@ -222,7 +222,7 @@ class _Matcher:
         if self.method.copies and models and models[0].ref.dtype == dtype and resolved.is_default:
             return _copy(row, present[0][3])
         needs_base = self.method.base == "required"
-        if not needs_base and len(models) < max(1, self.method.min_models):
+        if len(models) < max(1, self.method.min_models):
             return _copy(row, tensor) if tensor.dtype == dtype else self._cast(row, dtype)
         if row.name in TIED_NAMES or row.name in EMBEDDING_NAMES:
             owners = [checkpoint for _, _, checkpoint, _ in present]

@@ -8,7 +8,7 @@ last slice's.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from service.checkpoint import Checkpoint, StoredTensor
 from service.layers import Stacks, is_before, main_stacks, position, stacks_of
@@ -110,7 +110,7 @@ def pair(recipe: Recipe, inputs: Inputs) -> Pairing:
         bounds = [_bound(stretch, recipe, inputs) for stretch in region.stretches]
         names = _NamesOf(modules, number)
         if region.is_sliced:
-            _Sliced(region, bounds, names, inputs, found, stacks).pair()
+            _Sliced(region, bounds, names, recipe, inputs, found, stacks).pair()
         else:
             _whole(bounds[0], names, found, stacks)
     return found
@@ -163,12 +163,13 @@ class _Sliced:
         region: Region,
         bounds: list[Bound],
         names: _NamesOf,
+        recipe: Recipe,
         inputs: Inputs,
         found: Pairing,
         stacks: Callable[[Checkpoint], Stacks],
     ) -> None:
         self.region, self.bounds, self.names = region, bounds, names
-        self.inputs, self.found, self.stacks = inputs, found, stacks
+        self.recipe, self.inputs, self.found, self.stacks = recipe, inputs, found, stacks
         self.stack = ""
         self.rests: dict[int, dict[int, list[str]]] = {}
 
@@ -186,7 +187,7 @@ class _Sliced:
                 f"{self.path}: the output would have more than the {MAX_TENSORS} tensors that are written"
             )
             return
-        first, last = self.bounds[0], self.bounds[-1]
+        first, last = self.bounds[0], self._closing()
         self._outside(first, is_before)
         output = 0
         for bound in self.bounds:
@@ -213,6 +214,20 @@ class _Sliced:
     def path(self) -> str:
         """Where the recipe lists the slices."""
         return self.bounds[0].stretch.path.rpartition("[")[0]
+
+    def _closing(self) -> Bound:
+        """What norms and heads are made of: the last slice's sources; mergekit takes no more than the first has."""
+        last, most = self.bounds[-1], len(self.bounds[0].stretch.sources)
+        count = len(last.stretch.sources)
+        if count <= most:
+            return last
+        if self.recipe.profile != "mergekit":
+            self.found.notices.append(
+                f"{last.stretch.path}: norms and heads are made of all {count}, where mergekit takes the first "
+                f"{most}, as many as the first slice has; with `profile: mergekit` so does Mergemill"
+            )
+            return last
+        return _bound(replace(last.stretch, sources=last.stretch.sources[:most]), self.recipe, self.inputs)
 
     def _chosen(self) -> str | None:
         """The stack that the slices' ranges of layers are of."""

@@ -23,6 +23,9 @@ from workers.task import JSONValue
 Said = tuple[tuple[str, Scalar], ...]
 """What a recipe says about one tensor: values by parameter."""
 
+_Place = tuple[str, int]
+"""A stretch: where its models are listed, and how many of them are meant."""
+
 
 @dataclass(frozen=True, slots=True)
 class Resolved:
@@ -44,8 +47,8 @@ class Resolver:
         self._profile = recipe.profile
         self._own_names = model_names(self._method)
         self._numbers = number_names(self._method)
-        self._settings: dict[str, _Settings] = {}
-        self._known: dict[tuple[str, Said, tuple[Said, ...]], Resolved | RecipeError] = {}
+        self._settings: dict[_Place, _Settings] = {}
+        self._known: dict[tuple[_Place, Said, tuple[Said, ...]], Resolved | RecipeError] = {}
 
     def resolve(self, stretch: Stretch, name: str, own_names: Sequence[str], position: float) -> Resolved:
         """The parameters of the output tensor ``name``, which the stretch's merged models call ``own_names``.
@@ -53,14 +56,15 @@ class Resolver:
         :param position: where its layer lies among the stretch's, from 0 to 1; 0 outside of layers.
         :raises RecipeError: what is said about it does not go together, or something is not said.
         """
-        settings = self._settings.get(stretch.path)
+        place = (stretch.path, len(stretch.sources))
+        settings = self._settings.get(place)
         if settings is None:
-            settings = self._settings[stretch.path] = _Settings.of(stretch, self._own_names)
+            settings = self._settings[place] = _Settings.of(stretch, self._own_names)
         shared = self._said(settings.shared, name, position)
         models = tuple(
             self._said(each, own, position) for each, own in zip(settings.models, own_names, strict=True)
         )
-        key = (stretch.path, shared, models)
+        key = (place, shared, models)
         if key not in self._known:
             self._known[key] = self._resolved(stretch, dict(shared), [dict(said) for said in models])
         found = self._known[key]

@@ -80,7 +80,10 @@ def scale_of(
         return torch.stack([x.abs() for x in wide]).sum(0)
     if base is None:
         raise ValueError(f"{method} has no base")
-    vectors = [abs(w) * (x - base.double()).abs() for w, x in zip(weights, wide, strict=True)]
+    divisor = 1.0
+    if method == "task_arithmetic" and parameters.get("normalize", False):
+        divisor = abs(sum(weights)) or 1.0  # what is left of weights that cancel magnifies every rounding
+    vectors = [abs(w) / divisor * (x - base.double()).abs() for w, x in zip(weights, wide, strict=True)]
     return base.double().abs() + torch.stack(vectors).sum(0)
 
 

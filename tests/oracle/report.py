@@ -44,7 +44,8 @@ equals the trim's threshold, as others' do, and which of the equals make up exac
 parameters at every level, base models of slices, layers that are repeated or not the same ones, on Llama-,
 Mistral- and GPT-2-shaped checkpoints of six layers. Each is planned and run by the code that serves jobs, in
 one process. With `out_dtype: bfloat16` a result may also be one step of bfloat16 off, where the two float32
-results lie on either side of the middle; fewer than one in a thousand are.
+results lie on either side of the middle: fewer than one in a thousand of float32 inputs, while the mean of two
+bfloat16 inputs often lies in the very middle.
 
 | | | recipes | elements | same bits | beyond the bound | worst |
 |---|---|---:|---:|---:|---:|---:|
