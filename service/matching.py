@@ -123,7 +123,7 @@ class _Matcher:
         """Every name that a filter may be in."""
         for row in self.pairing.rows:
             yield row.name
-            yield from row.names if set(row.names) != {row.name} else ()
+            yield from row.elsewhere or ()
 
     def _tied(self, outputs: tuple[OutputTensor, ...]) -> tuple[OutputTensor, ...]:
         """The outputs, with those marked that are an embedding's elements once more, in the base and every model:

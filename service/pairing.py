@@ -62,8 +62,13 @@ class Row:
     """Where its layer lies among those of its stretch, from 0 to 1; 0 outside of layers."""
     tensor: StoredTensor
     """The reference's."""
-    names: tuple[str, ...]
-    """What each of ``bound.sources`` calls it."""
+    elsewhere: tuple[str, ...] | None = None
+    """What each of ``bound.sources`` calls it, where that is not the same."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What each of ``bound.sources`` calls it."""
+        return self.elsewhere or (self.name,) * len(self.bound.sources)
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,10 +149,8 @@ def _bound(stretch: Stretch, recipe: Recipe, inputs: Inputs) -> Bound:
 def _whole(bound: Bound, names: _NamesOf, found: Pairing, stacks: Callable[[Checkpoint], Stacks]) -> None:
     reference = bound.reference
     layers = stacks(reference)
-    count = len(bound.sources)
     found.rows += [
-        Row(name, bound, layers.position(name), reference.tensors[name], (name,) * count)
-        for name in names(reference)
+        Row(name, bound, layers.position(name), reference.tensors[name]) for name in names(reference)
     ]
     for source, checkpoint in bound.sources:
         if checkpoint is not reference:
@@ -227,7 +230,10 @@ class _Sliced:
                 f"{most}, as many as the first slice has; with `profile: mergekit` so does Mergemill"
             )
             return last
-        return _bound(replace(last.stretch, sources=last.stretch.sources[:most]), self.recipe, self.inputs)
+        fewer = replace(last.stretch, sources=last.stretch.sources[:most])
+        if last.stretch.base_source is not None and fewer.base_source is None:
+            return last  # mergekit refuses this
+        return _bound(fewer, self.recipe, self.inputs)
 
     def _chosen(self) -> str | None:
         """The stack that the slices' ranges of layers are of."""
@@ -313,8 +319,7 @@ class _Sliced:
         """Add the rows of those tensors outside the layers that ``takes`` says."""
         reference = bound.reference
         names = [name for name in self._others(reference) if takes(name)]
-        count = len(bound.sources)
-        self.found.rows += [Row(name, bound, 0.0, reference.tensors[name], (name,) * count) for name in names]
+        self.found.rows += [Row(name, bound, 0.0, reference.tensors[name]) for name in names]
         for source, checkpoint in bound.sources:
             if checkpoint is not reference:
                 extra = [

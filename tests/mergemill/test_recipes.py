@@ -55,8 +55,10 @@ def test_directories_become_uris_and_other_names_stay(here: Path) -> None:
 
 
 def test_models_are_found_wherever_a_recipe_names_them(here: Path) -> None:
-    slices = [{"sources": [{"model": "base", "layer_range": [0, 1]}], "base_model": "base"}]
-    recipe = {
+    slices: list[dict[str, object]] = [
+        {"sources": [{"model": "base", "layer_range": [0, 1]}], "base_model": "base"}
+    ]
+    recipe: dict[str, object] = {
         "slices": slices,
         "modules": {"x": {"models": [{"model": "base"}]}, "y": {"slices": slices}, "z": 3},
     }
