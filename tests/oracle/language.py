@@ -8,6 +8,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,14 @@ from service.recipe_names import with_names
 from tests.checkpoints import Tensors, fine_tune, llama_config, llama_tensors, write_checkpoint
 
 DEPTH = 6
-LLAMA = {"layers": DEPTH, "hidden": 32, "heads": 2, "vocab": 64, "key_value_heads": 1, "intermediate": 48}
+LLAMA: dict[str, Any] = {
+    "layers": DEPTH,
+    "hidden": 32,
+    "heads": 2,
+    "vocab": 64,
+    "key_value_heads": 1,
+    "intermediate": 48,
+}
 GROUPS = {
     "llama": torch.float32,
     "llama-bfloat16": torch.bfloat16,
@@ -74,11 +82,9 @@ class Spoken:
 def write_language_inputs(root: Path) -> None:
     """Write a base, three fine-tunes and an unrelated model of every group."""
     for number, (group, dtype) in enumerate(GROUPS.items()):
-        make: Callable[[int], Tensors]
-        if group == "gpt2":
-            make, config = gpt2_tensors, GPT2_CONFIG
-        else:
-            make = lambda seed, dtype=dtype: llama_tensors(seed, dtype=dtype, **LLAMA)  # type: ignore[misc] # noqa: E731
+        make, config = gpt2_tensors, GPT2_CONFIG
+        if group != "gpt2":
+            make = partial(llama_tensors, dtype=dtype, **LLAMA)
             config = llama_config(dtype=dtype, **LLAMA)
         if group == "mistral":
             config |= {
@@ -184,7 +190,8 @@ class _Speaker:
         return entry
 
     def _slices(self) -> list[dict[str, Any]]:
-        slices, used = [], []
+        slices: list[dict[str, Any]] = []
+        used: list[int] = []
         for _ in range(self.dice.randint(1, 4)):
             count = self.dice.randint(1, 4)
             names = self._names()

@@ -111,7 +111,7 @@ def _scales(root: Path, spoken: Spoken) -> Iterator[tuple[str, torch.Tensor, tor
             tensor(checkpoint.uri, own)
             for own, (_, checkpoint) in zip(row.names, row.bound.sources, strict=True)
         ]
-        own: list[Mapping[str, float]] = [dict(each) for each in resolved.models]  # type: ignore[arg-type]
+        own: list[Mapping[str, float]] = [dict(each) for each in resolved.models]
         undefined = torch.zeros(base.shape, dtype=torch.bool)
         if spoken.method == "ties":
             undefined = undefined_by_trim(base, models, [each["density"] for each in own])

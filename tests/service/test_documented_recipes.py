@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from workers.store.local import LocalStore
 
 pytestmark = pytest.mark.fast
 
-SHAPE = {"layers": 5, "hidden": 16, "heads": 2, "vocab": 32, "key_value_heads": 1}
+SHAPE: dict[str, Any] = {"layers": 5, "hidden": 16, "heads": 2, "vocab": 32, "key_value_heads": 1}
 BASE = llama_tensors(1, **SHAPE)
 MODELS: dict[str, Tensors] = {
     "base": BASE,
