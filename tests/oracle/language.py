@@ -195,9 +195,9 @@ class _Speaker:
         for _ in range(self.dice.randint(1, 4)):
             count = self.dice.randint(1, 4)
             names = self._names()
-            if self.method in ("task_arithmetic", "ties") and "base" not in names:
-                names[0] = "base"
-                names = [*dict.fromkeys(names), *(["a"] if len(set(names)) == 1 else [])]
+            if self.method in ("task_arithmetic", "ties"):  # of the last slice mergekit needs the base early
+                names = [name for name in names if name != "base"]
+                names.insert(self.dice.randint(0, 1), "base")
             together = self.dice.random() < 0.7
             start = self.dice.randint(0, DEPTH - count)
             sources = []
@@ -207,11 +207,11 @@ class _Speaker:
                 sources.append(self._entry(name, slices=True) | {"layer_range": [at, at + count]})
             used += range(start, start + count)
             entry: dict[str, Any] = {"sources": sources}
-            if self.method == "slerp" and self.dice.random() < 0.3:
-                entry["base_model"] = self.dice.choice(sources)["model"]
+            if self.method == "slerp" and self.dice.random() < 0.6:
+                entry["base_model"] = self.dice.choice(sources[:2])["model"]
                 self.features.add("base_model of a slice")
-            if self.method in ("task_arithmetic", "ties") and self.dice.random() < 0.3:
-                entry["base_model"] = self.dice.choice(sources)["model"]
+            if self.method in ("task_arithmetic", "ties") and self.dice.random() < 0.6:
+                entry["base_model"] = self.dice.choice(sources[:2])["model"]
                 self.features.add("base_model of a slice")
             self._level(entry, "at the slice", 0.4)
             slices.append(entry)
