@@ -82,7 +82,9 @@ def scale_of(
         raise ValueError(f"{method} has no base")
     divisor = 1.0
     if method == "task_arithmetic" and parameters.get("normalize", False):
-        divisor = abs(sum(weights)) or 1.0  # what is left of weights that cancel magnifies every rounding
+        # What is left of weights that cancel magnifies every rounding, that of their own sum, too.
+        left = abs(sum(weights)) or 1.0
+        divisor = left * min(1.0, left / sum(map(abs, weights)))
     vectors = [abs(w) / divisor * (x - base.double()).abs() for w, x in zip(weights, wide, strict=True)]
     return base.double().abs() + torch.stack(vectors).sum(0)
 
