@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from service.recipe_names import with_names
 from service.yaml_text import load_documents
 from workers.errors import RecipeError
 
@@ -22,7 +23,9 @@ def read(text: str) -> dict[str, Any]:
     if len(documents) != 1:
         raise RecipeError(f"the recipe must be one YAML document, this is {len(documents)}")
     if not isinstance(documents[0], dict):
-        raise RecipeError("the recipe must be a mapping with `merge_method` and `models`")
+        raise RecipeError(
+            "the recipe must be a mapping with `merge_method` and `models`, `slices` or `modules`"
+        )
     return documents[0]
 
 
@@ -45,19 +48,7 @@ def localise(recipe: Mapping[str, Any], directory: Path) -> dict[str, Any]:
             problems.extend(f"{field}: {problem}" for problem in error.problems)
             return value
 
-    changed = dict(recipe)
-    for field in ("base_model", "tokenizer_source", "buffers"):
-        keyword = field == "tokenizer_source" and changed.get(field) in ("base", "union")
-        if field in changed and not keyword:
-            changed[field] = place(field, changed[field])
-    models = changed.get("models")
-    if isinstance(models, list):
-        changed["models"] = [
-            {**entry, "model": place(f"models[{index}].model", entry.get("model"))}
-            if isinstance(entry, dict) and "model" in entry
-            else entry
-            for index, entry in enumerate(models)
-        ]
+    changed = with_names(recipe, place)
     if problems:
         raise RecipeError(*dict.fromkeys(problems))
     return changed
@@ -87,13 +78,14 @@ def output_uri(name: str, directory: Path) -> str:
 
 def hub_name_hint(recipe: Mapping[str, Any], problems: Sequence[str], directory: Path) -> str | None:
     """What to add to ``problems`` about names that the service does not know: they are no directory here either."""
-    entries = recipe.get("models")
-    listed = (
-        [entry.get("model") for entry in entries if isinstance(entry, dict)]
-        if isinstance(entries, list)
-        else []
-    )
-    names = dict.fromkeys(name for name in [recipe.get("base_model"), *listed] if isinstance(name, str))
+    names: dict[str, None] = {}
+
+    def note(field: str, value: Any) -> Any:
+        if isinstance(value, str):
+            names[value] = None
+        return value
+
+    with_names(recipe, note)
     unknown = [
         name for name in names if "://" not in name and any(repr(name) in problem for problem in problems)
     ]

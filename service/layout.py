@@ -37,6 +37,9 @@ FACTS_VERSION = 2
 PART_REFS = 1024
 """Input ranges that a part aims at, at most: what describes it stays small beside what it holds."""
 
+_SCOPES = ("trim_scope", "count_scope")
+"""Parameters that say whether each tensor is surveyed by itself, or the whole model as one."""
+
 
 @dataclass(frozen=True, slots=True)
 class Limits:
@@ -87,6 +90,27 @@ def model_survey(tensors: Iterable[OutputTensor], semantics_version: int) -> str
         if isinstance(tensor.source, Arithmetic) and tensor.is_counted and _with_others(tensor.source)
     ]
     return survey_id(of, semantics_version) if of else None
+
+
+def survey_problem(tensors: Iterable[OutputTensor]) -> str | None:
+    """What keeps tensors from being surveyed together: that their parameters differ."""
+    first: Arithmetic | None = None
+    for tensor in tensors:
+        whole = tensor.source
+        if not isinstance(whole, Arithmetic) or not tensor.is_counted or not _with_others(whole):
+            continue
+        first = first or whole
+        if _said(first) != _said(whole):
+            switch = next(name for name in _SCOPES if first.parameters.get(name) == "model")
+            return (
+                f"parameters: under `{switch}: model` all tensors are surveyed as one, so no parameter may differ "
+                f"between them, as they do between {first.name} and {whole.name}; set `{switch}: tensor`"
+            )
+    return None
+
+
+def _said(whole: Arithmetic) -> object:
+    return whole.parameters, [model.parameters for model in whole.models]
 
 
 def pieces_of(
@@ -145,10 +169,7 @@ def survey_id(of: object, semantics_version: int) -> str:
 
 def _with_others(whole: Arithmetic) -> bool:
     """Whether a tensor is surveyed together with all others, and not by itself."""
-    if "model" not in (
-        whole.parameters.get("trim_scope"),
-        whole.parameters.get("count_scope"),
-    ):  # binding every tensor would be half of planning
+    if "model" not in map(whole.parameters.get, _SCOPES):  # binding every tensor would be half of planning
         return False
     bound = bind(whole)
     return bound.parameters.survey_scope == "model" and bool(bound.passes)

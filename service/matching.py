@@ -5,13 +5,16 @@ All problems are found before anything is said, so that a user mends a recipe on
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from service.checkpoint import TIED_NAMES, Checkpoint, StoredTensor
-from service.recipe import Recipe
+from service.depth import with_depths
+from service.pairing import Inputs, Row, pair
+from service.recipe import Recipe, Source
+from service.recipe.resolve import Resolver, unused_filters
+from workers.errors import RecipeError
 from workers.methods import get_method
-from workers.methods.resolve import resolve_parameters
 from workers.task import DTYPE_BYTES, Arithmetic, ModelInput
 
 EMBEDDING_NAMES = (
@@ -59,20 +62,6 @@ class OutputTensor:
 
 
 @dataclass(frozen=True)
-class Inputs:
-    """The opened checkpoints of a recipe."""
-
-    reference: Checkpoint
-    """The base, else the first model: decides names, shapes, config and tokenizer."""
-    models: tuple[Checkpoint, ...]
-    """One per :attr:`Recipe.task_models`, in that order."""
-    compared_with: str | None = None
-    """The model that stands in for a reference that did not open, by its name in the recipe."""
-    are_digested: bool = True
-    """Whether the tensors that no arithmetic is done on could be read to compare them."""
-
-
-@dataclass(frozen=True)
 class Match:
     """The outcome: the output, as far as there are no problems."""
 
@@ -88,51 +77,53 @@ def needs_digest(recipe: Recipe, inputs: Inputs) -> list[str]:
     """Names of the tensors that no arithmetic is done on and that must be compared byte for byte."""
     if recipe.buffers is not None:
         return []
-    others = [model for model in inputs.models if model is not inputs.reference]
-    return [
-        name
-        for name, tensor in inputs.reference.tensors.items()
-        if not _mergeable(tensor, [model.tensors.get(name) for model in others])
-        and any(name in model.tensors for model in others)
-    ]
+    names: dict[str, None] = {}
+    for row in pair(recipe, inputs).rows:
+        held = [(own, checkpoint.tensors.get(own)) for own, checkpoint in _sources(row)]
+        others = [
+            (own, stored) for own, stored in held if stored is not None and stored.ref != row.tensor.ref
+        ]
+        if others and not _mergeable(row.tensor, [stored for _, stored in held]):
+            names |= dict.fromkeys([row.tensor.name, *(own for own, _ in others)])
+    return list(names)
 
 
 def match(recipe: Recipe, inputs: Inputs) -> Match:
-    """Pair every tensor of the reference with those of the models."""
+    """Find what each tensor of the output is made of."""
     return _Matcher(recipe, inputs).run()
 
 
 class _Matcher:
     def __init__(self, recipe: Recipe, inputs: Inputs) -> None:
         self.recipe = recipe
-        self.reference = inputs.reference
         self.method = get_method(recipe.merge_method)
-        entries = recipe.task_models
-        parameters, per_model = resolve_parameters(
-            self.method, recipe.profile, recipe.parameters, [entry.parameters for _, entry in entries]
-        )
-        self.parameters = parameters.model_dump(mode="json", by_alias=True)
-        self.models = [
-            (index, checkpoint, own.model_dump(mode="json", by_alias=True))
-            for (index, _), checkpoint, own in zip(entries, inputs.models, per_model, strict=True)
-        ]
-        self.labels: dict[int, str] = {}
+        self.resolver = Resolver(recipe)
+        self.pairing = pair(recipe, inputs)
         self.spellings: dict[int, set[str]] = {}  # one model may be listed twice, and under two names
-        for (_, entry), checkpoint in zip(entries, inputs.models, strict=True):
-            self.labels.setdefault(id(checkpoint), entry.model)
-            self.spellings.setdefault(id(checkpoint), set()).add(entry.model)
-        self.against = inputs.compared_with or recipe.reference
+        for name, checkpoint in inputs.models.items():
+            self.spellings.setdefault(id(checkpoint), set()).add(name)
+        self.config = inputs.reference.config
         self.are_digested = inputs.are_digested
-        self.found: dict[tuple[str, str, str], list[str]] = {}
+        self.found: dict[tuple[str, str, str], dict[str, None]] = {}
         self.misfits: set[str] = set()
         self.notices: list[str] = []
+        self.owners: dict[str, list[Checkpoint]] = {}
 
     def run(self) -> Match:
         self._extras()
-        outputs = [self._tensor(tensor) for tensor in self.reference.tensors.values()]
-        problems = tuple(self._sentences())
+        outputs = [self._tensor(row) for row in self.pairing.rows]
+        problems = (*self.pairing.problems, *self._sentences())
         fitting = tuple(output for output in outputs if output and output.name not in self.misfits)
-        return Match(self._tied(fitting), problems, tuple(self.notices))
+        filters = unused_filters(self.recipe, self._names()) if self.pairing.rows else []
+        _, depths = with_depths(self.config, self.pairing.slicings)
+        notices = dict.fromkeys([*self.pairing.notices, *depths, *self.notices, *filters])
+        return Match(self._tied(fitting), problems, tuple(notices))
+
+    def _names(self) -> Iterator[str]:
+        """Every name that a filter may be in."""
+        for row in self.pairing.rows:
+            yield row.name
+            yield from row.elsewhere or ()
 
     def _tied(self, outputs: tuple[OutputTensor, ...]) -> tuple[OutputTensor, ...]:
         """The outputs, with those marked that are an embedding's elements once more, in the base and every model:
@@ -146,10 +137,10 @@ class _Matcher:
                 return False
             if of is output or (one.method, output.shape) != (two.method, of.shape):
                 return False
-            owners = ([self.reference] if one.base else []) + [checkpoint for _, checkpoint, _ in self.models]
-            return all(
-                checkpoint.is_tied or ref == other
-                for checkpoint, ref, other in zip(owners, one.refs, two.refs, strict=True)
+            owners, others = self.owners[output.name], self.owners[of.name]
+            return len(owners) == len(others) and all(
+                (checkpoint is other and checkpoint.is_tied) or ref == same
+                for checkpoint, other, ref, same in zip(owners, others, one.refs, two.refs, strict=True)
             )
 
         return tuple(
@@ -160,12 +151,13 @@ class _Matcher:
         )
 
     def _problem(self, what: str, model: str, remedy: str, tensor: str, how: str = "") -> None:
-        self.found.setdefault((what, model, remedy), []).append(tensor + how)
+        self.found.setdefault((what, model, remedy), {})[tensor + how] = None
         self.misfits.add(tensor)
 
     def _sentences(self) -> list[str]:
         sentences = []
-        for (what, model, remedy), names in self.found.items():
+        for (what, model, remedy), tensors in self.found.items():
+            names = list(tensors)
             shown = ", ".join(names[:_SHOWN]) + (
                 f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
             )
@@ -173,55 +165,73 @@ class _Matcher:
         return sentences
 
     def _extras(self) -> None:
-        for _, checkpoint, _ in self.models:
-            label = self.labels[id(checkpoint)]
-            for name in checkpoint.tensors:
-                if name in self.reference.tensors:
-                    continue
+        for bound, source, checkpoint, names in self.pairing.extras:
+            label = source.model
+            for name in names:
                 if name in TIED_NAMES and checkpoint.is_tied:
                     self.notices.append(f"{label}: {name} is tied by its config.json and left out")
                 elif self.recipe.extra_tensors == "drop":
-                    self.notices.append(f"{label}: {name} is not in {self.against} and left out")
+                    self.notices.append(f"{label}: {name} is not in {bound.against} and left out")
                 elif name in TIED_NAMES:
                     self._problem(
-                        f"has an output head of its own, which {self.against} ties to the embedding",
+                        f"has an output head of its own, which {bound.against} ties to the embedding",
                         label,
                         "set `extra_tensors: drop` to keep the base's tied head",
                         name,
                     )
                 else:
                     self._problem(
-                        f"tensors that {self.against} does not have",
+                        f"tensors that {bound.against} does not have",
                         label,
                         "set `extra_tensors: drop` to leave them out",
                         name,
                     )
 
-    def _tensor(self, tensor: StoredTensor) -> OutputTensor | None:
-        inputs = [
-            (index, checkpoint, own, self._find(tensor, checkpoint)) for index, checkpoint, own in self.models
+    def _tensor(self, row: Row) -> OutputTensor | None:
+        found = [
+            (place, source, checkpoint, self._find(row, own, source, checkpoint))
+            for place, (own, (source, checkpoint)) in enumerate(
+                zip(row.names, row.bound.sources, strict=True)
+            )
         ]
         present = [
-            (index, checkpoint, own, stored)
-            for index, checkpoint, own, stored in inputs
+            (place, source, checkpoint, stored)
+            for place, source, checkpoint, stored in found
             if stored is not None
         ]
+        tensor, inputs = (
+            row.tensor,
+            [(source, checkpoint, stored) for _, source, checkpoint, stored in present],
+        )
         if not _mergeable(tensor, [stored for *_, stored in present]):
-            return self._buffer(tensor, [(checkpoint, stored) for _, checkpoint, _, stored in present])
+            return self._buffer(row, inputs)
         if any(stored.shape != tensor.shape for *_, stored in present):
-            return self._mismatch(tensor, [(checkpoint, stored) for _, checkpoint, _, stored in present])
+            return self._mismatch(row, inputs)
+        try:
+            resolved = self.resolver.resolve(row.bound.stretch, row.name, row.names, row.position)
+        except RecipeError as error:
+            for problem in error.problems:
+                where, _, what = problem.partition(": ")
+                self._problem(what, where, "", row.name)
+            return None
         dtype = self.recipe.out_dtype_name or tensor.dtype
-        models = tuple(ModelInput(index, stored.ref, own) for index, _, own, stored in present)
-        if self.method.copies and models and models[0].ref.dtype == dtype and _is_unscaled(models[0]):
-            return _copy(tensor, present[0][3])
-        if not self.recipe.has_task_vectors and len(models) < max(1, self.method.min_models):
-            return _copy(tensor, tensor) if tensor.dtype == dtype else self._cast(tensor, dtype)
-        base = tensor.ref if self.recipe.has_task_vectors else None
+        models = tuple(
+            ModelInput(source.index, stored.ref, resolved.models[place])
+            for place, source, _, stored in present
+        )
+        if self.method.copies and models and models[0].ref.dtype == dtype and resolved.is_default:
+            return _copy(row, present[0][3])
+        has_base = row.bound.stretch.has_task_vectors
+        if len(models) < max(1, self.method.min_models):
+            return _copy(row, tensor) if tensor.dtype == dtype else self._cast(row, dtype)
+        if row.name in TIED_NAMES or row.name in EMBEDDING_NAMES:
+            owners = [checkpoint for _, _, checkpoint, _ in present]
+            self.owners[row.name] = [row.bound.reference, *owners] if has_base else owners
         arithmetic = Arithmetic(
-            tensor.name,
+            row.name,
             self.method.name,
-            self.parameters,
-            base,
+            resolved.shared,
+            tensor.ref if has_base else None,
             models,
             self.recipe.seed,
             tensor.numel,
@@ -229,102 +239,103 @@ class _Matcher:
             tensor.numel,
             tensor.shape if self.method.whole else (),
         )
-        return OutputTensor(tensor.name, tensor.shape, dtype, arithmetic, tensor.numel)
+        return OutputTensor(row.name, tensor.shape, dtype, arithmetic, tensor.numel)
 
-    def _find(self, tensor: StoredTensor, checkpoint: Checkpoint) -> StoredTensor | None:
-        """The model's tensor of this name, a stand-in that the recipe allows, or None when it sits out."""
-        if (stored := checkpoint.tensors.get(tensor.name)) is not None:
+    def _find(self, row: Row, own: str, source: Source, checkpoint: Checkpoint) -> StoredTensor | None:
+        """The model's own tensor, a stand-in that the recipe allows, or None when it sits out."""
+        if (stored := checkpoint.tensors.get(own)) is not None:
             return stored
-        label = self.labels[id(checkpoint)]
-        if tensor.name in TIED_NAMES and checkpoint.may_be_tied:
+        tensor, label, against = row.tensor, source.model, row.bound.against
+        if own in TIED_NAMES and checkpoint.may_be_tied:
             for name in EMBEDDING_NAMES:
                 embedding = checkpoint.tensors.get(name)
                 if embedding is not None and embedding.shape == tensor.shape:
-                    self.notices.append(f"{label}: {tensor.name} is tied to {name}, which stands for it")
+                    self.notices.append(f"{label}: {own} is tied to {name}, which stands for it")
                     return embedding
         if self.recipe.missing_tensors == "base":
-            self.notices.append(f"{label}: lacks {tensor.name}, taken from {self.against}")
-            return tensor if self.recipe.has_task_vectors else None
+            self.notices.append(f"{label}: lacks {own}, taken from {against}")
+            return tensor if row.bound.stretch.has_task_vectors else None
         self._problem(
-            f"lacks tensors of {self.against}",
+            f"lacks tensors of {against}",
             label,
             "set `missing_tensors: base` to take them from the base (or to let the model sit out)",
-            tensor.name,
+            own,
         )
+        self.misfits.add(row.name)
         return None
 
     def _buffer(
-        self, tensor: StoredTensor, present: Sequence[tuple[Checkpoint, StoredTensor]]
+        self, row: Row, present: Sequence[tuple[Source, Checkpoint, StoredTensor]]
     ) -> OutputTensor | None:
         """Integers, booleans and dtypes without arithmetic: copied when all agree, never cast."""
         if self.recipe.buffers is not None:
-            return self._winner(tensor, present)
-        own = self.reference.digests.get(tensor.name)
-        for checkpoint, stored in present:
-            label = self.labels[id(checkpoint)]
-            if checkpoint is self.reference or stored.ref == tensor.ref:
+            return self._winner(row, present)
+        tensor, reference, against = row.tensor, row.bound.reference, row.bound.against
+        own = reference.digests.get(tensor.name)
+        for source, checkpoint, stored in present:
+            if stored.ref == tensor.ref:
                 continue
             if (stored.dtype, stored.shape) != (tensor.dtype, tensor.shape):
                 self._problem(
-                    f"dtype or shape differs from {self.against} where no arithmetic is possible",
-                    label,
+                    f"dtype or shape differs from {against} where no arithmetic is possible",
+                    source.model,
                     "set `buffers:` to the model whose values win",
-                    tensor.name,
+                    row.name,
                     f" ({stored.dtype}{list(stored.shape)}, not {tensor.dtype}{list(tensor.shape)})",
                 )
-            elif self.are_digested and (own is None or checkpoint.digests.get(tensor.name) != own):
+            elif self.are_digested and (own is None or checkpoint.digests.get(stored.name) != own):
                 kind = "integer or boolean buffers" if tensor.dtype[0] in "IUB" else f"{tensor.dtype} tensors"
                 self._problem(
-                    f"{kind} differ from {self.against}",
-                    label,
+                    f"{kind} differ from {against}",
+                    source.model,
                     "they are never averaged: set `buffers:` to the model whose values win",
-                    tensor.name,
+                    row.name,
                 )
-        return _copy(tensor, tensor)
+        return _copy(row, tensor)
 
-    def _winner(
-        self, tensor: StoredTensor, present: Sequence[tuple[Checkpoint, StoredTensor]]
-    ) -> OutputTensor:
-        for checkpoint, stored in present:
+    def _winner(self, row: Row, present: Sequence[tuple[Source, Checkpoint, StoredTensor]]) -> OutputTensor:
+        for _, checkpoint, stored in present:
             if self.recipe.buffers in self.spellings[id(checkpoint)]:
-                return _copy(stored, stored)
-        return _copy(tensor, tensor)
+                return _copy(row, stored)
+        return _copy(row, row.tensor)
 
     def _mismatch(
-        self, tensor: StoredTensor, present: Sequence[tuple[Checkpoint, StoredTensor]]
+        self, row: Row, present: Sequence[tuple[Source, Checkpoint, StoredTensor]]
     ) -> OutputTensor | None:
+        tensor, against = row.tensor, row.bound.against
         if self.recipe.mismatched_tensors == "base":
-            self.notices.append(f"{tensor.name}: shapes differ; {self.against}'s is kept unmerged")
+            self.notices.append(f"{row.name}: shapes differ; {against}'s is kept unmerged")
             dtype = self.recipe.out_dtype_name or tensor.dtype
-            return _copy(tensor, tensor) if tensor.dtype == dtype else self._cast(tensor, dtype)
-        for checkpoint, stored in present:
+            return _copy(row, tensor) if tensor.dtype == dtype else self._cast(row, dtype)
+        for source, _, stored in present:
             if stored.shape == tensor.shape:
                 continue
-            vocabulary = tensor.name in (*EMBEDDING_NAMES, *TIED_NAMES)
+            vocabulary = row.name in (*EMBEDDING_NAMES, *TIED_NAMES)
             self._problem(
-                f"{'vocabulary size' if vocabulary else 'shape'} differs from {self.against}",
-                self.labels[id(checkpoint)],
+                f"{'vocabulary size' if vocabulary else 'shape'} differs from {against}",
+                source.model,
                 "set `mismatched_tensors: base` to keep the base's unmerged",
-                tensor.name,
+                row.name,
                 f" {list(stored.shape)}, not {list(tensor.shape)}",
             )
         return None
 
-    def _cast(self, tensor: StoredTensor, dtype: str) -> OutputTensor:
+    def _cast(self, row: Row, dtype: str) -> OutputTensor:
+        tensor = row.tensor
         only = ModelInput(0, tensor.ref, {})
-        arithmetic = Arithmetic(
-            tensor.name, "passthrough", {}, None, (only,), 0, tensor.numel, 0, tensor.numel
-        )
-        return OutputTensor(tensor.name, tensor.shape, dtype, arithmetic, tensor.numel)
+        arithmetic = Arithmetic(row.name, "passthrough", {}, None, (only,), 0, tensor.numel, 0, tensor.numel)
+        return OutputTensor(row.name, tensor.shape, dtype, arithmetic, tensor.numel)
+
+
+def _sources(row: Row) -> Iterator[tuple[str, Checkpoint]]:
+    """Every merged model of a row, and what it calls the tensor."""
+    for own, (_, checkpoint) in zip(row.names, row.bound.sources, strict=True):
+        yield own, checkpoint
 
 
 def _mergeable(tensor: StoredTensor, others: Sequence[StoredTensor | None]) -> bool:
     return tensor.is_float and all(other is None or other.is_float for other in others)
 
 
-def _is_unscaled(model: ModelInput) -> bool:
-    return bool(model.parameters.get("scale", 1.0) == 1.0)
-
-
-def _copy(shape_of: StoredTensor, source: StoredTensor) -> OutputTensor:
-    return OutputTensor(shape_of.name, source.shape, source.dtype, source, source.numel)
+def _copy(row: Row, source: StoredTensor) -> OutputTensor:
+    return OutputTensor(row.name, source.shape, source.dtype, source, source.numel)

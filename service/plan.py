@@ -21,17 +21,18 @@ from service.layout import (
     pieces_of,
     shard_name,
     shards_of,
+    survey_problem,
     survey_together,
 )
-from service.matching import Inputs, Match, match
+from service.matching import Match, match
+from service.pairing import Inputs
 from service.price import BASELINE_BYTES, MAX_PARTS, MIN_PART_BYTES, Price, price, workspace_bytes
 from service.recipe import Recipe
 from workers.errors import PlanError
 from workers.methods import get_method
 from workers.methods.differences import differences
-from workers.methods.resolve import resolve_parameters
 from workers.safetensors_format import encode, layout
-from workers.task import HeaderPiece, MergePiece, Part, Piece, Survey, digest, part_id
+from workers.task import Arithmetic, HeaderPiece, MergePiece, Part, Piece, Survey, digest, part_id
 
 SEMANTICS_VERSION = 1
 """Version of the mathematics and of the layout: changes whenever the same plan could give other bytes."""
@@ -130,6 +131,8 @@ def draft_plan(
         problems.append(f"{inputs.reference.uri} holds no tensors")
     if not matched.tensors:
         return None, tuple(problems)
+    if differing := survey_problem(matched.tensors):
+        return None, (*problems, differing)
     plan = _laid_out(recipe, inputs, matched, options, baseline_bytes)
     return plan, (*problems, *_excesses(plan, options, baseline_bytes))
 
@@ -137,7 +140,7 @@ def draft_plan(
 def _laid_out(
     recipe: Recipe, inputs: Inputs, matched: Match, options: PlanOptions, baseline_bytes: int
 ) -> Plan:
-    limits = _limits(options, 1 + len(inputs.models), baseline_bytes)
+    limits = _limits(options, 1 + recipe.most_inputs, baseline_bytes)
     groups = shards_of(matched.tensors, options.shard_bytes)
     shards: list[Shard] = []
     parts: list[Part] = []
@@ -153,7 +156,7 @@ def _laid_out(
         size = header.nbytes + sum(tensor.nbytes for tensor in group)
         # Two neighbouring parts together exceed the target, or PART_REFS: so this many bytes a part keep within
         # MAX_PARTS.
-        pairs = max(1, MAX_PARTS // 2 - 1 - len(group) * (1 + len(inputs.models)) // PART_REFS)
+        pairs = max(1, MAX_PARTS // 2 - 1 - len(group) * (1 + recipe.most_inputs) // PART_REFS)
         fitted = replace(limits, part_bytes=max(limits.part_bytes, -(-size // pairs)))
         pieces: list[Piece] = [header]
         for tensor in group:
@@ -171,7 +174,7 @@ def _laid_out(
     if recipe.profile is not None:
         notices: tuple[str, ...] = (f"semantics follow the profile `{recipe.profile}`", *matched.notices)
     else:
-        notices = (*_differences(recipe), *matched.notices)
+        notices = (*_differences(recipe, matched), *matched.notices)
     part_ids = tuple(part_id(part) for part in parts)
     weight_map = dict(sorted(weight_map.items()))
     files = [[shard.name, shard.size] for shard in shards]
@@ -207,11 +210,16 @@ def plan_summary(plan: Plan, gpu_memory_bytes: int = 0) -> dict[str, Any]:
     }
 
 
-def _differences(recipe: Recipe) -> tuple[str, ...]:
+def _differences(recipe: Recipe, matched: Match) -> tuple[str, ...]:
     """What another profile would have made of the recipe, where that is something else."""
-    own = [entry.parameters for _, entry in recipe.task_models]
     method = get_method(recipe.merge_method)
-    found = differences(method, *resolve_parameters(method, None, recipe.parameters, own))
+    used = {}
+    for tensor in matched.tensors:
+        of = tensor.source
+        if isinstance(of, Arithmetic) and of.method == method.name:  # equal parameters are the same objects
+            for model in of.models:
+                used[id(of.parameters), id(model.parameters)] = of.parameters | model.parameters
+    found = differences(method, used.values())
     return (found,) if found else ()
 
 

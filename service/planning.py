@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import TypeVar
 from urllib.parse import quote
 
 from service.checkpoint import MAX_COPIED_BYTES, Checkpoint, copied_files
-from service.matching import Inputs, needs_digest
+from service.matching import needs_digest
 from service.opening import content_digest, open_checkpoint, parallel
+from service.pairing import Inputs
 from service.plan import Plan, PlanOptions, draft_plan
 from service.price import BASELINE_BYTES, Price
 from service.recipe import Recipe
@@ -185,14 +186,10 @@ def examine(
     opened = {name: found for name, uri in uris.items() if (found := by_uri[uri]) is not None}
     plan = None
     if opened:
-        present = [entry.model for _, entry in recipe.task_models if entry.model in opened]
         nearest = next(name for name in names if name in opened)
-        inputs = Inputs(opened[nearest], tuple(opened[name] for name in present))
-        digested = attempt(lambda: _with_digests(store, recipe, inputs))
+        wanted, inputs = _completed(recipe, opened, uris, nearest)
+        digested = attempt(lambda: _with_digests(store, wanted, inputs))
         inputs = digested or replace(inputs, are_digested=False)
-        wanted = recipe
-        if len(opened) < len(names):
-            wanted, inputs = _completed(recipe, inputs, uris, present, nearest)
         plan, misfits = draft_plan(wanted, inputs, options, baseline_bytes)
         problems.extend(misfits)
     price = None if plan is None else plan.price
@@ -210,24 +207,24 @@ def examine(
 
 
 def _completed(
-    recipe: Recipe, inputs: Inputs, uris: Mapping[str, str], present: Sequence[str], nearest: str
+    recipe: Recipe, opened: Mapping[str, Checkpoint], uris: Mapping[str, str], nearest: str
 ) -> tuple[Recipe, Inputs]:
-    """What to match when only ``nearest``, for the reference, and the models in ``present`` have opened.
+    """What to match when only the models in ``opened`` have opened, of which ``nearest`` stands for the reference.
 
     A model that has not is taken to be like the reference: it then fits, and costs what it would. Without the
     reference itself the others are compared among themselves, for what no reference could reconcile.
     """
-    known = dict(zip(present, inputs.models, strict=True))
-    reference, compared_with = inputs.reference, None
+    reference, compared_with = opened[nearest], None
     if nearest != recipe.reference:
         reference, compared_with = _like(reference, recipe.reference, uris), nearest
         unknown: dict[str, str] = {"missing_tensors": "base", "extra_tensors": "drop"}
         if recipe.extra_tensors == "drop":  # nobody needs to agree on what the reference may not have
             unknown |= {"mismatched_tensors": "base", "buffers": recipe.reference}
         recipe = recipe.model_copy(update=unknown)
-    known[recipe.reference] = reference
-    models = tuple(known.get(e.model) or _like(reference, e.model, uris) for _, e in recipe.task_models)
-    return recipe, replace(inputs, reference=reference, models=models, compared_with=compared_with)
+    models = {name: opened.get(name) or _like(reference, name, uris) for name in recipe.names}
+    models[recipe.reference] = reference
+    away = frozenset(models.keys() - opened.keys())
+    return recipe, Inputs(reference, models, compared_with, away)
 
 
 def _like(checkpoint: Checkpoint, name: str, uris: Mapping[str, str]) -> Checkpoint:
@@ -265,7 +262,8 @@ def _with_digests(store: ObjectStore, recipe: Recipe, inputs: Inputs) -> Inputs:
         return known[id(checkpoint)]
 
     try:
-        return Inputs(digested(inputs.reference), tuple(digested(model) for model in inputs.models))
+        models = {name: digested(model) for name, model in inputs.models.items()}
+        return replace(inputs, reference=digested(inputs.reference), models=models)
     except StoreUnavailableError:
         raise
     except StoreError as error:

@@ -243,7 +243,7 @@ class JobRunner:
 
     def _document(self, planned: Planned) -> dict[str, Any]:
         """What the claim object says about the job."""
-        pins = {c.uri: dict(c.pins) for c in (planned.inputs.reference, *planned.inputs.models)}
+        pins = {c.uri: dict(c.pins) for c in (planned.inputs.reference, *planned.inputs.models.values())}
         recipe = planned.recipe
         return {
             "recipe": recipe.to_json(),

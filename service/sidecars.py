@@ -12,9 +12,11 @@ from typing import Any
 
 import yaml
 
+from service.depth import with_depths
+from service.pairing import pair
 from service.plan import Plan, Shard
 from service.planning import Planned, is_hub_name
-from service.recipe import DTYPES, renamed
+from service.recipe import DTYPES
 from workers.methods import get_method
 from workers.safetensors_format import parse, prefix
 from workers.store.uris import name as file_name
@@ -42,8 +44,9 @@ class OutputFile:
 
 
 def config_json(planned: Planned) -> str | None:
-    """The reference's config.json with the dtype of what was written; None when it has none."""
-    config = planned.inputs.reference.config
+    """The reference's config.json with the dtype and the layers that were written; None when it has none."""
+    slicings = pair(planned.recipe, planned.inputs).slicings
+    config, _ = with_depths(planned.inputs.reference.config, slicings)
     if config is None:
         return None
     corrected = {key: value for key, value in config.items() if key != "_name_or_path"}
@@ -59,11 +62,7 @@ def model_card(planned: Planned, version: str) -> str:
     """A Hugging Face model card: front matter, the method, the inputs, the recipe."""
     recipe = planned.recipe
     method = get_method(recipe.merge_method)
-    names = list(
-        dict.fromkeys(
-            [*([recipe.base_model] if recipe.base_model else []), *(m.model for m in recipe.models)]
-        )
-    )
+    names = recipe.names
     shown = _without_paths(names)
     config = planned.inputs.reference.config or {}
     front: dict[str, Any] = {"tags": ["mergemill", "merge"]}
@@ -88,7 +87,7 @@ def model_card(planned: Planned, version: str) -> str:
         "## Recipe",
         "",
         "```yaml",
-        renamed(recipe, shown).to_yaml().strip(),
+        recipe.to_yaml(shown).strip(),
         "```",
         "",
         f"`{MANIFEST}` beside this file names every input by ETag and every output tensor by digest.",
@@ -158,7 +157,7 @@ def manifest(
 ) -> dict[str, Any]:
     """``mergemill.json``: all that is needed to make the same bytes again, and to check them."""
     recipe = planned.recipe
-    checkpoints = {c.uri: c for c in (planned.inputs.reference, *planned.inputs.models)}
+    checkpoints = {c.uri: c for c in (planned.inputs.reference, *planned.inputs.models.values())}
     return {
         "mergemill": version,
         "semantics_version": planned.plan.semantics_version,

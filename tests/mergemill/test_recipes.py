@@ -54,6 +54,25 @@ def test_directories_become_uris_and_other_names_stay(here: Path) -> None:
     assert "%20" in found["base_model"]
 
 
+def test_models_are_found_wherever_a_recipe_names_them(here: Path) -> None:
+    slices: list[dict[str, object]] = [
+        {"sources": [{"model": "base", "layer_range": [0, 1]}], "base_model": "base"}
+    ]
+    recipe: dict[str, object] = {
+        "slices": slices,
+        "modules": {"x": {"models": [{"model": "base"}]}, "y": {"slices": slices}, "z": 3},
+    }
+    at = (here / "base").as_uri()
+    placed = [{"sources": [{"model": at, "layer_range": [0, 1]}], "base_model": at}]
+    assert localise(recipe, here) == {
+        "slices": placed,
+        "modules": {"x": {"models": [{"model": at}]}, "y": {"slices": placed}, "z": 3},
+    }
+    slices[0]["base_model"] = "./none"
+    with pytest.raises(RecipeError, match=r"modules\.y\.slices\[0\]\.base_model: \./none: no model here"):
+        localise(recipe, here)
+
+
 def test_the_word_base_means_the_base_even_where_a_directory_is_called_so(here: Path) -> None:
     assert localise({"tokenizer_source": "base"}, here) == {"tokenizer_source": "base"}
 

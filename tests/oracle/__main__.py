@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,11 @@ from rich.console import Console
 from tests.checkpoints import llama_tensors, write_checkpoint
 from tests.oracle.bench import Bench
 from tests.oracle.cases import DARE, PARITY, ROUNDED, write_inputs
+from tests.oracle.language import Spoken, spoken, write_language_inputs
 from tests.oracle.methods import DELLA_MASKS, METHOD_CASES
 from tests.oracle.ours import merge_by_service, merge_in_process
 from tests.oracle.report import Results, markdown, total
+from tests.oracle.spoken import compare_spoken, spoken_problems
 
 SEED = 1234
 """mergekit's; ours is the recipe's default."""
@@ -33,15 +36,24 @@ def main() -> int:
     arguments = argparse.ArgumentParser(prog="python -m tests.oracle", description=__doc__)
     arguments.add_argument("--output", type=Path, default=Path("docs/parity.md"), help="the report")
     arguments.add_argument("--in-process", action="store_true", help="the mathematics alone, no service")
+    arguments.add_argument("--recipes", type=int, default=100, help="random recipes in all of the language")
     options = arguments.parse_args()
+    recipes = [spoken(number) for number in range(options.recipes)]
     console = Console()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(prefix="mergemill-oracle-") as directory:
         bench = Bench(Path(directory).resolve())
         with console.status("Merging with Mergemill"):
             merge(bench, in_process=options.in_process)
+            write_language_inputs(bench.root / "inputs")
+            merge_in_process(
+                {
+                    _ours(bench, each): each.placed(bench.root / "inputs", profile="mergekit")
+                    for each in recipes
+                }
+            )
         with console.status("Merging with mergekit, opening with transformers"):
-            reply = ask(bench)
+            reply = ask(bench, recipes)
         results = Results(
             versions=reply["versions"],
             parity={case: total(bench.compare(case)) for case in (*PARITY, *METHOD_CASES)},
@@ -54,6 +66,10 @@ def main() -> int:
                     *(("Mergemill", factor, bench.ours(case, name)) for name, factor in FACTORS.items()),
                 )
             },
+            spoken=[
+                compare_spoken(bench.root / "inputs", each, _ours(bench, each), _theirs(bench, each))
+                for each in recipes
+            ],
         )
         results.dare.update(
             ((case, tool, "l1"), bench.mask(case, made, "l1"))
@@ -63,6 +79,7 @@ def main() -> int:
         loaded = reply["loaded"]
         problems = [
             *results.problems(),
+            *spoken_problems(results.spoken),
             *(problem for case in (*PARITY, *ROUNDED) for problem in bench.checkpoint_problems(case)),
             *(problem for case in METHOD_CASES for problem in bench.checkpoint_problems(case)),
             *(f"{Path(made).name}: {found['problem']}" for made, found in loaded.items() if found["problem"]),
@@ -72,7 +89,7 @@ def main() -> int:
     for problem in problems:
         console.print(f"[red]✗[/red] {problem}")
     console.print(
-        f"{len(PARITY) + len(METHOD_CASES)} recipes compared, {len(problems)} problems: {options.output}"
+        f"{len(results.parity) + len(recipes)} recipes compared, {len(problems)} problems: {options.output}"
     )
     return 1 if problems else 0
 
@@ -93,11 +110,23 @@ def merge(bench: Bench, *, in_process: bool) -> None:
     merge_by_service(jobs, bench.root / "state")
 
 
-def ask(bench: Bench) -> dict[str, Any]:
+def _ours(bench: Bench, recipe: Spoken) -> Path:
+    return bench.root / "ours" / recipe.name
+
+
+def _theirs(bench: Bench, recipe: Spoken) -> Path:
+    return bench.root / "theirs" / recipe.name
+
+
+def ask(bench: Bench, recipes: Sequence[Spoken]) -> dict[str, Any]:
     """Run the other tools, in their environment."""
     merges = [
         {"recipe": bench.recipe(case), "output": str(bench.theirs(case)), "seed": SEED}
         for case in (*PARITY, *ROUNDED, *DARE, *METHOD_CASES, *DELLA_MASKS)
+    ]
+    merges += [
+        {"recipe": each.placed(bench.root / "inputs"), "output": str(_theirs(bench, each)), "seed": SEED}
+        for each in recipes
     ]
     request, reply = bench.root / "request.json", bench.root / "reply.json"
     opened = [str(bench.ours(case)) for case in (*PARITY, *ROUNDED)]

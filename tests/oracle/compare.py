@@ -75,14 +75,17 @@ def scale_of(
         divisor = abs(sum(weights)) if parameters.get("normalize", True) else 1.0
         return torch.stack([abs(w) / divisor * x.abs() for w, x in zip(weights, wide, strict=True)]).sum(0)
     if method == "passthrough":
-        return torch.stack(
-            [abs(each.get("scale", 1.0)) * x.abs() for each, x in zip(own, wide, strict=True)]
-        ).sum(0)
-    if base is None and method in ("slerp", "nuslerp", "multislerp", "karcher"):
+        return abs(float(own[0].get("scale", 1.0))) * wide[0].abs()
+    if method == "slerp" or (base is None and method in ("nuslerp", "multislerp", "karcher")):
         return torch.stack([x.abs() for x in wide]).sum(0)
     if base is None:
         raise ValueError(f"{method} has no base")
-    vectors = [abs(w) * (x - base.double()).abs() for w, x in zip(weights, wide, strict=True)]
+    divisor = 1.0
+    if method == "task_arithmetic" and parameters.get("normalize", False):
+        # What is left of weights that cancel magnifies every rounding, that of their own sum, too.
+        left = abs(sum(weights)) or 1.0
+        divisor = left * min(1.0, left / sum(map(abs, weights)))
+    vectors = [abs(w) / divisor * (x - base.double()).abs() for w, x in zip(weights, wide, strict=True)]
     return base.double().abs() + torch.stack(vectors).sum(0)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from service.checkpoint import Checkpoint, StoredTensor
-from service.matching import Inputs
+from service.pairing import Inputs
 from service.recipe import Recipe, parse_recipe
 from workers.task import DTYPE_BYTES, TensorRef
 
@@ -49,9 +49,7 @@ def recipe_of(method: str, count: int, parameters: Mapping[str, Any] | None = No
 
 def inputs_of(recipe: Recipe, checkpoints: Mapping[str, Checkpoint]) -> Inputs:
     """The inputs of a recipe whose models are in ``checkpoints`` by their names."""
-    return Inputs(
-        checkpoints[recipe.reference], tuple(checkpoints[entry.model] for _, entry in recipe.task_models)
-    )
+    return Inputs(checkpoints[recipe.reference], {name: checkpoints[name] for name in recipe.names})
 
 
 def alike(recipe: Recipe, tensors: Spec, etags: Mapping[str, str] | None = None) -> Inputs:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from service.checkpoint import Checkpoint, StoredTensor
-from service.matching import Inputs, Match, OutputTensor, match, needs_digest
+from service.matching import Match, OutputTensor, match, needs_digest
 from service.recipe import Recipe
 from tests.service.headers import Spec, checkpoint, inputs_of, recipe_of
 from workers.task import Arithmetic
@@ -190,7 +190,9 @@ def test_what_has_no_arithmetic_is_copied_when_equal_and_never_cast(dtype: str) 
     found = by_name(matched(recipe, base=base, **models))
     assert found["b"].source == base.tensors["b"]
     assert (found["b"].dtype, found["w"].dtype) == (dtype, "F16")
-    assert needs_digest(recipe, Inputs(base, tuple(models.values()))) == ["b"]
+    assert needs_digest(
+        recipe, inputs_of(recipe, {"/base": base, "/m0": models["m0"], "/m1": models["m1"]})
+    ) == ["b"]
 
 
 @pytest.mark.parametrize(
@@ -224,9 +226,10 @@ def test_the_winner_of_buffers_may_be_spelled_in_either_way_that_the_recipe_list
 def test_buffers_need_no_digest_where_a_winner_is_named_or_nobody_else_has_them() -> None:
     spec = {"b": ("I64", (5,)), "w": F32}
     base, model, bare = made("base", spec), made("m0", spec), made("m0", {"w": F32})
-    assert needs_digest(recipe_of("ties", 1, buffers="/m0"), Inputs(base, (model,))) == []
-    assert needs_digest(recipe_of("ties", 1), Inputs(base, (bare,))) == []
-    assert needs_digest(recipe_of("linear", 1), Inputs(model, (model,))) == []
+    named, unnamed, alone = recipe_of("ties", 1, buffers="/m0"), recipe_of("ties", 1), recipe_of("linear", 1)
+    assert needs_digest(named, inputs_of(named, {"/base": base, "/m0": model})) == []
+    assert needs_digest(unnamed, inputs_of(unnamed, {"/base": base, "/m0": bare})) == []
+    assert needs_digest(alone, inputs_of(alone, {"/m0": model})) == []
     assert by_name(matched(recipe_of("linear", 2), m0=base, m1=base))["b"].source == base.tensors["b"]
 
 

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 
 from service.layout import GRAIN_ELEMENTS, PART_REFS
-from service.matching import Inputs
+from service.pairing import Inputs
 from service.plan import PLAN, Plan, PlanOptions, make_plan, plan_summary
 from service.price import (
     BASELINE_BYTES,

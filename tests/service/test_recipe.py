@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from service.planning import resolve_model
-from service.recipe import Recipe, parse_recipe, parse_yaml
+from service.recipe import Recipe, Source, parse_recipe, parse_yaml
 from tests.fuzzing import fuzzed
 from tests.service.recipe_checks import problems, recipe
 from workers.errors import PlanError, RecipeError
@@ -45,13 +45,19 @@ tokenizer_source: base
 """
 
 
+def merged(found: Recipe) -> tuple[Source, ...]:
+    """What the recipe of whole models merges, in its order."""
+    return found.regions[0].stretches[0].merged
+
+
 def test_mergekits_yaml_is_read_unchanged() -> None:
     found = parse_yaml(TIES)
     assert found.merge_method == "ties"
     assert found.reference == "TheBloke/Llama-2-13B-fp16"
+    assert found.models is not None
     assert found.models[0].model == "psmathur/orca_mini_v3_13b"
     assert found.out_dtype_name == "F16"
-    assert [index for index, _ in found.task_models] == [0, 1]  # the base has no task vector
+    assert [source.index for source in merged(found)] == [0, 1]  # the base has no task vector
     assert found.models[1].parameters == {"density": 0.5, "weight": "3e-1"}  # YAML 1.1's reading of 3e-1
     assert found.models[2].parameters == {}
     assert (found.seed, found.profile, found.missing_tensors) == (0, None, "error")
@@ -79,7 +85,7 @@ def test_a_key_without_a_value_is_as_if_it_were_not_there(null: str) -> None:
         ({"merge_method": "tie"}, "did you mean 'ties'?"),
         ({"merge_method": None}, "merge_method: "),
         ({"merge_method": ...}, "merge_method: Field required"),
-        ({"models": ...}, "models: Field required"),
+        ({"models": ...}, "models: name what is merged, here or under `slices` or `modules`"),
         ({"models": []}, "models: "),
         ({"models": "a"}, "models: "),
         ({"models": ["s3://b/one"]}, "models[0]: "),
@@ -108,8 +114,8 @@ def test_a_key_without_a_value_is_as_if_it_were_not_there(null: str) -> None:
         ({"buffers": "s3://b/three"}, "buffers: 's3://b/three' is not one of the recipe's models"),
         ({"tokenizer_source": "union"}, "tokenizer_source: `union` is not supported yet"),
         ({"tokenizer_source": "/other"}, "tokenizer_source: '/other' is not one of"),
-        ({"slices": []}, "slices: layer slicing is not supported yet"),
-        ({"modules": {}}, "modules: multi-module"),
+        ({"slices": []}, "slices: Tuple should have at least 1 item"),
+        ({"slices": [{"sources": [{"model": "/a", "layer_range": [0, 1]}]}]}, "slices: there are `models` already"),
         ({"tokenizer": {"source": "union"}}, "tokenizer: building tokenizers is not supported yet"),
         ({"chat_template": "auto"}, "chat_template: "),
         ({"parameters": {"lamda": 1}}, "parameters.lamda: is not a parameter of ties; did you mean 'lambda'?"),
@@ -120,8 +126,18 @@ def test_a_key_without_a_value_is_as_if_it_were_not_there(null: str) -> None:
         ({"parameters": {"weight": float("inf")}}, "parameters.weight: "),
         ({"parameters": {"weight": 1e39}}, "parameters.weight: "),
         ({"parameters": {"weight": "much"}}, "parameters.weight: "),
-        ({"parameters": {"weight": [0, 0.5, 1]}}, "parameters.weight: gradients (lists) are not supported yet"),
-        ({"parameters": {"weight": [{"filter": "mlp", "value": 1}]}}, "parameters.weight: values by filter are not"),
+        ({"parameters": {"density": [0, 0.5, 1.5]}}, "parameters.density: input should be less than or equal to 1"),
+        ({"parameters": {"weight": []}}, "parameters.weight: an empty list says nothing"),
+        ({"parameters": {"weight": [0, "much"]}}, "parameters.weight: input should be a valid number"),
+        ({"parameters": {"weight": [0, {"value": 1}]}}, "parameters.weight: a list holds either numbers"),
+        ({"parameters": {"weight": [{"filtr": "mlp", "value": 1}]}}, "parameters.weight: a condition has `filter` and"),
+        ({"parameters": {"weight": [{"filter": "mlp"}]}}, "parameters.weight: a condition needs a `value`"),
+        ({"parameters": {"weight": [{"filter": 3, "value": 1}]}}, "parameters.weight: a `filter` is text"),
+        ({"parameters": {"weight": {"value": [{"value": 1}]}}}, "parameters.weight: a gradient is a list of values"),
+        ({"parameters": {"weight": {"value": {"value": 1}}}}, "parameters.weight: a condition's `value` is one"),
+        ({"parameters": {"weight": {"filter": "mlp", "value": "much"}}}, "parameters.weight: input should be a valid"),
+        ({"parameters": {"weight": [1] * 1025}}, "parameters.weight: 1025 values in a gradient, more than the 1024"),
+        ({"parameters": {"weigth": [0, 1]}}, "parameters.weigth: is not a parameter of ties; did you mean 'weight'?"),
         ({"parameters": {"trim_scope": "layer"}}, "parameters.trim_scope: "),
         ({"models": [{"model": "/a", "parameters": {"weigth": 1}}]}, "models[0].parameters.weigth: "),
         ({"models": [{"model": "/a", "parameters": {"lambda": 1}}]}, "parameters.lambda: is set for the whole merge"),
@@ -138,8 +154,8 @@ def test_what_is_wrong_is_named(changes: dict[str, Any], says: str) -> None:
 @pytest.mark.parametrize(
     ("value", "said"),
     [
-        ({"merge_method": "linear", "slices": []}, "slices: layer slicing is not supported yet"),
-        ({"merge_method": "linear", "modules": {}}, "modules: multi-module recipes are not supported yet"),
+        ({"merge_method": "linear", "slices": []}, "slices: Tuple should have at least 1 item"),
+        ({"merge_method": "linear", "modules": {}}, "modules: Dictionary should have at least 1 item"),
         (recipe(int8_mask=True), "int8_mask: is not a key of a recipe; write it under `parameters`"),
         (
             recipe(models=[{"model": "/a", "weight": 0.5}]),
@@ -149,9 +165,9 @@ def test_what_is_wrong_is_named(changes: dict[str, Any], says: str) -> None:
             {
                 "merge_method": "slerp",
                 "models": [{"model": "/x"}, {"model": "/y"}],
-                "parameters": {"t": [{"filter": "mlp", "value": 1}]},
+                "parameters": {"t": [{"filter": "mlp", "value": 2}]},
             },
-            "parameters.t: values by filter are not supported yet",
+            "parameters.t: input should be less than or equal to 1 (got 2)",
         ),
     ],
 )
@@ -214,10 +230,10 @@ def test_a_typo_in_the_bases_own_parameters_is_found_though_they_have_no_effect(
 def test_slerp_goes_from_the_base_model() -> None:
     models = [{"model": "/a"}, {"model": "/b"}]
     found = parse_recipe(recipe(merge_method="slerp", models=models, base_model="/b", parameters={"t": 0.2}))
-    assert [(index, entry.model) for index, entry in found.task_models] == [(1, "/b"), (0, "/a")]
+    assert [(source.index, source.model) for source in merged(found)] == [(1, "/b"), (0, "/a")]
     assert found.reference == "/b"
     found = parse_recipe(recipe(merge_method="slerp", models=models, base_model=..., parameters={"t": 0.2}))
-    assert [index for index, _ in found.task_models] == [0, 1]
+    assert [source.index for source in merged(found)] == [0, 1]
     assert found.reference == "/a"
 
 
@@ -232,7 +248,7 @@ def test_a_recipe_is_frozen() -> None:
     with pytest.raises(ValidationError, match="frozen"):
         found.seed = 3  # type: ignore[misc]
     with pytest.raises(ValidationError, match="frozen"):
-        found.models[0].model = "other"  # type: ignore[misc]
+        found.models[0].model = "other"  # type: ignore[index,misc]
 
 
 def test_canonical_json_depends_on_what_is_meant_and_on_nothing_else() -> None:

@@ -104,7 +104,8 @@ def test_inputs_at_odd_places_in_their_files_are_read_right(tmp_path: Path) -> N
         text = data[8 : 8 + length].rstrip() + b" " * pad
         path.write_bytes(struct.pack("<Q", len(text)) + text + data[8 + length :])
     starts = {
-        model.tensors["w"].ref.start % 4 for model in plan(tmp_path, "ties", NAMES, {}, WHOLE).inputs.models
+        model.tensors["w"].ref.start % 4
+        for model in plan(tmp_path, "ties", NAMES, {}, WHOLE).inputs.models.values()
     }
     assert starts - {0}
     done = merge(tmp_path, "ties", WHOLE, "out")

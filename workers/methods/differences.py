@@ -2,30 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
-from workers.methods.base import Method, Parameters
+from workers.methods.base import Method
 from workers.task import JSONValue
 
+Values = Mapping[str, JSONValue]
 
-def differences(method: Method, used: Parameters, models: tuple[Parameters, ...]) -> str | None:
+
+def differences(method: Method, used: Iterable[Values]) -> str | None:
     """One sentence on the switches that another profile would set otherwise than this merge does; ``None`` where
     there is none.
 
-    :param used: the global parameters that the merge uses.
-    :param models: those of its models.
+    :param used: all parameters that some tensor of some model is merged with, global ones and the model's together;
+        each combination once is enough.
     """
-    now = {**_values(used), **(_values(models[0]) if models else {})}
+    defaults, together = _defaults(method), list(used)
     others = []
     for profile, values in method.profiles.items():
-        switches = {**_defaults(method), **values}
+        switches = {**defaults, **values}
         apart = [
             f"`{name}: {_text(value)}`"
             for name, value in switches.items()
-            if name in _switches(method)
-            and name in now
-            and now[name] != value
-            and _matters(name, now, switches)
+            if any(name in now and now[name] != value and _matters(name, now, switches) for now in together)
         ]
         if apart:
             others.append(f"{profile} sets {', '.join(apart)}")
@@ -35,25 +34,15 @@ def differences(method: Method, used: Parameters, models: tuple[Parameters, ...]
     return f"`{method.name}` is not the same everywhere: {'; '.join(others)}. {remedy}"
 
 
-def _switches(method: Method) -> set[str]:
-    """The parameters that some profile sets."""
-    return {name for values in method.profiles.values() for name in values}
-
-
-def _defaults(method: Method) -> dict[str, JSONValue]:
+def _defaults(method: Method) -> Values:
+    """The defaults of the parameters that some profile sets."""
+    switches = {name for values in method.profiles.values() for name in values}
     fields = {**method.model_parameters.model_fields, **method.parameters.model_fields}
-    return {
-        field.alias or name: field.default
-        for name, field in fields.items()
-        if (field.alias or name) in _switches(method)
-    }
+    named = {field.alias or name: field.default for name, field in fields.items()}
+    return {name: default for name, default in named.items() if name in switches}
 
 
-def _values(parameters: Parameters) -> Mapping[str, JSONValue]:
-    return parameters.model_dump(mode="json", by_alias=True)
-
-
-def _matters(name: str, now: Mapping[str, JSONValue], then: Mapping[str, JSONValue]) -> bool:
+def _matters(name: str, now: Values, then: Values) -> bool:
     """Whether a switch has a say: not what divides where nothing is divided, or trims where nothing is trimmed."""
     if name == "divisor":
         return bool(now.get("normalize", True)) or bool(then.get("normalize", now.get("normalize", True)))

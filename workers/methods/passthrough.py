@@ -1,11 +1,8 @@
-"""Passthrough: one model as it is, its dtype maybe changed, or scaled."""
+"""Passthrough: one model, or its layers, as it is, its dtype maybe changed, or scaled."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Any
-
-from pydantic import BeforeValidator
 
 from workers.kernels.base import Formula, Term
 from workers.methods.base import Method, Parameters
@@ -13,15 +10,11 @@ from workers.methods.common import NO_PROFILE_DIFFERENCES, NoParameters, Real
 from workers.task import Facts
 
 
-def _or_one(value: Any) -> Any:
-    return 1.0 if value is None else value
-
-
 class ScaledModel(Parameters):
-    """The parameter of the model."""
+    """The parameter of a model that is passed through."""
 
-    scale: Annotated[Real, BeforeValidator(_or_one)] = 1.0
-    """What its elements are multiplied by; 1 (or `null`) copies them."""
+    scale: Real = 1.0
+    """What its elements are multiplied by; 1 copies them."""
 
 
 def formula(parameters: NoParameters, models: Sequence[ScaledModel], facts: Facts) -> Formula:
@@ -31,7 +24,7 @@ def formula(parameters: NoParameters, models: Sequence[ScaledModel], facts: Fact
 
 PASSTHROUGH = Method(
     name="passthrough",
-    summary="Copies one model, maybe scaled.",
+    summary="Copies one model, or its layers, maybe scaled.",
     paper="arXiv:2403.13257",
     parameters=NoParameters,
     model_parameters=ScaledModel,

@@ -17,6 +17,7 @@ MAX_PARAMETERS = 64
 
 _MOST_HINTS = 50
 _SHOWN_CHARACTERS = 64
+_MOVE = "is set for the whole merge: move it to the recipe's own parameters"
 
 Values = Mapping[str, JSONValue]
 
@@ -59,11 +60,7 @@ def resolve_parameters(
     for section, values in zip(sections, per_model_values, strict=True):
         own = _scalars(section, values, problems)
         for name in own.keys() - theirs:
-            hint = (
-                "is set for the whole merge: move it to the recipe's own parameters"
-                if name in ours
-                else _unknown(name, method, theirs, problems)
-            )
+            hint = _MOVE if name in ours else _unknown(name, method, theirs, problems)
             problems.append(f"{section}.{_short(name)}: {hint}")
         models.append(
             _validate(method.model_parameters, section, model_defaults | _only(own, theirs), problems)
@@ -71,6 +68,54 @@ def resolve_parameters(
     if problems or parameters is None:
         raise RecipeError(*sorted(problems))
     return parameters, tuple(model for model in models if model is not None)
+
+
+def section_problems(
+    method: Method,
+    profile: str | None,
+    section: str,
+    values: Mapping[str, Sequence[JSONValue]],
+    *,
+    of_model: bool,
+) -> list[str]:
+    """What is wrong with a section of a recipe, whichever tensor it is read for: its names, and each value alone.
+
+    ``values`` are all those that a parameter takes for some tensor; ``of_model`` says that the section is one
+    model's own, where what is set for the whole merge has no place.
+    """
+    problems: list[str] = []
+    ours, theirs = _names(method.parameters), _names(method.model_parameters)
+    defaults = _profile(method, profile, [])
+    for name, found in values.items():
+        if name not in ours | theirs:
+            known = theirs if of_model else ours | theirs
+            problems.append(f"{section}.{_short(name)}: {_unknown(name, method, known, problems)}")
+            continue
+        if of_model and name not in theirs:
+            problems.append(f"{section}.{_short(name)}: {_MOVE}")
+            continue
+        model = method.model_parameters if name in theirs else method.parameters
+        given = (
+            defaults[name] if one is True and isinstance(defaults.get(name), str) else one for one in found
+        )
+        complaints = (_complaints(model, section, {name: one}, fields_only=True) for one in given)
+        problems += next(filter(None, complaints), [])
+    return sorted(problems)
+
+
+def model_names(method: Method) -> frozenset[str]:
+    """The parameters that each model has of its own."""
+    return frozenset(_names(method.model_parameters))
+
+
+def number_names(method: Method) -> frozenset[str]:
+    """The parameters that are numbers, so that there are values in between."""
+    numbers = set()
+    for model in (method.parameters, method.model_parameters):
+        for name, schema in model.model_json_schema().get("properties", {}).items():
+            if schema.get("type") in ("number", "integer"):
+                numbers.add(name)
+    return frozenset(numbers)
 
 
 def _profile(method: Method, profile: str | None, problems: list[str]) -> Values:
@@ -107,15 +152,8 @@ def _scalars(section: str, values: Values, problems: list[str]) -> dict[str, JSO
         return {}
     scalars = {}
     for name, value in values.items():
-        items = value if isinstance(value, list | tuple) else [value]
-        if any(isinstance(item, Mapping) for item in items):
-            problems.append(
-                f"{section}.{_short(name)}: values by filter are not supported yet; give one value"
-            )
-        elif items is value:
-            problems.append(
-                f"{section}.{_short(name)}: gradients (lists) are not supported yet; give one value"
-            )
+        if isinstance(value, Mapping | list | tuple):
+            problems.append(f"{section}.{_short(name)}: give one value")
         else:
             scalars[name] = value
     return scalars
@@ -125,13 +163,19 @@ def _short(text: str) -> str:
     return text if len(text) <= _SHOWN_CHARACTERS else f"{text[:_SHOWN_CHARACTERS]}…"
 
 
-def _complaints(model: type[Parameters], section: str, values: Values) -> list[str]:
-    """What is wrong with ``values`` as a ``model``; not that some are missing."""
+def _complaints(
+    model: type[Parameters], section: str, values: Values, *, fields_only: bool = False
+) -> list[str]:
+    """What is wrong with ``values`` as a ``model``, or with each field alone; not that some are missing."""
     try:
         model.model_validate(values)
     except ValidationError as error:
         details = error.errors(include_url=False)
-        return [_sentence(section, detail) for detail in details if detail["type"] != "missing"]
+        return [
+            _sentence(section, detail)
+            for detail in details
+            if detail["type"] != "missing" and (detail["loc"] or not fields_only)
+        ]
     return []
 
 

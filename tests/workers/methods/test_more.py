@@ -330,7 +330,6 @@ def test_a_negative_weight_takes_a_task_away() -> None:
 
 def test_a_scale_multiplies() -> None:
     assert merge("passthrough", None, [[1, -2]], [{"scale": 0.5}]).tolist() == [0.5, -1]
-    assert merge("passthrough", None, [[1, -2]], [{"scale": None}]).tolist() == [1, -2]
 
 
 ANY_ORDER = {"ram": {}, "ramplus_tl": {}, "sce": {}, "karcher": {}, "model_stock": {}, "multislerp": {},

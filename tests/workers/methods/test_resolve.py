@@ -160,15 +160,15 @@ def test_an_unknown_profile() -> None:
             {},
             "parameters: equal_magnitudes 'exact_k' needs trim_scope 'tensor'",
         ),
-        ({"weight": [0, 1]}, {}, "parameters.weight: gradients (lists) are not supported yet"),
-        ({}, {"weight": [0.1, 0.9]}, "models[0].parameters.weight: gradients (lists) are not supported yet"),
-        ({}, {"weight": []}, "models[0].parameters.weight: gradients (lists) are not supported yet"),
+        ({"weight": [0, 1]}, {}, "parameters.weight: give one value"),
+        ({}, {"weight": [0.1, 0.9]}, "models[0].parameters.weight: give one value"),
+        ({}, {"weight": []}, "models[0].parameters.weight: give one value"),
         (
             {"weight": [{"filter": "mlp", "value": 1}]},
             {},
-            "parameters.weight: values by filter are not supported yet",
+            "parameters.weight: give one value",
         ),
-        ({}, {"weight": {"value": 1}}, "models[0].parameters.weight: values by filter are not supported yet"),
+        ({}, {"weight": {"value": 1}}, "models[0].parameters.weight: give one value"),
     ],
 )
 def test_a_problem_names_its_field(given: Any, model: Any, start: str) -> None:
@@ -209,9 +209,9 @@ def test_slerp_needs_t() -> None:
     assert problem.startswith("parameters.t: input should be less than or equal to 1")
 
 
-def test_passthrough_takes_nothing() -> None:
+def test_passthrough_takes_a_scale() -> None:
     (problem,) = problems("passthrough", {"weight": 1})
-    assert problem == "parameters.weight: is not a parameter of passthrough (known here: none)"
+    assert problem == "parameters.weight: is not a parameter of passthrough (known here: scale)"
 
 
 def test_schemas_describe_what_a_recipe_may_say() -> None:

@@ -1,0 +1,96 @@
+"""What a recipe is written of: models, slices and modules, each with parameters of its own. Pure."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+MAX_MODELS = 64
+"""Most models of a recipe, and of one list in it."""
+
+MAX_SLICES = 1024
+"""Most slices of a recipe's list."""
+
+MAX_MODULES = 16
+"""Most modules of a recipe."""
+
+MAX_LAYER = 1 << 16
+"""Highest number of a layer."""
+
+
+def _no_adapter(value: str) -> str:
+    if "+" in value and not value.startswith(("s3://", "file://", "/")):
+        raise ValueError(f"{value!r}: LoRA adapters (`model+adapter`) are not supported yet")
+    return value
+
+
+def _ordered(value: tuple[int, int]) -> tuple[int, int]:
+    if value[0] > value[1]:
+        raise ValueError(f"{list(value)} ends before it begins; layers count from 0, the end is not included")
+    return value
+
+
+ModelName = Annotated[str, Field(min_length=1, max_length=2048), AfterValidator(_no_adapter)]
+"""`s3://bucket/prefix`, `file:///dir`, an absolute path, or a hub name that `model_roots` maps."""
+
+ParameterValues = Annotated[dict[str, Any], BeforeValidator(lambda value: {} if value is None else value)]
+"""Parameters by name; nothing after the colon, as in many a recipe, is none."""
+
+ModuleName = Annotated[str, Field(min_length=1, max_length=128)]
+"""What the names of a module's tensors begin with or have between two dots, such as `vision_tower`; or `default`."""
+
+LayerNumber = Annotated[int, Field(ge=0, le=MAX_LAYER, strict=True)]
+
+LayerRange = Annotated[tuple[LayerNumber, LayerNumber], AfterValidator(_ordered)]
+"""First layer, and one past the last."""
+
+
+class Frozen(BaseModel):
+    """Base of all that a recipe is written of: frozen, and unknown keys are refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True, allow_inf_nan=False)
+
+
+class ModelEntry(Frozen):
+    """One model of a recipe."""
+
+    model: ModelName
+    """Where the model is."""
+    parameters: ParameterValues = Field(default_factory=dict)
+    """The model's own parameters."""
+
+
+class SourceEntry(ModelEntry):
+    """One model of a slice, and which of its layers."""
+
+    layer_range: LayerRange
+    """First layer, from 0, and one past the last; as many as the slice's other sources have."""
+
+
+class SliceEntry(Frozen):
+    """Consecutive layers of the output."""
+
+    sources: tuple[SourceEntry, ...] = Field(min_length=1, max_length=MAX_MODELS)
+    """The models whose layers are merged, in the order of summation."""
+    base_model: ModelName | None = None
+    """The base of these layers, in place of the recipe's; one of the sources."""
+    parameters: ParameterValues = Field(default_factory=dict)
+    """Parameters of these layers."""
+
+
+class ModuleEntry(Frozen):
+    """One part of a model: a vision tower, an encoder, or all that other modules leave (`default`)."""
+
+    models: tuple[ModelEntry, ...] | None = Field(default=None, min_length=1, max_length=MAX_MODELS)
+    """The models, whole."""
+    slices: tuple[SliceEntry, ...] | None = Field(default=None, min_length=1, max_length=MAX_SLICES)
+    """Or their layers."""
+    parameters: ParameterValues = Field(default_factory=dict)
+    """Parameters of this module."""
+
+    @model_validator(mode="after")
+    def _one_of(self) -> ModuleEntry:
+        if (self.models is None) == (self.slices is None):
+            raise ValueError("a module has either `models` or `slices`")
+        return self

@@ -1,0 +1,172 @@
+"""The recipe: what the user wants, as mergekit's YAML or the same as JSON. Pure.
+
+Reference for the language: mergekit's documented configuration format; docs/recipes.md has all of it. Keys that
+Mergemill does not serve yet are refused by name, never ignored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import yaml
+from pydantic import Field, model_validator
+
+from service.recipe.checks import stretch_problems
+from service.recipe.entries import (
+    MAX_MODELS,
+    MAX_MODULES,
+    MAX_SLICES,
+    Frozen,
+    ModelEntry,
+    ModelName,
+    ModuleEntry,
+    ModuleName,
+    ParameterValues,
+    SliceEntry,
+)
+from service.recipe.regions import DEFAULT_MODULES, Region, Section, region_of
+from service.recipe_names import with_names
+from workers.errors import RecipeError
+from workers.methods import METHODS, get_method
+from workers.task import canonical_json
+
+DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+"""The recipe's dtype names, and safetensors' names for them."""
+
+Profile = Literal["paper", "mergekit"]
+
+
+class Recipe(Frozen):
+    """What the user wants. Frozen; planning never rewrites it."""
+
+    merge_method: str
+    """Name of the merge method."""
+    base_model: ModelName | None = None
+    """The common ancestor of the models, for methods that have one."""
+    models: tuple[ModelEntry, ...] | None = Field(default=None, min_length=1, max_length=MAX_MODELS)
+    """The models, whole, in the order of summation."""
+    slices: tuple[SliceEntry, ...] | None = Field(default=None, min_length=1, max_length=MAX_SLICES)
+    """Or layers of models, in the order of the output's layers."""
+    modules: dict[ModuleName, ModuleEntry] | None = Field(default=None, min_length=1, max_length=MAX_MODULES)
+    """Or either for each module of a model that has several."""
+    parameters: ParameterValues = Field(default_factory=dict)
+    """Global parameters, and defaults for those of modules, slices and models."""
+    dtype: Literal["float32", "float16", "bfloat16"] | None = None
+    """Output dtype when `out_dtype` is not set. The arithmetic is always float32."""
+    out_dtype: Literal["float32", "float16", "bfloat16"] | None = None
+    """Dtype of the merged weights; each tensor keeps the base's (or first model's) when neither is set."""
+    tokenizer_source: str | None = None
+    """Whose tokenizer files to copy: `base`, or one of the recipe's models. The base's by default."""
+    profile: Profile | None = None
+    """Where implementations differ, follow the paper's authors or mergekit 0.1.5."""
+    seed: int = Field(default=0, ge=0, lt=2**63, strict=True)
+    """Seed of the DARE masks."""
+    missing_tensors: Literal["error", "base"] = "error"
+    """A model lacks a tensor: refuse, or take the base's (a zero task vector; without a base the model sits out)."""
+    extra_tensors: Literal["error", "drop"] = "error"
+    """A model has a tensor that the base (or first model) lacks: refuse, or leave it out."""
+    mismatched_tensors: Literal["error", "base"] = "error"
+    """Shapes differ: refuse, or keep the base's (or first model's) tensor unmerged."""
+    buffers: str | None = None
+    """The model whose integer and boolean buffers win when they differ."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Recipe:
+        problems = list(self._problems())
+        if problems:
+            raise RecipeError(*problems)
+        return self
+
+    def _problems(self) -> list[str]:
+        lists = [name for name in ("models", "slices", "modules") if getattr(self, name) is not None]
+        if not lists:
+            return ["models: name what is merged, here or under `slices` or `modules`"]
+        problems = [
+            f"{name}: there are `{lists[0]}` already; a recipe has one of the two" for name in lists[1:]
+        ]
+        problems += self._name_problems()
+        try:
+            method = get_method(self.merge_method)
+        except RecipeError as error:
+            return [*error.problems, *problems]
+        stretches = [stretch for region in self.regions for stretch in region.stretches]
+        return [*problems, *stretch_problems(method, self.profile, stretches)]
+
+    def _name_problems(self) -> list[str]:
+        """What refers to a model that is not there."""
+        problems = []
+        known = {*self.names, self.base_model}
+        if len(known) > MAX_MODELS + 1:
+            problems.append(f"models: {len(known)} different ones, more than the {MAX_MODELS} that are read")
+        if self.tokenizer_source == "union":
+            problems.append("tokenizer_source: `union` is not supported yet; use `base` or one of the models")
+        elif self.tokenizer_source not in {None, "base", *known}:
+            problems.append(f"tokenizer_source: {self.tokenizer_source!r} is not one of the recipe's models")
+        if self.buffers is not None and self.buffers not in known:
+            problems.append(f"buffers: {self.buffers!r} is not one of the recipe's models")
+        return problems
+
+    @property
+    def regions(self) -> tuple[Region, ...]:
+        """The parts of the output, each with what it is made of."""
+        method = METHODS.get(self.merge_method)
+        role = "none" if method is None else method.base
+        shared = (Section("parameters", self.parameters),)
+        if self.modules is None:
+            return (region_of(None, "", self.models, self.slices, self.base_model, shared, role),)
+        return tuple(
+            region_of(
+                name,
+                f"modules.{name}.",
+                module.models,
+                module.slices,
+                self.base_model,
+                (Section(f"modules.{name}.parameters", module.parameters), *shared),
+                role,
+            )
+            for name, module in self.modules.items()
+        )
+
+    @property
+    def reference(self) -> str:
+        """The model that decides config and tokenizer: the base, else the first of the main module."""
+        if self.base_model is not None:
+            return self.base_model
+        regions = self.regions
+        main = next((region for region in regions if region.name in (None, *DEFAULT_MODULES)), regions[0])
+        return main.stretches[0].reference
+
+    @property
+    def names(self) -> list[str]:
+        """Every model that the recipe names, once, the reference first."""
+        listed: list[str] = [self.reference]
+        for region in self.regions:
+            for stretch in region.stretches:
+                listed += [stretch.base] if stretch.base is not None else []
+                listed += [source.model for source in stretch.sources]
+        return list(dict.fromkeys(listed))
+
+    @property
+    def most_inputs(self) -> int:
+        """Most models that one tensor is made of, the base not counted."""
+        return max(len(stretch.merged) for region in self.regions for stretch in region.stretches)
+
+    @property
+    def out_dtype_name(self) -> str | None:
+        """Safetensors dtype of the merged weights, or ``None`` to keep each tensor's."""
+        name = self.out_dtype or self.dtype
+        return None if name is None else DTYPES[name]
+
+    def to_json(self) -> dict[str, Any]:
+        """The recipe as JSON, without what was left at its default."""
+        return self.model_dump(mode="json", exclude_defaults=True)
+
+    def to_yaml(self, names: Mapping[str, str] | None = None) -> str:
+        """The recipe as YAML, as it goes to the model card; ``names`` is what to call its models there."""
+        called = with_names(self.to_json(), lambda place, name: (names or {}).get(name, name))
+        return yaml.safe_dump(called, sort_keys=False, allow_unicode=True)
+
+    def canonical(self) -> str:
+        """The one text of the recipe, for digests."""
+        return canonical_json(self.to_json())
