@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 
-from service.commit import HIDDEN, Output
+from service.claim import HIDDEN
+from service.commit import Output
 from service.plan import Plan
 from workers.errors import ObjectNotFoundError
 from workers.store.uris import join
