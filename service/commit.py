@@ -152,13 +152,21 @@ class Output:
                     self.store.complete(upload, parts)
                 return
             except (UploadNotFoundError, StoreUnavailableError):
-                made = self._made_by(upload.uri, plan_digest)
+                made = self.made_by(upload.uri, plan_digest)
                 if made is not None and made.size == shard.size:
                     return
                 raise
             except InvalidPartError:
                 if attempt == 2:
                     raise
+
+    def made_by(self, uri: str, plan_digest: str) -> ObjectInfo | None:
+        """The object, if a plan of this digest made it."""
+        try:
+            info = self.store.head(uri)
+        except ObjectNotFoundError:
+            return None
+        return info if info.metadata.get(PLAN_METADATA) == plan_digest else None
 
     def put(self, name: str, data: bytes) -> None:
         """Write one small file."""
@@ -227,7 +235,7 @@ class Output:
         self._abort(held.shards)
         for shard in held.shards if self._loadable() is None else ():
             uri = join(self.uri, shard)
-            if self._made_by(uri, held.plan_digest):
+            if self.made_by(uri, held.plan_digest):
                 with self._owned():
                     self.store.delete(uri)
         self.clear(held.shards)
@@ -264,21 +272,13 @@ class Output:
         except ObjectNotFoundError:
             return False
 
-    def _made_by(self, uri: str, plan_digest: str) -> ObjectInfo | None:
-        """The object, if a plan of this digest made it."""
-        try:
-            info = self.store.head(uri)
-        except ObjectNotFoundError:
-            return None
-        return info if info.metadata.get(PLAN_METADATA) == plan_digest else None
-
 
 def holds_checkpoint(store: ObjectStore, uri: str) -> str | None:
     """What is wrong with an output that holds a checkpoint, or what is left of one; None where there is none.
 
     :raises StoreError: the store does not tell.
     """
-    there = Output(store, uri, job="", guard=_for_ever).existing()
+    there = Output(store, uri, job="", guard=for_ever).existing()
     return None if there is None else _taken(uri, there)
 
 
@@ -319,6 +319,6 @@ def _remove_directories(uri: str, made: int) -> None:
                 each.rmdir()
 
 
-def _for_ever() -> float:
+def for_ever() -> float:
     """The guard of an output that is only looked at."""
     return inf

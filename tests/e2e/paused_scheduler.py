@@ -64,9 +64,13 @@ class OneByOne(LocalDriver):
             return super().submit(request)
 
 
+def _nothing(fd: object) -> None:
+    """Sync nothing."""
+
+
 def main() -> None:
     """Run until SIGTERM."""
-    os.fsync = os.fdatasync = lambda _: None  # as in the fixture `bench`
+    os.fsync = os.fdatasync = _nothing  # as in the fixture `bench`
     configure("json")
     given = json.loads(sys.stdin.readline())
     settings = Settings.model_validate(given["settings"])

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import redis
@@ -156,8 +157,8 @@ def is_stopped(process: subprocess.Popen[bytes]) -> bool:
 
 def told(bench: Bench, raw: redis.Redis, job: str, event: str) -> int:
     """How often an event of a job was told."""
-    entries = raw.xrange(f"{bench.settings.namespace}:job:{job}:events")
-    return sum(fields["event"] == event for _, fields in entries)  # type: ignore[union-attr]
+    entries: Any = raw.xrange(f"{bench.settings.namespace}:job:{job}:events")
+    return sum(fields["event"] == event for _, fields in entries)
 
 
 def test_a_process_that_is_stopped_past_its_leases_does_no_harm_and_works_on(
