@@ -29,6 +29,11 @@ def fenced(permit: Permit) -> Iterator[None]:
         _PERMIT.reset(token)
 
 
+def is_active() -> bool:
+    """Whether permission has to be asked for."""
+    return _PERMIT.get() is not None
+
+
 def ask() -> float | None:
     """Ask for permission; until when, in Unix seconds, or ``None`` when nobody has to be asked."""
     permit = _PERMIT.get()

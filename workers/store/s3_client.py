@@ -215,8 +215,7 @@ def _translated_answer(error: ClientError, what: str) -> StoreError:
     elif _is_transient(error):
         found = StoreUnavailableError(f"{reason}, again and again")
     elif status == _FORBIDDEN or code in _DENIED_CODES:
-        hint = f"; check the credentials, and that their policy allows this{s3_expiry.skew(error)}"
-        found = AccessDeniedError(reason + hint)
+        found = AccessDeniedError(f"{reason}; check the credentials, and that their policy allows this")
     elif code == "NoSuchBucket":
         found = ObjectNotFoundError(
             f"{what}: there is no such bucket; create it, or check MERGEMILL_STORE__S3_ENDPOINT_URL"
@@ -266,7 +265,7 @@ def _make_client(settings: StoreSettings) -> S3Client:
         client.close()  # only now the endpoint is known, wherever it is configured
         unsigned: Any = {"addressing_style": settings.s3_addressing_style, "payload_signing_enabled": False}
         client = session.client("s3", **where, config=config.merge(Config(s3=unsigned)))
-    s3_expiry.install(client)
+    s3_expiry.Expiry(client)
     return client
 
 
