@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import structlog
 from pydantic import ValidationError
 
 from service.access import grant
@@ -39,8 +38,6 @@ from workers.task import PartResult
 
 RECOVERED = "recovered"
 """What the history calls it."""
-
-log = structlog.get_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +82,6 @@ def recover(
     record, parts = _record(claim, uri, settings, store, whose, now)
     if not jobs.restore(record, parts):
         return _known(jobs, claim.job) or Recovery(record, False)
-    log.info("job recovered", job=record.id, output=uri, state=str(record.state), parts=len(parts))
     return Recovery(record, True, len(parts))
 
 
