@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from mergemill import keys
+from mergemill import keys, recovering
 from mergemill.arguments import (
     AllowNonfinite,
     AsJson,
@@ -63,6 +63,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(keys.app)
+app.command()(recovering.recover)
 
 
 @app.command()

@@ -61,9 +61,12 @@ def published(output: Output, plan_digest: str) -> list[OutputFile] | None:
         data = output.read(join(output.uri, MANIFEST))
     except ObjectNotFoundError:
         return None
-    document = json.loads(data)
-    files = [OutputFile(file["name"], file["size"], file["digest"]) for file in document["files"]]
-    if document["plan_digest"] != plan_digest or index not in files:
+    try:
+        document = json.loads(data)
+        files = [OutputFile(file["name"], file["size"], file["digest"]) for file in document["files"]]
+        if document["plan_digest"] != plan_digest or index not in files:
+            return None
+    except (ValueError, TypeError, KeyError):  # somebody else's file of that name
         return None
     files.remove(index)
     return [*files, text_file(MANIFEST, data), index]

@@ -11,12 +11,12 @@ import threading
 import time
 from collections.abc import Iterable
 from dataclasses import replace
-from typing import Any
 
 import structlog
 
 from service import metrics
 from service.access import confine, size_problems
+from service.claim import Claim
 from service.commit import Output, output_problems
 from service.driver import Capacity
 from service.jobrecord import JobRecord, JobState
@@ -57,6 +57,9 @@ from workers.errors import (
 
 MAX_ATTEMPTS = 5
 """How often a job is planned, because its scheduler ended or its uploads vanished, before it fails."""
+
+SURE_OF_LEASE = 2 / 3
+"""Share of a lease after which the store is to refuse what is changed under it: the rest is for clocks that differ."""
 
 MAX_OUTAGES = 3
 """How often a job goes on from what is recorded when the store was out of reach, before it fails."""
@@ -241,39 +244,42 @@ class JobRunner:
                 if time.monotonic() > deadline:
                     raise
 
-    def _document(self, planned: Planned) -> dict[str, Any]:
-        """What the claim object says about the job."""
-        pins = {c.uri: dict(c.pins) for c in (planned.inputs.reference, *planned.inputs.models)}
-        recipe = planned.recipe
-        return {
-            "recipe": recipe.to_json(),
-            "options": self.record.options,
-            "seed": recipe.seed,
-            "plan_digest": planned.plan.digest,
-            "inputs": pins,
-            "shards": [shard.name for shard in planned.plan.shards],
-        }
+    def _facts(self, planned: Planned) -> PlanRecorded:
+        plan = planned.plan
+        return PlanRecorded(
+            plan.digest,
+            plan.semantics_version,
+            plan_summary(plan, self.tools.settings.gpu_memory_bytes)["price"],
+            plan.notices,
+            plan.price.bytes_written,
+            len(plan.parts),
+            sum(survey.passes for survey in plan.surveys),
+        )
+
+    def _claim_of(self, planned: Planned) -> Claim:
+        record = self.record
+        return Claim(
+            job=record.id,
+            recipe=record.recipe,
+            options=record.options,
+            seed=planned.recipe.seed,
+            plan_digest=planned.plan.digest,
+            inputs={c.uri: dict(c.pins) for c in (planned.inputs.reference, *planned.inputs.models)},
+            shards=tuple(shard.name for shard in planned.plan.shards),
+            planned=self._facts(planned),
+            key=record.key,
+            priority=record.priority,
+            origin=record.origin,
+            created_at=record.created_at,
+        )
 
     def _open(self, planned: Planned) -> None:
-        plan = planned.plan
-        passes = sum(survey.passes for survey in plan.surveys)
-        price = plan_summary(plan, self.tools.settings.gpu_memory_bytes)["price"]
-        self._apply(
-            PlanRecorded(
-                plan.digest,
-                plan.semantics_version,
-                price,
-                plan.notices,
-                plan.price.bytes_written,
-                len(plan.parts),
-                passes,
-            )
-        )
-        document = self._document(planned)
-        known = self._claim(document)
+        self._apply(self._facts(planned))
+        claim = self._claim_of(planned)
+        known = self._claim(claim)
         if problems := self._output_problems():  # another job may have finished here while this one planned
             raise PlanError(*problems)
-        self._apply(UploadsOpened(self._output.open_uploads(plan, document, known)))
+        self._apply(UploadsOpened(self._output.open_uploads(planned.plan, claim, known)))
 
     def _resume(self, planned: Planned) -> None:
         """Go on with recorded uploads and parts, or start over when they are no use any more."""
@@ -281,12 +287,12 @@ class JobRunner:
         if planned.plan.digest != self.record.plan_digest:
             self._restart("plan", "planning again gave another plan: an input or Mergemill changed")
         else:
-            self._claim(self._document(planned))  # nobody else's by now, if it was lost
+            self._claim(self._claim_of(planned))  # nobody else's by now, if it was lost
 
-    def _claim(self, document: dict[str, Any]) -> dict[str, str]:
+    def _claim(self, claim: Claim) -> dict[str, str]:
         """Claim the output in Redis and beside it; the uploads that an earlier claim of ours recorded."""
         self.tools.jobs.claim_output(self.lease, self.record.output)
-        return self._output.claim(document, self._is_over)
+        return self._output.claim(claim, self._is_over)
 
     def _restart(self, cause: str, reason: str) -> None:
         metrics.JOB_RETRIES.labels(cause).inc()
@@ -374,8 +380,11 @@ class JobRunner:
         if self.record.state.is_terminal:
             metrics.job_ended(self.record)
 
-    def _guard(self) -> None:
+    def _guard(self) -> float:
+        """Renew the lease; until when the job is surely ours, in Unix seconds."""
+        asked = time.time()
         self.tools.jobs.renew(self.lease)
+        return asked + SURE_OF_LEASE * self.lease.ttl_s
 
     def _is_over(self, job: str) -> bool:
         try:

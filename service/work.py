@@ -139,6 +139,7 @@ class Work:
                 raise StoreError(f"the store lost {len(missing)} part(s) again after they were made twice")
             again -= 1
             self._make(missing)
+        self._progress.save()  # a commit goes on from there when Redis is lost: its uploads tell nothing any more
 
     def _restore(self) -> None:
         saved, recorded = self._progress.load(), self._tools.jobs.parts(self._record.id)

@@ -39,6 +39,8 @@
         ├── ConflictError                    somebody else changed the record first
         ├── LeaseLostError                   another scheduler owns the job now
         ├── OutputConflictError              the output is in use or holds a checkpoint
+        ├── DamagedClaimError                the claim at an output cannot be read
+        ├── NothingToRecoverError            no job can be made again from what is at an output
         ├── JobStoreUnavailableError         Redis cannot be reached, or refuses, after every retry
         ├── JobFailedError                   the job ended in `failed` (raised by the client)
         │   └── JobCancelledError            the job ended in `cancelled` (raised by the client)
@@ -232,6 +234,14 @@ class LeaseLostError(JobError):
 
 class OutputConflictError(JobError):
     """The output is claimed by another job, overlaps an input, or already holds a checkpoint."""
+
+
+class DamagedClaimError(JobError):
+    """The claim beside an output is not one that can be read."""
+
+
+class NothingToRecoverError(JobError):
+    """No job can be made again from what is at an output, or not by whoever asks."""
 
 
 class JobStoreUnavailableError(JobError):

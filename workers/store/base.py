@@ -54,6 +54,10 @@ class ObjectStore(Protocol):
 
     Transient failures are retried inside, with backoff and jitter, a bounded number of times. A store
     pickles, and the copy works.
+
+    Changes, which are :meth:`put`, :meth:`put_if_absent`, :meth:`delete`, :meth:`open_upload`, :meth:`complete` and
+    :meth:`abort`, ask for permission within :func:`workers.store.fence.fenced`, raise what it raises, and have no
+    effect once it has ended.
     """
 
     def head(self, uri: str) -> ObjectInfo:

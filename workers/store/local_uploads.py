@@ -30,8 +30,14 @@ from typing import Any, TypeVar
 import numpy as np
 from pydantic import TypeAdapter, ValidationError
 
-from workers.errors import InvalidPartError, StoreError, TruncatedReadError, UploadNotFoundError
-from workers.store import direct, files
+from workers.errors import (
+    InvalidPartError,
+    MergemillError,
+    StoreError,
+    TruncatedReadError,
+    UploadNotFoundError,
+)
+from workers.store import direct, fence, files
 from workers.store.base import Buffer, Upload, UploadedPart
 from workers.store.disk import Disk
 
@@ -81,7 +87,7 @@ class LocalUploads:
 
     def open(self, path: Path, size: int, metadata: dict[str, str]) -> str:
         """Reserve ``size`` bytes for ``path``; the upload's id."""
-        name = uuid.uuid4().hex
+        name, still = uuid.uuid4().hex, fence.enter()
         directory = _uploads(path) / name
         self._disk.in_directory(directory / "parts", lambda: None)
         try:
@@ -89,8 +95,9 @@ class LocalUploads:
                 _reserve(fd, size)
                 os.fsync(fd)
             opening = _Opening(path.name, size, metadata)
+            still()
             self._disk.replace_file(directory / "upload.json", json.dumps(asdict(opening)).encode())
-        except OSError:
+        except (OSError, MergemillError):
             self._disk.remove_tree(directory)
             self._disk.prune(directory.parent)
             raise
@@ -152,6 +159,7 @@ class LocalUploads:
     ) -> None:
         """Check the parts, and move the data into place."""
         directory, opening = self._opened(path, upload)
+        fence.enter()()
         _check_complete(upload.uri, opening.size, parts, self._records(directory))
         with _gone_is_not_found(upload), self._disk.opened(directory / "data", os.O_RDWR) as fd:
             os.fsync(fd)
@@ -164,6 +172,7 @@ class LocalUploads:
 
     def abort(self, path: Path, upload: Upload) -> None:
         """Remove the upload."""
+        fence.enter()()
         with contextlib.suppress(UploadNotFoundError):
             _remove(self._disk, _directory(path, upload))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -32,6 +33,8 @@ from workers.errors import (
     TruncatedReadError,
     UploadNotFoundError,
 )
+from workers.redaction import hidden_text
+from workers.store import fence, s3_expiry
 from workers.store.settings import StoreSettings
 
 if TYPE_CHECKING:
@@ -46,6 +49,7 @@ _TRANSIENT_CODES = {
 }  # fmt: skip
 _DENIED_CODES = {"ExpiredToken", "InvalidToken", "TokenRefreshRequired", "InvalidAccessKeyId"}
 _NOT_IMPLEMENTED = 501
+_FORBIDDEN = 403
 
 
 class S3Connection:
@@ -139,6 +143,29 @@ class S3Connection:
             raise translated(error, action, uri) from error
         raise AssertionError("stamina either returns or raises")
 
+    def change(
+        self,
+        action: str,
+        uri: str,
+        request: Callable[[], Answer],
+        on_failure: Callable[[BaseException], None] | None = None,
+    ) -> Answer:
+        """As :meth:`call`, for what changes something: each attempt is fenced, see :mod:`workers.store.fence`."""
+
+        def send() -> Answer:
+            while True:
+                until = fence.ask()
+                if until is not None and time.time() >= until:
+                    continue
+                try:
+                    with s3_expiry.expiring(until):
+                        return request()
+                except ClientError as error:
+                    if until is None or status_of(error) != _FORBIDDEN or time.time() < until:
+                        raise  # else it only took too long
+
+        return self.call(action, uri, send, on_failure)
+
 
 def code_of(error: BaseException) -> str:
     """The S3 error code, or ``""``."""
@@ -166,13 +193,14 @@ def translated(error: Exception, action: str, uri: str) -> StoreError:
         return StoreError(
             f"cannot {action} {uri}: no region is set; set MERGEMILL_STORE__S3_REGION or AWS_DEFAULT_REGION"
         )
+    told = hidden_text(str(error))  # an address may hold a signature
     if isinstance(error, IncompleteReadError):
-        return TruncatedReadError(f"cannot {action} {uri}: the connection kept breaking off early: {error}")
+        return TruncatedReadError(f"cannot {action} {uri}: the connection kept breaking off early: {told}")
     if isinstance(error, _CONNECTION_ERRORS):
         return StoreUnavailableError(
-            f"cannot {action} {uri}: {error}; is the endpoint (MERGEMILL_STORE__S3_ENDPOINT_URL) right and up?"
+            f"cannot {action} {uri}: {told}; is the endpoint (MERGEMILL_STORE__S3_ENDPOINT_URL) right and up?"
         )
-    return StoreError(f"cannot {action} {uri}: {error}")
+    return StoreError(f"cannot {action} {uri}: {told}")
 
 
 def _translated_answer(error: ClientError, what: str) -> StoreError:
@@ -186,7 +214,7 @@ def _translated_answer(error: ClientError, what: str) -> StoreError:
         found = InvalidPartError(reason)
     elif _is_transient(error):
         found = StoreUnavailableError(f"{reason}, again and again")
-    elif status == 403 or code in _DENIED_CODES:
+    elif status == _FORBIDDEN or code in _DENIED_CODES:
         found = AccessDeniedError(f"{reason}; check the credentials, and that their policy allows this")
     elif code == "NoSuchBucket":
         found = ObjectNotFoundError(
@@ -233,11 +261,12 @@ def _make_client(settings: StoreSettings) -> S3Client:
     )
     where: dict[str, Any] = {"region_name": region, "endpoint_url": settings.s3_endpoint_url}
     client = session.client("s3", **where, config=config)
-    if _signs_payloads(client, settings):
-        return client
-    client.close()  # only now the endpoint is known, wherever it is configured
-    unsigned: Any = {"addressing_style": settings.s3_addressing_style, "payload_signing_enabled": False}
-    return session.client("s3", **where, config=config.merge(Config(s3=unsigned)))
+    if not _signs_payloads(client, settings):
+        client.close()  # only now the endpoint is known, wherever it is configured
+        unsigned: Any = {"addressing_style": settings.s3_addressing_style, "payload_signing_enabled": False}
+        client = session.client("s3", **where, config=config.merge(Config(s3=unsigned)))
+    s3_expiry.Expiry(client)
+    return client
 
 
 def _signs_payloads(client: S3Client, settings: StoreSettings) -> bool:

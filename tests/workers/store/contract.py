@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from tests.workers.store.fence_contract import FenceContract
 from tests.workers.store.payloads import MIB, filled
 from tests.workers.store.upload_contract import UploadContract
 from workers.errors import (
@@ -22,7 +23,7 @@ from workers.store import ObjectStore, join, read_bytes, read_range
 STRANGE_NAMES = ["a b.bin", "ünï-日本.bin", "100%.bin", "a%20b.bin", "plus+and&=;,.bin", "~tilde'(1)!*.bin"]
 
 
-class StoreContract(UploadContract):
+class StoreContract(UploadContract, FenceContract):
     """Inherit, and give the fixtures ``store`` and ``root`` (the URI of an empty directory or bucket)."""
 
     # --- objects -------------------------------------------------------------------------------

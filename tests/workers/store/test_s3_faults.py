@@ -6,6 +6,7 @@ import hashlib
 import pickle
 import socket
 from collections.abc import Callable, Iterator
+from math import inf
 
 import pytest
 
@@ -22,6 +23,7 @@ from workers.errors import (
     UploadNotFoundError,
 )
 from workers.store import StoreSettings, Upload, UploadedPart, read_range
+from workers.store.fence import fenced
 from workers.store.s3 import S3Store
 
 URI = "s3://bucket/object"
@@ -291,3 +293,13 @@ def test_a_source_that_changes_while_it_is_copied_is_noticed(serving: Serving) -
     with pytest.raises(ObjectChangedError):
         store.copy_part(UPLOAD, 1, 0, URI, 0, 9, "e1")
     assert server.methods == ["HEAD", "PUT", "HEAD"]
+
+
+def test_no_error_tells_a_signature(serving: Serving) -> None:
+    """A request that expires is signed in its address, and addresses are told."""
+    store, server = serving(Answer(0, reset=True))
+    with fenced(lambda: inf), pytest.raises(StoreUnavailableError) as caught:
+        store.delete(URI)
+    assert "X-Amz-Signature=" in server.requests[0][1]
+    assert "X-Amz-Signature=***" in str(caught.value)
+    assert server.requests[0][1].rpartition("X-Amz-Signature=")[2] not in str(caught.value)
