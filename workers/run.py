@@ -31,6 +31,7 @@ from workers.nonfinite import NonFinite
 from workers.pipeline import Pipeline
 from workers.safetensors_format import prefix
 from workers.store.base import ObjectStore, Upload, UploadedPart
+from workers.store.retries import RETRIES
 from workers.store.uris import scheme
 from workers.task import (
     BLOCK_BYTES,
@@ -169,6 +170,7 @@ class PartRun(Task):
         self._facts = facts
         self._digests: list[TensorDigest] = []
         self._uploaded: UploadedPart | None = None
+        self._retries: dict[str, int] = {}
 
     def merge(self) -> None:
         """See :meth:`Task.merge`."""
@@ -196,6 +198,7 @@ class PartRun(Task):
             self._uploaded = self._copied() or store.put_part(
                 self._upload, part.number, part.offset, self._output
             )
+        self._retries = RETRIES.take()
         log.info("part written", extra={"shard": part.shard, "number": part.number, "bytes": part.nbytes})
 
     def _copied(self) -> UploadedPart | None:
@@ -235,6 +238,7 @@ class PartRun(Task):
             nonfinite=self._problems.counts,
             peak_bytes=peak_bytes(),
             seconds=self._seconds,
+            retries=self._retries,
         )
 
     @property

@@ -354,6 +354,8 @@ class PartResult:
     """VmHWM of the worker process when the part was done."""
     seconds: dict[str, float]
     """Wall seconds by stage: read, merge, digest, write; waiting is not counted."""
+    retries: dict[str, int] = field(default_factory=dict)
+    """Requests to the store that the worker sent again since the part that it told about before, by cause."""
 
 
 PART = TypeAdapter(Part)
