@@ -51,6 +51,11 @@ OF_READS = frozenset({Kind.TRUNCATE, Kind.STALL, Kind.FLIP})
 """What needs an answer with a body."""
 
 
+LATE_IS_HARMLESS = frozenset({"UploadPart", "CompleteMultipartUpload", "AbortMultipartUpload"})
+"""What may come late and do no harm. What is put or deleted late may replace somebody's newer object, and an upload
+that is opened late is known to nobody: no client of S3 can do anything about these."""
+
+
 @dataclass(frozen=True, slots=True)
 class Fault:
     """One thing that goes wrong with one request."""
@@ -166,8 +171,7 @@ def _makes_sense(kind: Kind, request: Request) -> bool:
         return request.method == "GET"
     if kind in OF_UPLOADS:
         return request.headers.get("content-length", "0") != "0"
-    # What is deleted late may be somebody's newer object: no client of S3 can do anything about that.
-    return kind != Kind.ACT_LATE or request.operation != "DELETE"
+    return kind != Kind.ACT_LATE or request.operation in LATE_IS_HARMLESS
 
 
 def operation_of(method: str, query: Mapping[str, str]) -> str:

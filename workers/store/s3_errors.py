@@ -36,7 +36,15 @@ _TRANSIENT_CODES = _THROTTLING_CODES | _CHECKSUM_CODES | _CONFLICT_CODES | {"Req
 _EXPIRED_CODES = {
     "ExpiredToken", "ExpiredTokenException", "InvalidToken", "TokenRefreshRequired", "InvalidAccessKeyId",
 }  # fmt: skip
-_BAD_REQUEST, _FORBIDDEN, _TOO_MANY_REQUESTS, _NOT_IMPLEMENTED, _UNAVAILABLE = 400, 403, 429, 501, 503
+_FULL_CODES = {"QuotaExceeded", "XMinioStorageFull", "InsufficientStorage"}
+_BAD_REQUEST, _FORBIDDEN, _TOO_MANY_REQUESTS, _NOT_IMPLEMENTED, _UNAVAILABLE, _FULL = (
+    400,
+    403,
+    429,
+    501,
+    503,
+    507,
+)
 
 WHERE_CREDENTIALS_ARE: Final = (
     "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or MERGEMILL_STORE__S3_ACCESS_KEY_ID and "
@@ -78,7 +86,7 @@ def is_transient(error: BaseException) -> bool:
     """Whether the same request may succeed if it is sent again."""
     if isinstance(error, ClientError):
         status = status_of(error)
-        broken = status >= 500 and status != _NOT_IMPLEMENTED
+        broken = status >= 500 and status not in {_NOT_IMPLEMENTED, _FULL}
         return broken or status == _TOO_MANY_REQUESTS or code_of(error) in _TRANSIENT_CODES
     return isinstance(error, _CONNECTION_ERRORS) and not _is_distrust(error)
 
@@ -128,6 +136,10 @@ def _translated_answer(error: ClientError, what: str, again: str) -> StoreError:
         found = InvalidPartError(reason)
     elif is_transient(error):
         found = StoreUnavailableError(f"{reason}{again}")
+    elif code in _FULL_CODES or status == _FULL:
+        found = StoreError(
+            f"{reason}; there is no room left: free some, raise the quota or choose another output"
+        )
     elif code in _EXPIRED_CODES:
         found = AccessDeniedError(
             f"{reason}; the credentials have run out or were withdrawn: renew them where the service runs. Those of a "
