@@ -15,8 +15,18 @@ from typing import Any
 
 import structlog
 
-from service.checkpoint import INDEX_FILE, SINGLE_FILE, is_shard, is_tokenizer_file
+from service.checkpoint import (
+    CONFIG_FILE,
+    INDEX_FILE,
+    MANIFEST_FILE,
+    PLAN_METADATA,
+    SINGLE_FILE,
+    is_copied,
+    is_shard,
+    is_tokenizer_file,
+)
 from service.plan import Plan, Shard
+from service.sidecars import CARD
 from workers.errors import (
     AlreadyExistsError,
     InvalidPartError,
@@ -34,8 +44,6 @@ from workers.task import canonical_json
 HIDDEN = ".mergemill"
 """Everything that is there only while a job runs is below it."""
 CLAIM = f"{HIDDEN}/claim.json"
-PLAN_METADATA = "mergemill-plan"
-"""User metadata of every shard: the digest of the plan that made it."""
 
 MAX_SMALL_BYTES = 1 << 30
 """Longest file that is copied or read whole."""
@@ -79,6 +87,9 @@ class Output:
                 return {}
             except AlreadyExistsError:
                 held = self._claim()
+            except StoreError:  # a full disk has room for directories, and none for a file in them
+                _remove_directories(self.uri, self._made)
+                raise
             if held is None:
                 continue  # its owner removed it in between
             self._made = held.get("made", 0)
@@ -168,10 +179,10 @@ class Output:
                 if attempt == 2:
                     raise
 
-    def put(self, name: str, data: bytes) -> None:
-        """Write one small file."""
+    def put(self, name: str, data: bytes, plan_digest: str) -> None:
+        """Write one small file; its metadata tells which plan made it, as a shard's does."""
         self._guard()
-        self.store.put(join(self.uri, name), data)
+        self.store.put(join(self.uri, name), data, {PLAN_METADATA: plan_digest})
 
     def read(self, uri: str, etag: str | None = None) -> bytes:
         """Read one small object whole."""
@@ -222,20 +233,20 @@ class Output:
         self.store.delete(claim)
 
     def give_up(self) -> None:
-        """Abort every upload, delete shards that this job completed without a commit, and remove its claim.
+        """Abort every upload, delete what this job wrote without a commit, and remove its claim.
 
-        Nothing is touched where the claim is not this job's, nor any shard of a checkpoint that can be loaded:
+        Nothing is touched where the claim is not this job's, nor any file of a checkpoint that can be loaded:
         that is the one from before, which the same plan may have made.
         """
         held = self._claim()
         if held is None or held["job"] != self.job:
             return
         self._abort(held["shards"])
-        for shard in held["shards"] if self._loadable() is None else ():
-            uri = join(self.uri, shard)
-            if self._made_by(uri, held["plan_digest"]):
+        beside = self.store.list(self.uri + "/", beside=True) if self._loadable() is None else ()
+        for info in list(beside):
+            if _is_written(file_name(info.uri)) and self._made_by(info.uri, held["plan_digest"]):
                 self._guard()
-                self.store.delete(uri)
+                self.store.delete(info.uri)
         self.clear(held["shards"])
         _remove_directories(self.uri, held.get("made", 0))
 
@@ -300,6 +311,11 @@ def output_problems(store: ObjectStore, uri: str, overwrite: bool) -> list[str]:
     return problems
 
 
+def _is_written(name: str) -> bool:
+    """Whether a job writes files of this name."""
+    return is_shard(name) or is_copied(name) or name in {CARD, CONFIG_FILE, MANIFEST_FILE}
+
+
 def _taken(uri: str, there: str) -> str:
     return (
         f"output {uri} already holds a checkpoint ({there}): to replace it, give --overwrite on the command line, "
@@ -321,7 +337,8 @@ def _remove_directories(uri: str, made: int) -> None:
         path = Path(to_path(uri))
         with suppress(OSError):
             for each in (path, *path.parents)[:made]:
-                each.rmdir()
+                with suppress(FileNotFoundError):
+                    each.rmdir()
 
 
 def _nothing() -> None:

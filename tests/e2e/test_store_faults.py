@@ -170,6 +170,72 @@ def test_an_input_that_is_overwritten_after_planning_fails_the_job_by_name(
     assert content(bench, f"{rgw_bucket}/out") == {}
 
 
+class TestFlippedReads:
+    """The bit that flips lies in the weights of one input, on their way to the part that merges them."""
+
+    @staticmethod
+    def flips(name: str, times: int) -> Script:
+        """Flip reads of a model's weights, but for its header's."""
+        return Script(
+            [Fault(Kind.FLIP, at=0.7, bit=6)] * times,
+            lambda request: (request.method, request.key[: len(name) + 7]) == ("GET", f"{name}/model-"),
+        )
+
+    @pytest.fixture
+    def made(self, bench: Bench, inputs: dict[str, bytes], rgw_bucket: str) -> str:
+        """The name of a model that Mergemill made."""
+        assert bench.run(submit(bench, rgw_bucket, "made")).state == JobState.SUCCEEDED
+        return "made"
+
+    def run(self, bench: Bench, bucket: str, proxy: FaultProxy, name: str, out: str, times: int) -> JobRecord:
+        """Merge a model with the base while its first reads are flipped."""
+        models = [{"model": f"{bucket}/{each}"} for each in (name, "base")]
+        recipe = {"merge_method": "linear", "models": models}
+        job = bench.submit(recipe, f"{bucket}/{out}", shard_bytes=90_000)
+
+        def begin() -> None:
+            proxy.policy = self.flips(name, times)
+
+        record = bench.run(job, at_step("apply uploads_opened", begin, "after"))
+        proxy.policy = Calm()
+        return record
+
+    def test_of_our_own_making_they_are_read_again(
+        self, bench: Bench, made: str, rgw_bucket: str, proxy: FaultProxy
+    ) -> None:
+        assert self.run(bench, rgw_bucket, proxy, made, "calm", 0).state == JobState.SUCCEEDED
+        undisturbed = content(bench, f"{rgw_bucket}/calm")
+        flipped, counted = proxy.injected[Kind.FLIP], retries()
+        record = self.run(bench, rgw_bucket, proxy, made, "out", 1)
+        assert record.state == JobState.SUCCEEDED, record.error
+        assert (proxy.injected[Kind.FLIP] - flipped, retries() - counted) == (1, 1)
+        assert content(bench, f"{rgw_bucket}/out") == undisturbed
+
+    def test_of_our_own_making_and_flipped_every_time_they_fail_the_job_by_name(
+        self, bench: Bench, made: str, rgw_bucket: str, proxy: FaultProxy
+    ) -> None:
+        record = self.run(bench, rgw_bucket, proxy, made, "out", 1000)
+        assert record.state == JobState.FAILED
+        assert record.error is not None
+        assert record.error["type"] == "CorruptReadError"
+        assert f"{rgw_bucket}/made/model-0000" in detail(record)
+        assert content(bench, f"{rgw_bucket}/out") == {}
+
+    def test_of_what_somebody_else_has_written_since_nothing_is_known(
+        self, bench: Bench, made: str, rgw_bucket: str, proxy: FaultProxy
+    ) -> None:
+        """Nor of any other model: the flipped bit is in the output. TLS is the protection, and the guide says so."""
+        for shard in SHARDS:
+            uri = join(rgw_bucket, made, shard)
+            bench.store.put(uri, read_bytes(bench.store, uri))
+        assert self.run(bench, rgw_bucket, proxy, made, "calm", 0).state == JobState.SUCCEEDED
+        record = self.run(bench, rgw_bucket, proxy, made, "out", 1)
+        assert record.state == JobState.SUCCEEDED
+        calm, out = (content(bench, f"{rgw_bucket}/{name}") for name in ("calm", "out"))
+        assert calm.keys() == out.keys()
+        assert {name for name in calm if calm[name] != out[name]} & {f"/{shard}" for shard in SHARDS}
+
+
 def test_of_two_deployments_that_claim_one_output_at_once_one_fails_before_it_writes(
     bench: Bench, inputs: dict[str, bytes], rgw_bucket: str, valkey_url: str
 ) -> None:
