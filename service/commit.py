@@ -179,10 +179,10 @@ class Output:
                 if attempt == 2:
                     raise
 
-    def put(self, name: str, data: bytes, plan_digest: str) -> None:
-        """Write one small file; its metadata tells which plan made it, as a shard's does."""
+    def put(self, name: str, data: bytes, plan_digest: str | None = None) -> None:
+        """Write one small file; the metadata of one that is to be seen tells which plan made it, as a shard's does."""
         self._guard()
-        self.store.put(join(self.uri, name), data, {PLAN_METADATA: plan_digest})
+        self.store.put(join(self.uri, name), data, {PLAN_METADATA: plan_digest} if plan_digest else None)
 
     def read(self, uri: str, etag: str | None = None) -> bytes:
         """Read one small object whole."""

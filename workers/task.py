@@ -384,7 +384,7 @@ def part_id(part: Part) -> str:
     return hashed.hexdigest()[:32]
 
 
-def tensor_digest(blocks: list[str]) -> str:
+def tensor_digest(blocks: Iterable[str]) -> str:
     """A tensor's digest: SHA-256 over the binary SHA-256 of its 1 MiB blocks, as hex. No blocks is the empty tensor."""
     return hashlib.sha256(b"".join(bytes.fromhex(block) for block in blocks)).hexdigest()
 
