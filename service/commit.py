@@ -15,9 +15,19 @@ from pathlib import Path
 
 import structlog
 
-from service.checkpoint import INDEX_FILE, SINGLE_FILE, is_shard, is_tokenizer_file
+from service.checkpoint import (
+    CONFIG_FILE,
+    INDEX_FILE,
+    MANIFEST_FILE,
+    PLAN_METADATA,
+    SINGLE_FILE,
+    is_copied,
+    is_shard,
+    is_tokenizer_file,
+)
 from service.claim import CLAIM, HIDDEN, Claim, read_claim
 from service.plan import Plan, Shard
+from service.sidecars import CARD
 from workers.errors import (
     AlreadyExistsError,
     InvalidPartError,
@@ -31,9 +41,6 @@ from workers.store.base import ObjectInfo, ObjectStore, Upload, UploadedPart
 from workers.store.fence import Permit, fenced
 from workers.store.uris import join, scheme, to_path
 from workers.store.uris import name as file_name
-
-PLAN_METADATA = "mergemill-plan"
-"""User metadata of every shard: the digest of the plan that made it."""
 
 MAX_SMALL_BYTES = 1 << 30
 """Longest file that is copied or read whole."""
@@ -76,6 +83,9 @@ class Output:
                 return {}
             except AlreadyExistsError:
                 held = read_claim(self.store, self.uri)
+            except StoreError:  # a full disk has room for directories, and none for a file in them
+                _remove_directories(self.uri, self._made)
+                raise
             if held is None:
                 continue  # its owner removed it in between
             self._made = held.made
@@ -168,10 +178,10 @@ class Output:
             return None
         return info if info.metadata.get(PLAN_METADATA) == plan_digest else None
 
-    def put(self, name: str, data: bytes) -> None:
-        """Write one small file."""
+    def put(self, name: str, data: bytes, plan_digest: str | None = None) -> None:
+        """Write one small file; the metadata of one that is to be seen tells which plan made it, as a shard's does."""
         with self._owned():
-            self.store.put(join(self.uri, name), data)
+            self.store.put(join(self.uri, name), data, {PLAN_METADATA: plan_digest} if plan_digest else None)
 
     def read(self, uri: str, etag: str | None = None) -> bytes:
         """Read one small object whole."""
@@ -224,20 +234,20 @@ class Output:
             self.store.delete(claim)
 
     def give_up(self) -> None:
-        """Abort every upload, delete shards that this job completed without a commit, and remove its claim.
+        """Abort every upload, delete what this job wrote without a commit, and remove its claim.
 
-        Nothing is touched where the claim is not this job's, nor any shard of a checkpoint that can be loaded:
+        Nothing is touched where the claim is not this job's, nor any file of a checkpoint that can be loaded:
         that is the one from before, which the same plan may have made.
         """
         held = read_claim(self.store, self.uri)
         if held is None or held.job != self.job:
             return
         self._abort(held.shards)
-        for shard in held.shards if self._loadable() is None else ():
-            uri = join(self.uri, shard)
-            if self.made_by(uri, held.plan_digest):
+        beside = self.store.list(self.uri + "/", beside=True) if self._loadable() is None else ()
+        for info in list(beside):
+            if _is_written(file_name(info.uri)) and self.made_by(info.uri, held.plan_digest):
                 with self._owned():
-                    self.store.delete(uri)
+                    self.store.delete(info.uri)
         self.clear(held.shards)
         _remove_directories(self.uri, held.made)
 
@@ -295,6 +305,11 @@ def output_problems(store: ObjectStore, uri: str, overwrite: bool) -> list[str]:
     return problems
 
 
+def _is_written(name: str) -> bool:
+    """Whether a job writes files of this name."""
+    return is_shard(name) or is_copied(name) or name in {CARD, CONFIG_FILE, MANIFEST_FILE}
+
+
 def _taken(uri: str, there: str) -> str:
     return (
         f"output {uri} already holds a checkpoint ({there}): to replace it, give --overwrite on the command line, "
@@ -316,7 +331,8 @@ def _remove_directories(uri: str, made: int) -> None:
         path = Path(to_path(uri))
         with suppress(OSError):
             for each in (path, *path.parents)[:made]:
-                each.rmdir()
+                with suppress(FileNotFoundError):
+                    each.rmdir()
 
 
 def for_ever() -> float:

@@ -62,7 +62,7 @@ SURE_OF_LEASE = 2 / 3
 """Share of a lease after which the store is to refuse what is changed under it: the rest is for clocks that differ."""
 
 MAX_OUTAGES = 3
-"""How often a job goes on from what is recorded when the store was out of reach, before it fails."""
+"""How often a job goes on when the store was out of reach and nothing has been done since, before it fails."""
 
 CLUSTER_WAIT_S = 180.0
 """How long a job waits for the compute cluster to come up, in seconds, before it fails."""
@@ -146,7 +146,7 @@ class JobRunner:
             ):  # whatever ends the scheduler that plans it would go on doing so
                 raise JobError(f"planning began {self.record.attempt} times and never came to an end")
             self._apply(PlanningStarted())
-        outages = 0
+        outages, done = 0, None
         while not self.record.state.is_terminal:
             try:
                 self._go_on()
@@ -155,13 +155,26 @@ class JobRunner:
                     raise
                 self._restart("upload", f"an upload is gone: {error}")
             except StoreUnavailableError as error:  # what was asked for may have happened all the same
-                outages += 1
+                before, done = done, self._done()
+                outages = outages + 1 if done == before else 1
                 if outages > MAX_OUTAGES:
                     raise
                 metrics.JOB_RETRIES.labels("store").inc()
                 self._log.warning("the store is out of reach; trying again", error=str(error))
                 self.tools.jobs.warn(self.lease, f"the store is out of reach; trying again: {error}")
-                self.tools.stopping.wait(self.tools.settings.poll_seconds)
+                self._wait(self.tools.settings.outage_seconds * 2 ** (outages - 1))
+
+    def _done(self) -> tuple[object, ...]:
+        """How far the job has come: whether anything was done between two outages."""
+        status = self.tools.jobs.status(self.record.id)
+        return status.record.state, status.parts_done, status.surveys_done, status.record.completed_shards
+
+    def _wait(self, seconds: float) -> None:
+        """Wait, but no longer than the job is to go on here."""
+        deadline = time.monotonic() + seconds
+        while (left := deadline - time.monotonic()) > 0:
+            self.check()
+            self.tools.stopping.wait(min(left, self.tools.settings.poll_seconds))
 
     def _go_on(self) -> None:
         """Everything that is left to do, once."""

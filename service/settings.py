@@ -65,6 +65,8 @@ class Settings(BaseSettings):
     """How often an idle scheduler looks for work."""
     progress_seconds: float = Field(default=5.0, gt=0)
     """How often finished parts are also written beside the output, in case Redis is lost."""
+    outage_seconds: float = Field(default=5.0, ge=0)
+    """How long a job waits before it goes on when the store is out of reach; the second wait is twice as long."""
     presign_seconds: int = Field(default=3600, ge=1, le=604800)
     """How long a presigned download URL works."""
     idempotency_seconds: float = Field(default=86400.0, gt=0)

@@ -22,6 +22,7 @@ from service.commit import Output
 from service.driver import Driver, TaskRequest
 from service.jobrecord import JobRecord
 from service.jobstore import JobStore, Lease
+from service.known_digests import KnownDigests
 from service.planning import Planned
 from service.price import label_of, needs, part_label
 from service.progress import Progress
@@ -112,6 +113,7 @@ class Work:
         self._output = output
         self._plan = planned.plan
         self._check = check
+        self._known = KnownDigests([planned.inputs.reference, *planned.inputs.models])
         self._needs = needs(self._plan.price, tools.settings.gpu_memory_bytes)
         self._store_json = _plain(tools.settings.store)
         self._ids = {
@@ -237,6 +239,7 @@ class Work:
             "part": PART.dump_json(part, ensure_ascii=True).decode(),
             "upload": {"uri": upload.uri, "id": upload.id},
             "facts": {survey: self._facts[survey] for survey in part.surveys},
+            "known": self._known.of(part.reads),
         }
         return self._request(payload, part_label(part), part=identity)
 
@@ -301,7 +304,10 @@ class Work:
     def _survey_request(self, state: _Pass, runs: tuple[Arithmetic, ...]) -> TaskRequest:
         survey, allow_nonfinite = state.survey, self._plan.parts[0].allow_nonfinite
         task = SurveyTask(survey.id, state.index, runs, state.facts, allow_nonfinite)
-        payload = {"survey": SURVEY_TASK.dump_json(task, ensure_ascii=True).decode()}
+        payload = {
+            "survey": SURVEY_TASK.dump_json(task, ensure_ascii=True).decode(),
+            "known": self._known.of(task.refs),
+        }
         label = f"survey of {label_of(run.name for run in runs)}, pass {state.index + 1} of {survey.passes}"
         return self._request(payload, label, survey=survey.id)
 

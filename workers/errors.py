@@ -27,6 +27,7 @@
     │   ├── AccessDeniedError (PermissionError)
     │   ├── AlreadyExistsError (FileExistsError)     put_if_absent lost
     │   ├── ObjectChangedError               the object is not the one that was planned with
+    │   ├── CorruptReadError                 the bytes that came are not those that are known to be there
     │   ├── TruncatedReadError (EOFError)    fewer bytes came than were asked for
     │   ├── UploadNotFoundError              the multipart upload is gone (completed or aborted)
     │   ├── InvalidPartError                 complete named a part that the store does not have
@@ -186,6 +187,10 @@ class AlreadyExistsError(StoreError, FileExistsError):
 
 class ObjectChangedError(StoreError):
     """The object's ETag is not the one that the plan was made with."""
+
+
+class CorruptReadError(StoreError):
+    """The bytes that came have another digest than is known of them, and so when they were read again."""
 
 
 class TruncatedReadError(StoreError, EOFError):

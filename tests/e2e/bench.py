@@ -158,7 +158,13 @@ class Bench:
             redis_url=url,
             namespace=namespace,
             store=store or StoreSettings(),
-            **{"lease_seconds": 60.0, "poll_seconds": 0.001, "progress_seconds": 1e-6, **settings},
+            **{
+                "lease_seconds": 60.0,
+                "poll_seconds": 0.001,
+                "progress_seconds": 1e-6,
+                "outage_seconds": 1e-3,
+                **settings,
+            },
         )
         self.store: ObjectStore = open_stores(self.settings.store)
         self.driver = LocalDriver()

@@ -71,7 +71,7 @@ class ObjectStore(Protocol):
         """Fill ``buffer`` with the object's bytes from ``start``.
 
         :raises ObjectChangedError: ``etag`` is given and is not the object's.
-        :raises TruncatedReadError: the object ends, or the connection broke, before the buffer was full.
+        :raises TruncatedReadError: the object ends before the buffer is full.
         """
         ...
 

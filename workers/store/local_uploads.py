@@ -89,8 +89,8 @@ class LocalUploads:
         """Reserve ``size`` bytes for ``path``; the upload's id."""
         name, still = uuid.uuid4().hex, fence.enter()
         directory = _uploads(path) / name
-        self._disk.in_directory(directory / "parts", lambda: None)
         try:
+            self._disk.in_directory(directory / "parts", lambda: None)
             with self._disk.opened(directory / "data", os.O_RDWR | os.O_CREAT | os.O_EXCL) as fd:
                 _reserve(fd, size)
                 os.fsync(fd)

@@ -28,7 +28,8 @@ from workers.errors import (
 from workers.store import fence, s3_bytes
 from workers.store.base import Buffer, ObjectInfo, Upload, UploadedPart
 from workers.store.copying import copy_through
-from workers.store.s3_client import S3Connection, code_of, status_of
+from workers.store.s3_client import S3Connection
+from workers.store.s3_errors import code_of, status_of
 from workers.store.settings import StoreSettings
 from workers.store.uris import scheme, split_s3
 
