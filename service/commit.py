@@ -63,10 +63,16 @@ class Output:
         names = (file_name(info.uri) for info in self.store.list(self.uri + "/model", beside=True))
         return next((name for name in names if name.endswith(".safetensors")), None)
 
-    def claim(self, document: Mapping[str, Any], is_over: Callable[[str], bool]) -> dict[str, str]:
+    def claim(
+        self,
+        document: Mapping[str, Any],
+        is_over: Callable[[str], bool],
+        name_of: Callable[[str], str] = "the job {}".format,
+    ) -> dict[str, str]:
         """Claim the output; the upload ids that an earlier claim of this very job recorded.
 
         :param is_over: whether another job, by id, has ended for good.
+        :param name_of: what to call it where it is told of: it may be none of those that its reader may know.
         :raises OutputConflictError: another job's claim is there.
         """
         uri = join(self.uri, CLAIM)
@@ -86,7 +92,7 @@ class Output:
             if held["job"] != self.job:
                 if not is_over(held["job"]):
                     raise OutputConflictError(
-                        f"{self.uri} is claimed by the job {held['job']}; wait for it or cancel it. If no service "
+                        f"{self.uri} is claimed by {name_of(held['job'])}; wait for it or cancel it. If no service "
                         f"knows that job any more, delete {uri}"
                     )
                 log.warning("taking over the claim of a job that has ended", output=self.uri, job=held["job"])
@@ -213,13 +219,9 @@ class Output:
         Uploads for ``shards`` that nobody knows go too: a lost answer, or a paused scheduler, may leave some.
         """
         self._abort(shards)
-        claim = join(self.uri, CLAIM)
-        for info in list(self.store.list(join(self.uri, HIDDEN) + "/")):
-            if info.uri != claim:
-                self._guard()
-                self.store.delete(info.uri)
+        self._clear_hidden()
         self._guard()
-        self.store.delete(claim)
+        self.store.delete(join(self.uri, CLAIM))
 
     def give_up(self) -> None:
         """Abort every upload, delete shards that this job completed without a commit, and remove its claim.
@@ -238,6 +240,34 @@ class Output:
                 self.store.delete(uri)
         self.clear(held["shards"])
         _remove_directories(self.uri, held.get("made", 0))
+
+    def sweep(self, is_abandoned: Callable[[str, float], bool]) -> int:
+        """Remove what this job, which has ended, and whoever died on the way left here; how much that was.
+
+        Nothing is touched where another job's claim is: that job clears up at its end.
+
+        :param is_abandoned: whether an upload will be ended by nobody, by its file's name and when it was opened.
+        """
+        held = self._claim()
+        self.give_up()
+        if held is not None and held["job"] != self.job:
+            return 0
+        removed = int(held is not None)
+        for upload, opened_at in list(self.store.uploads_below(self.uri)):
+            if is_abandoned(file_name(upload.uri), opened_at):
+                self._guard()
+                self.store.abort(upload)
+                removed += 1
+        return removed + self._clear_hidden()
+
+    def _clear_hidden(self) -> int:
+        """Remove everything hidden but the claim; how much that was."""
+        claim = join(self.uri, CLAIM)
+        found = [info.uri for info in self.store.list(join(self.uri, HIDDEN) + "/") if info.uri != claim]
+        for uri in found:
+            self._guard()
+            self.store.delete(uri)
+        return len(found)
 
     def _loadable(self) -> str | None:
         """The file that makes the output loadable, or None."""

@@ -11,14 +11,17 @@ import threading
 import time
 from collections.abc import Iterable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import structlog
 
 from service import metrics
 from service.access import confine, size_problems
+from service.capacity import capacity_problems
 from service.commit import Output, output_problems
 from service.driver import Capacity
+from service.interruptible import Interruptible
 from service.jobrecord import JobRecord, JobState
 from service.jobs import (
     Cancelled,
@@ -35,7 +38,7 @@ from service.jobs import Planned as PlanRecorded
 from service.jobstore import Lease
 from service.plan import PlanOptions, plan_summary
 from service.planning import Planned, examine
-from service.price import Price, needs
+from service.price import Price
 from service.publish import publish, published
 from service.recipe import parse_recipe
 from service.sidecars import OutputFile
@@ -61,6 +64,9 @@ MAX_ATTEMPTS = 5
 MAX_OUTAGES = 3
 """How often a job goes on from what is recorded when the store was out of reach, before it fails."""
 
+STALL_S = 5.0
+"""How long a job that ends waits for one answer of the store, in seconds."""
+
 CLUSTER_WAIT_S = 180.0
 """How long a job waits for the compute cluster to come up, in seconds, before it fails."""
 
@@ -83,9 +89,12 @@ class JobRunner:
         self.lease = lease
         self.tools = tools
         self.lost = threading.Event()
-        self.store = confine(tools.store, record.access, record.output)
+        self._calls = Interruptible(confine(tools.store, record.access, record.output), self._look)
+        self.store = self._calls.store
         self._output = Output(self.store, record.output, record.id, self._guard)
         self._checked = 0.0
+        self._cancelled = record.cancel_requested
+        self._is_ending = False
         self._log = log
 
     def run(self) -> None:
@@ -130,13 +139,25 @@ class JobRunner:
         if self.tools.stopping.is_set():
             raise StoppedError
         now = time.monotonic()
-        if now - self._checked >= self.tools.settings.busy_poll_seconds:
+        if not self._cancelled and now - self._checked >= self.tools.settings.busy_poll_seconds:
             self._checked = now
             jobs, job = self.tools.jobs, self.record.id
-            if jobs.version(job) != self.record.version and jobs.get(job).cancel_requested:
-                raise CancelledError
+            self._cancelled = jobs.version(job) != self.record.version and jobs.get(job).cancel_requested
+        if self._cancelled:
+            raise CancelledError
+
+    def _look(self, waited_s: float) -> None:
+        """Raise when a call to the store that has lasted so long should not be waited for."""
+        if not self._is_ending:
+            if self.record.state != JobState.COMMITTING:  # what is asked for then is to happen
+                self.check()
+        elif self.lost.is_set():
+            raise LeaseLostError(f"{self.lease.job}: the lease {self.lease.token} is not in force")
+        elif waited_s > STALL_S:
+            raise StoreUnavailableError(f"the store has not answered for {waited_s:.0f} seconds")
 
     def _work(self) -> None:
+        self.check()
         if self.record.state in {JobState.QUEUED, JobState.PLANNING}:
             if (
                 self.record.attempt >= MAX_ATTEMPTS
@@ -210,25 +231,7 @@ class JobRunner:
             if wait_s:
                 raise
             return []
-        wanted = needs(price, self.tools.settings.gpu_memory_bytes)
-        problems = []
-        if wanted.memory_bytes > capacity.max_node_memory_bytes:
-            problems.append(
-                f"the biggest task ({price.worst}) needs {wanted.memory_bytes} bytes of memory, and the largest node "
-                f"of the cluster offers {capacity.max_node_memory_bytes}: lower worker_memory_bytes or add a larger one"
-            )
-        if wanted.gpus > 1:
-            problems.append(
-                f"a task needs up to {price.gpu_bytes} bytes of GPU memory, and each GPU has "
-                f"{self.tools.settings.gpu_memory_bytes} (MERGEMILL_GPU_MEMORY_BYTES): use bigger ones, or set it to 0 "
-                f"to compute on CPUs"
-            )
-        elif wanted.gpus > capacity.gpus:
-            problems.append(
-                f"the tasks compute on a GPU (MERGEMILL_GPU_MEMORY_BYTES is set), and the cluster offers "
-                f"{capacity.gpus:g}: add a node with one, or set it to 0 to compute on CPUs"
-            )
-        return problems
+        return capacity_problems(price, capacity, self.tools.settings.gpu_memory_bytes)
 
     def _capacity(self, wait_s: float) -> Capacity:
         """What the cluster offers; a cancel or a stop does not wait for a cluster that is not up."""
@@ -286,7 +289,8 @@ class JobRunner:
     def _claim(self, document: dict[str, Any]) -> dict[str, str]:
         """Claim the output in Redis and beside it; the uploads that an earlier claim of ours recorded."""
         self.tools.jobs.claim_output(self.lease, self.record.output)
-        return self._output.claim(document, self._is_over)
+        name_of = partial(self.tools.jobs.name, self.record.id)
+        return self._output.claim(document, self._is_over, name_of)
 
     def _restart(self, cause: str, reason: str) -> None:
         metrics.JOB_RETRIES.labels(cause).inc()
@@ -327,16 +331,21 @@ class JobRunner:
         self._log.info("job succeeded", output=self.record.output, bytes=self.record.bytes_total)
         self.tools.jobs.release_output(self.lease, self.record.output)
 
-    def _end(self, event: Event) -> None:
-        """Give the output up and record why; the uploads are aborted before anybody is told."""
+    def _end(self, event: Failed | Cancelled) -> None:
+        """Give the output up and record why; the uploads are aborted before anybody is told.
+
+        Unless the store stalls: what is left there is then for :mod:`service.sweeper`.
+        """
+        self._is_ending = True
         try:
             left = self._give_up()
+            self.record = self.tools.jobs.get(self.record.id)  # cancelled while it was queued, perhaps
             if self.record.state.is_terminal:
                 return
             if left is not None and isinstance(event, Failed):
                 detail = f"{event.error['detail']} ({self.record.output} could not be cleaned up: {left})"
                 event = replace(event, error={**event.error, "detail": detail})
-            self._apply(event)
+            self._apply(event if left is None else replace(event, left=left))
         except LeaseLostError as error:
             metrics.LEASE_LOSSES.inc()
             self._log.warning("lease lost at the end; leaving the job alone", reason=str(error))
@@ -345,6 +354,7 @@ class JobRunner:
 
     def _give_up(self) -> str | None:
         """Leave nothing behind, unless the job had succeeded after all; why something had to be left."""
+        settled = self._calls.settle(STALL_S)
         try:
             if self.record.state == JobState.COMMITTING and self._is_committed():
                 return None
@@ -355,7 +365,7 @@ class JobRunner:
         except MergemillError as error:
             self._log.error("could not clean up the output", error=type(error).__name__, detail=str(error))
             return str(error)
-        return None
+        return None if settled else "the store has not answered to what was asked of it before"
 
     def _release(self) -> None:
         try:

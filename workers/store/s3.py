@@ -308,18 +308,26 @@ class S3Store:
 
     def list_uploads(self, uri: str) -> builtins.list[Upload]:
         """See :meth:`ObjectStore.list_uploads`."""
-        bucket, key = split_s3(uri)
-        uploads: builtins.list[Upload] = []
-        query: dict[str, Any] = {"Bucket": bucket, "Prefix": key, "MaxUploads": PAGE}
+        _, key = split_s3(uri)
+        return [Upload(uri, item["UploadId"]) for item in self._open(uri, key) if item["Key"] == key]
+
+    def uploads_below(self, prefix: str) -> builtins.list[tuple[Upload, float]]:
+        """See :meth:`ObjectStore.uploads_below`."""
+        bucket, key = split_s3(prefix)
+        return [
+            (Upload(f"s3://{bucket}/{item['Key']}", item["UploadId"]), item["Initiated"].timestamp())
+            for item in self._open(prefix, key + "/", Delimiter="/")
+        ]
+
+    def _open(self, uri: str, prefix: str, **more: str) -> Iterator[Any]:
+        query: dict[str, Any] = {"Bucket": split_s3(uri)[0], "Prefix": prefix, "MaxUploads": PAGE} | more
         while True:
             page = self._connection.call(
                 "list the uploads of", uri, lambda: self._client.list_multipart_uploads(**query)
             )
-            uploads += [
-                Upload(uri, item["UploadId"]) for item in page.get("Uploads", []) if item["Key"] == key
-            ]
+            yield from page.get("Uploads", [])
             if not page.get("IsTruncated"):
-                return uploads
+                return
             query.update(KeyMarker=page["NextKeyMarker"], UploadIdMarker=page["NextUploadIdMarker"])
 
     def complete(self, upload: Upload, parts: Sequence[UploadedPart]) -> None:
