@@ -252,13 +252,15 @@ class Output:
         self.give_up()
         if held is not None and held["job"] != self.job:
             return 0
-        removed = int(held is not None)
-        for upload, opened_at in list(self.store.uploads_below(self.uri)):
-            if is_abandoned(file_name(upload.uri), opened_at):
-                self._guard()
-                self.store.abort(upload)
-                removed += 1
-        return removed + self._clear_hidden()
+        found = self.store.uploads_below(self.uri)
+        abandoned = [upload for upload, opened_at in found if is_abandoned(file_name(upload.uri), opened_at)]
+        for upload in abandoned:
+            self._guard()
+            self.store.abort(upload)
+        hidden = (
+            self._clear_hidden() if len(abandoned) == len(found) else 0
+        )  # of a directory, uploads lie there
+        return int(held is not None) + len(abandoned) + hidden
 
     def _clear_hidden(self) -> int:
         """Remove everything hidden but the claim; how much that was."""

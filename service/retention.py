@@ -10,7 +10,7 @@ PAUSES_S = (10.0, 3600.0)
 """Shortest and longest time until an output that could not be cleared away is tried again, in seconds."""
 
 SOONEST_S = 60.0
-"""How long a job that has ended is left to whoever ended it, whatever the settings say, in seconds."""
+"""How long a job that has ended is kept, whatever the settings say, in seconds; and by how much clocks may differ."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,12 +30,14 @@ class Retention:
         """When jobs ended whose outputs are looked at now: what they left there is old enough."""
         return now - max(self.uploads_s, SOONEST_S)
 
-    def is_abandoned(self, name: str, opened_at: float, now: float) -> bool:
+    def is_abandoned(self, name: str, opened_at: float, now: float, left_since: float | None = None) -> bool:
         """Whether an upload, at the output of a job that has ended and of no other, is one that nobody will end.
 
         :param name: of the object that it would become; whatever is no shard of a checkpoint is somebody else's.
+        :param left_since: when the job began, if it is known to have left something: what is younger is its own.
         """
-        return is_shard(name) and opened_at < self.sweep_before(now)
+        is_own = left_since is not None and opened_at > left_since - SOONEST_S  # clocks differ
+        return is_shard(name) and (is_own or opened_at < self.sweep_before(now))
 
     @staticmethod
     def pause_s(ended_at: float, now: float) -> float:

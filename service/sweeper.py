@@ -140,10 +140,10 @@ class Sweeper:
         if not record.attempt:  # it never came to look at its output
             return
         self._jobs.claim_output(lease, record.output)
-        now, is_abandoned = self._sweeps.now(), self._retention.is_abandoned
+        now, left_since = self._sweeps.now(), record.created_at if self._sweeps.left(job) else None
         store = confine(self._store, record.access, record.output)
         output = Output(store, record.output, job, lambda: self._jobs.renew(lease))
-        removed = output.sweep(lambda name, opened_at: is_abandoned(name, opened_at, now))
+        removed = output.sweep(lambda name, at: self._retention.is_abandoned(name, at, now, left_since))
         self._jobs.release_output(lease, record.output)
         if removed:
             metrics.SWEPT.labels("output").inc(removed)

@@ -80,6 +80,11 @@ class SweepStore(JobKeys):
         return self._members("unswept", ended_before)
 
     @guarded
+    def left(self, job: str) -> bool:
+        """Whether a job is known to have left something at its output."""
+        return bool(self._redis.hexists(self._job(job), "left"))
+
+    @guarded
     def swept(self, job: str) -> None:
         """A job's output has been looked at, and holds nothing that should not be there."""
         self._run(scripts.SWEPT, (self._job(job), self._key("unswept")), job)
