@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
@@ -210,6 +211,20 @@ class StoreContract(UploadContract):
         assert beside("a") == [join(root, name) for name in ("a-b", "a.b")]
         assert beside("a/") == under("a/")
         assert beside("ab/") == []
+
+    def test_open_uploads_are_found_by_where_they_are(self, store: ObjectStore, root: str) -> None:
+        began = time.time()
+        below = [store.open_upload(join(root, name), 3, {}) for name in ("a", "b", "b")]
+        store.open_upload(join(root, "a", "deeper"), 3, {})
+        store.open_upload(root + "x", 3, {})
+        done = store.open_upload(join(root, "c"), 1, {})
+        store.complete(done, [store.put_part(done, 1, 0, b"x")])
+        found = store.uploads_below(root)
+        assert sorted((u.uri, u.id) for u, _ in found) == sorted((u.uri, u.id) for u in below)
+        assert all(began - 60 < opened_at < time.time() + 60 for _, opened_at in found)
+        for upload, _ in found:
+            store.abort(upload)
+        assert store.uploads_below(root) == store.uploads_below(join(root, "nothing")) == []
 
     # --- permission ----------------------------------------------------------------------------
 
