@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator, Mapping
+from contextlib import suppress
 from typing import Any, Self
 
 JSON = dict[str, Any]
@@ -23,13 +24,10 @@ class Connection:
         return self
 
     async def __aexit__(self, *exception: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Break the connection off."""
         if self._writer is not None:
             self._writer.close()
-        self._reader = self._writer = None
+            with suppress(ConnectionError):
+                await self._writer.wait_closed()
 
     async def ask(self, method: str, path: str, body: JSON | None = None) -> JSON:
         """The JSON of an answer.

@@ -111,6 +111,7 @@ def test_the_client_reads_json_and_streams_in_any_pieces() -> None:
     events = [{"version": number, "text": "x" * 40} for number in range(3)]
     text = b"retry: 1000\n\n" + b"".join(b"id: 1-0\ndata: %s\n\n" % json.dumps(e).encode() for e in events)
     asked: list[str] = []
+    left = asyncio.Event()
 
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         while head := await reader.readline():
@@ -131,15 +132,19 @@ def test_the_client_reads_json_and_streams_in_any_pieces() -> None:
                 await writer.drain()
             writer.write(b"0\r\n\r\n")
         writer.close()
+        await writer.wait_closed()
+        left.set()
 
     async def use() -> None:
         server = await asyncio.start_server(answer, "127.0.0.1", 0)
-        async with server, Connection(server.sockets[0].getsockname()[1], "token") as client:
-            assert await client.ask("POST", "/a", {"b": 1}) == {"b": 1}
-            assert [event async for event in client.events("/events")] == events
-            assert await client.ask("POST", "/c", {"d": 2}) == {"d": 2}
-            with pytest.raises(RuntimeError, match="404"):
-                await client.ask("GET", "/missing")
+        async with server:
+            async with Connection(server.sockets[0].getsockname()[1], "token") as client:
+                assert await client.ask("POST", "/a", {"b": 1}) == {"b": 1}
+                assert [event async for event in client.events("/events")] == events
+                assert await client.ask("POST", "/c", {"d": 2}) == {"d": 2}
+                with pytest.raises(RuntimeError, match="404"):
+                    await client.ask("GET", "/missing")
+            await left.wait()
 
     asyncio.run(use())
     assert asked[0] == "POST /a HTTP/1.1"
