@@ -249,9 +249,10 @@ class Output:
         :param is_abandoned: whether an upload will be ended by nobody, by its file's name and when it was opened.
         """
         held = self._claim()
-        self.give_up()
-        if held is not None and held["job"] != self.job:
-            return 0
+        if held is not None:
+            if held["job"] != self.job:
+                return 0
+            self.give_up()
         found = self.store.uploads_below(self.uri)
         abandoned = [upload for upload, opened_at in found if is_abandoned(file_name(upload.uri), opened_at)]
         for upload in abandoned:
