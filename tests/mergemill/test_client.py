@@ -81,7 +81,7 @@ def happens(store: JobStore, job: str, events: Iterator[Event], count: int = 1) 
 
 @pytest.mark.valkey
 class TestOnARealApi:
-    def test_a_submitted_job_is_got_listed_and_cancelled(self, client: Client) -> None:
+    def test_a_submitted_job_is_got_listed_cancelled_and_deleted(self, client: Client) -> None:
         job = client.submit(RECIPE, "s3://bucket/out/", shard_bytes=1000, overwrite=True, part_bytes=None)
         assert (job.state, job.output, job.method) == ("queued", "s3://bucket/out", "linear")
         assert job.body["options"]["shard_bytes"] == 1000
@@ -89,9 +89,14 @@ class TestOnARealApi:
         assert client.get(job.id) == job
         assert client.list().jobs == (job,)
         assert not job.is_terminal
+        with pytest.raises(IllegalTransitionError, match="cancel it"):
+            client.delete(job.id)
         assert client.cancel(job.id).state == "cancelled"
         with pytest.raises(JobCancelledError, match=job.id):
             client.wait(job.id, timeout=5)
+        client.delete(job.id)
+        with pytest.raises(JobNotFoundError):
+            client.get(job.id)
 
     def test_a_merge_is_submitted_once_for_a_key(self, client: Client) -> None:
         jobs = [client.submit(RECIPE, "s3://bucket/out", idempotency_key="mine") for _ in range(2)]
