@@ -258,10 +258,10 @@ class Output:
         for upload in abandoned:
             self._guard()
             self.store.abort(upload)
-        hidden = (
-            self._clear_hidden() if len(abandoned) == len(found) else 0
-        )  # of a directory, uploads lie there
-        return int(held is not None) + len(abandoned) + hidden
+        removed = int(held is not None) + len(abandoned)
+        if len(abandoned) < len(found):  # of a directory, uploads are hidden, too
+            return removed
+        return removed + self._clear_hidden()
 
     def _clear_hidden(self) -> int:
         """Remove everything hidden but the claim; how much that was."""

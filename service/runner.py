@@ -148,9 +148,10 @@ class JobRunner:
 
     def _look(self, waited_s: float) -> None:
         """Raise when a call to the store that has lasted so long should not be waited for."""
+        if self.record.state == JobState.COMMITTING:
+            return  # what is asked for is to happen, and to be known
         if not self._is_ending:
-            if self.record.state != JobState.COMMITTING:  # what is asked for then is to happen
-                self.check()
+            self.check()
         elif self.lost.is_set():
             raise LeaseLostError(f"{self.lease.job}: the lease {self.lease.token} is not in force")
         elif waited_s > STALL_S:
