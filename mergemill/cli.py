@@ -263,6 +263,16 @@ def cancel(job: JobId, url: Url = None) -> None:
     typer.echo(f"{found.id} {found.state if found.is_terminal else 'is being cancelled'}")
 
 
+@app.command()
+def delete(job: JobId, url: Url = None) -> None:
+    """Forget a job that has ended. The checkpoint that it wrote stays."""
+    from mergemill import session
+
+    with session.open_client(url) as client:
+        client.delete(job)
+    typer.echo(f"{job} is deleted; what it wrote is not")
+
+
 @app.command("list")
 def list_jobs(
     url: Url = None,

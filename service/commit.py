@@ -68,10 +68,16 @@ class Output:
         names = (file_name(info.uri) for info in self.store.list(self.uri + "/model", beside=True))
         return next((name for name in names if name.endswith(".safetensors")), None)
 
-    def claim(self, wanted: Claim, is_over: Callable[[str], bool]) -> dict[str, str]:
+    def claim(
+        self,
+        wanted: Claim,
+        is_over: Callable[[str], bool],
+        name_of: Callable[[str], str] = "the job {}".format,
+    ) -> dict[str, str]:
         """Claim the output; the upload ids that an earlier claim of this very job recorded.
 
         :param is_over: whether another job, by id, has ended for good.
+        :param name_of: what to call it where it is told of: it may be none of those that its reader may know.
         :raises OutputConflictError: another job's claim is there.
         """
         uri = join(self.uri, CLAIM)
@@ -92,7 +98,7 @@ class Output:
             if held.job != self.job:
                 if not is_over(held.job):
                     raise OutputConflictError(
-                        f"{self.uri} is claimed by the job {held.job}; wait for it or cancel it. If no service "
+                        f"{self.uri} is claimed by {name_of(held.job)}; wait for it or cancel it. If no service "
                         f"knows that job any more, `mergemill recover {self.uri}` has it go on, or delete {uri}"
                     )
                 log.warning("taking over the claim of a job that has ended", output=self.uri, job=held.job)
@@ -222,16 +228,11 @@ class Output:
 
         Uploads for ``shards`` that nobody knows go too: a lost answer, or a paused scheduler, may leave some.
         """
-        self._abort(
-            (*shards, CLAIM)
-        )  # of a claim there is one only while somebody finds out whether it can be put
-        claim = join(self.uri, CLAIM)
-        for info in list(self.store.list(join(self.uri, HIDDEN) + "/")):
-            if info.uri != claim:
-                with self._owned():
-                    self.store.delete(info.uri)
+        # Of a claim there is an upload only while somebody finds out whether it can be put.
+        self._abort((*shards, CLAIM))
+        self._clear_hidden()
         with self._owned():
-            self.store.delete(claim)
+            self.store.delete(join(self.uri, CLAIM))
 
     def give_up(self) -> None:
         """Abort every upload, delete what this job wrote without a commit, and remove its claim.
@@ -250,6 +251,37 @@ class Output:
                     self.store.delete(info.uri)
         self.clear(held.shards)
         _remove_directories(self.uri, held.made)
+
+    def sweep(self, is_abandoned: Callable[[str, float], bool]) -> int:
+        """Remove what this job, which has ended, and whoever died on the way left here; how much that was.
+
+        Nothing is touched where another job's claim is: that job clears up at its end.
+
+        :param is_abandoned: whether an upload will be ended by nobody, by its file's name and when it was opened.
+        """
+        held = read_claim(self.store, self.uri)
+        if held is not None:
+            if held.job != self.job:
+                return 0
+            self.give_up()
+        found = self.store.uploads_below(self.uri)
+        abandoned = [upload for upload, opened_at in found if is_abandoned(file_name(upload.uri), opened_at)]
+        for upload in abandoned:
+            with self._owned():
+                self.store.abort(upload)
+        removed = int(held is not None) + len(abandoned)
+        if len(abandoned) < len(found):  # of a directory, uploads are hidden, too
+            return removed
+        return removed + self._clear_hidden()
+
+    def _clear_hidden(self) -> int:
+        """Remove everything hidden but the claim; how much that was."""
+        claim = join(self.uri, CLAIM)
+        found = [info.uri for info in self.store.list(join(self.uri, HIDDEN) + "/") if info.uri != claim]
+        for uri in found:
+            with self._owned():
+                self.store.delete(uri)
+        return len(found)
 
     def _loadable(self) -> str | None:
         """The file that makes the output loadable, or None."""

@@ -11,6 +11,7 @@ from typing import Final
 
 from service.eventscripts import TELL, TELL_PROGRESS
 from service.queuescripts import ENLIST, TAKE_LEASE
+from service.sweepscripts import ENDED
 
 # A record, its version, its place in the indexes, the event that tells of it and, when planning starts over, the
 # end of everything that belonged to the old uploads are one fact: a reader must never see one without the other,
@@ -18,6 +19,7 @@ from service.queuescripts import ENLIST, TAKE_LEASE
 SAVE: Final = (
     TELL
     + ENLIST
+    + ENDED
     + """
 local job, lease, id = KEYS[1], KEYS[1] .. ':lease', ARGV[1]
 if redis.call('LPOS', KEYS[1] .. ':writes', ARGV[2]) then return 'saved' end
@@ -33,7 +35,10 @@ if state ~= ARGV[7] then
   redis.call('ZADD', KEYS[2] .. ':' .. ARGV[7], 0, id)
 end
 relist(string.sub(KEYS[2], 1, -5), job, id, state, ARGV[7], ARGV[9] == 'terminal')
-if ARGV[9] == 'terminal' then redis.call('ZREM', KEYS[3], id) end
+if ARGV[9] == 'terminal' then
+  redis.call('ZREM', KEYS[3], id)
+  ended(string.sub(KEYS[2], 1, -5), job, id, ARGV[13] ~= '')
+end
 if ARGV[9] == 'restarted' then redis.call('DEL', job .. ':parts', job .. ':surveys', job .. ':progress') end
 if ARGV[10] ~= '' then tell(job, ARGV[10], ARGV[7], ARGV[6], ARGV[11]) end
 return 'saved'
@@ -121,11 +126,15 @@ return new
 )
 
 # Seeing that an output is free and claiming it must be one step. A claim whose job has ended, or was lost
-# with its record, binds nobody: its scheduler died between the job's last change and the release.
+# with its record, binds nobody: its scheduler died between the job's last change and the release. Unless somebody
+# has that job's lease, and so is about to release the output, or to clear it up (:mod:`service.sweeper`).
 CLAIM_OUTPUT: Final = """
 if redis.call('HGET', KEYS[1] .. ':lease', 'token') ~= ARGV[1] then return 'fenced' end
 local holder = redis.call('GET', KEYS[2])
-if holder and holder ~= ARGV[2] and redis.call('ZSCORE', KEYS[3], holder) then return holder end
+if holder and holder ~= ARGV[2] then
+  if redis.call('ZSCORE', KEYS[3], holder) then return holder end
+  if redis.call('EXISTS', string.sub(KEYS[1], 1, -#ARGV[2] - 1) .. holder .. ':lease') == 1 then return 'busy' end
+end
 redis.call('SET', KEYS[2], ARGV[2])
 return 'claimed'
 """

@@ -124,6 +124,13 @@ FLEET_RESTARTS: Final = Counter(
     registry=SCHEDULER,
 )
 
+SWEPT: Final = Counter(
+    "mergemill_swept",
+    "What was cleared away after jobs had ended: records, and what had been left at outputs.",
+    ("what",),
+    registry=SCHEDULER,
+)
+
 STAGES: Final = ("read", "merge", "digest", "write")
 """Stages of a part."""
 
@@ -151,6 +158,8 @@ for _cause in JOB_RETRY_CAUSES:
     JOB_RETRIES.labels(_cause)
 for _cause in CAUSES:
     STORE_RETRIES.labels(_cause)
+for _what in ("record", "output"):
+    SWEPT.labels(_what)
 for _stage in STAGES:
     STAGE_SECONDS.labels(_stage)
 for _state in ("succeeded", "failed", "cancelled"):

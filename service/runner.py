@@ -11,14 +11,17 @@ import threading
 import time
 from collections.abc import Iterable
 from dataclasses import replace
+from functools import partial
 
 import structlog
 
 from service import metrics
 from service.access import confine, size_problems
+from service.capacity import capacity_problems
 from service.claim import Claim
 from service.commit import Output, output_problems
 from service.driver import Capacity
+from service.interruptible import Interruptible
 from service.jobrecord import JobRecord, JobState
 from service.jobs import (
     Cancelled,
@@ -32,10 +35,10 @@ from service.jobs import (
     UploadsOpened,
 )
 from service.jobs import Planned as PlanRecorded
-from service.jobstore import Lease
+from service.leases import Lease, permit
 from service.plan import PlanOptions, plan_summary
 from service.planning import Planned, examine
-from service.price import Price, needs
+from service.price import Price
 from service.publish import publish, published
 from service.recipe import parse_recipe
 from service.sidecars import OutputFile
@@ -58,11 +61,11 @@ from workers.errors import (
 MAX_ATTEMPTS = 5
 """How often a job is planned, because its scheduler ended or its uploads vanished, before it fails."""
 
-SURE_OF_LEASE = 2 / 3
-"""Share of a lease after which the store is to refuse what is changed under it: the rest is for clocks that differ."""
-
 MAX_OUTAGES = 3
 """How often a job goes on when the store was out of reach and nothing has been done since, before it fails."""
+
+STALL_S = 5.0
+"""How long a job that ends waits for one answer of the store, in seconds."""
 
 CLUSTER_WAIT_S = 180.0
 """How long a job waits for the compute cluster to come up, in seconds, before it fails."""
@@ -86,10 +89,12 @@ class JobRunner:
         self.lease = lease
         self.tools = tools
         self.lost = threading.Event()
-        self.store = confine(tools.store, record.access, record.output)
-        self._output = Output(self.store, record.output, record.id, self._guard)
+        self._calls = Interruptible(confine(tools.store, record.access, record.output), self._look)
+        self.store = self._calls.store
+        self._output = Output(self.store, record.output, record.id, partial(permit, tools.jobs, lease))
         self._checked = 0.0
-        self._log = log
+        self._cancelled = record.cancel_requested
+        self._is_ending = False
 
     def run(self) -> None:
         """Work until the job has ended, was cancelled, or belongs to somebody else."""
@@ -106,18 +111,18 @@ class JobRunner:
             self._work()
         except LeaseLostError as error:
             metrics.LEASE_LOSSES.inc()
-            self._log.warning("lease lost; leaving the job alone", reason=str(error))
+            log.warning("lease lost; leaving the job alone", reason=str(error))
         except StoppedError:
-            self._log.info("scheduler stops; the job can be taken over")
+            log.info("scheduler stops; the job can be taken over")
         except CancelledError:
             self._end(Cancelled())
         except JobStoreUnavailableError as error:
-            self._log.error("job state is out of reach; the job waits for it", error=str(error))
+            log.error("job state is out of reach; the job waits for it", error=str(error))
         except MergemillError as error:
-            self._log.warning("job failed", error=type(error).__name__, detail=str(error))
+            log.warning("job failed", error=type(error).__name__, detail=str(error))
             self._end(Failed(to_json(error)))
-        except Exception as error:  # noqa: BLE001 - a defect of ours must end the job visibly, not vanish with its thread
-            self._log.exception("job failed unexpectedly")
+        except Exception as error:
+            log.exception("job failed unexpectedly")
             self._end(Failed(to_json(error)))
         finally:
             self._release()
@@ -133,13 +138,26 @@ class JobRunner:
         if self.tools.stopping.is_set():
             raise StoppedError
         now = time.monotonic()
-        if now - self._checked >= self.tools.settings.busy_poll_seconds:
+        if not self._cancelled and now - self._checked >= self.tools.settings.busy_poll_seconds:
             self._checked = now
             jobs, job = self.tools.jobs, self.record.id
-            if jobs.version(job) != self.record.version and jobs.get(job).cancel_requested:
-                raise CancelledError
+            self._cancelled = jobs.version(job) != self.record.version and jobs.get(job).cancel_requested
+        if self._cancelled:
+            raise CancelledError
+
+    def _look(self, waited_s: float) -> None:
+        """Raise when a call to the store that has lasted so long should not be waited for."""
+        if self.record.state == JobState.COMMITTING:
+            return  # what is asked for is to happen, and to be known
+        if not self._is_ending:
+            self.check()
+        elif self.lost.is_set():
+            raise LeaseLostError(f"{self.lease.job}: the lease {self.lease.token} is not in force")
+        elif waited_s > STALL_S:
+            raise StoreUnavailableError(f"the store has not answered for {waited_s:.0f} seconds")
 
     def _work(self) -> None:
+        self.check()
         if self.record.state in {JobState.QUEUED, JobState.PLANNING}:
             if (
                 self.record.attempt >= MAX_ATTEMPTS
@@ -160,7 +178,7 @@ class JobRunner:
                 if outages > MAX_OUTAGES:
                     raise
                 metrics.JOB_RETRIES.labels("store").inc()
-                self._log.warning("the store is out of reach; trying again", error=str(error))
+                log.warning("the store is out of reach; trying again", error=str(error))
                 self.tools.jobs.warn(self.lease, f"the store is out of reach; trying again: {error}")
                 self._wait(self.tools.settings.outage_seconds * 2 ** (outages - 1))
 
@@ -226,25 +244,7 @@ class JobRunner:
             if wait_s:
                 raise
             return []
-        wanted = needs(price, self.tools.settings.gpu_memory_bytes)
-        problems = []
-        if wanted.memory_bytes > capacity.max_node_memory_bytes:
-            problems.append(
-                f"the biggest task ({price.worst}) needs {wanted.memory_bytes} bytes of memory, and the largest node "
-                f"of the cluster offers {capacity.max_node_memory_bytes}: lower worker_memory_bytes or add a larger one"
-            )
-        if wanted.gpus > 1:
-            problems.append(
-                f"a task needs up to {price.gpu_bytes} bytes of GPU memory, and each GPU has "
-                f"{self.tools.settings.gpu_memory_bytes} (MERGEMILL_GPU_MEMORY_BYTES): use bigger ones, or set it to 0 "
-                f"to compute on CPUs"
-            )
-        elif wanted.gpus > capacity.gpus:
-            problems.append(
-                f"the tasks compute on a GPU (MERGEMILL_GPU_MEMORY_BYTES is set), and the cluster offers "
-                f"{capacity.gpus:g}: add a node with one, or set it to 0 to compute on CPUs"
-            )
-        return problems
+        return capacity_problems(price, capacity, self.tools.settings.gpu_memory_bytes)
 
     def _capacity(self, wait_s: float) -> Capacity:
         """What the cluster offers; a cancel or a stop does not wait for a cluster that is not up."""
@@ -296,7 +296,7 @@ class JobRunner:
 
     def _resume(self, planned: Planned) -> None:
         """Go on with recorded uploads and parts, or start over when they are no use any more."""
-        self._log.info("resuming", state=str(self.record.state))
+        log.info("resuming", state=str(self.record.state))
         if planned.plan.digest != self.record.plan_digest:
             self._restart("plan", "planning again gave another plan: an input or Mergemill changed")
         else:
@@ -305,11 +305,12 @@ class JobRunner:
     def _claim(self, claim: Claim) -> dict[str, str]:
         """Claim the output in Redis and beside it; the uploads that an earlier claim of ours recorded."""
         self.tools.jobs.claim_output(self.lease, self.record.output)
-        return self._output.claim(claim, self._is_over)
+        name_of = partial(self.tools.jobs.name, self.record.id)
+        return self._output.claim(claim, self._is_over, name_of)
 
     def _restart(self, cause: str, reason: str) -> None:
         metrics.JOB_RETRIES.labels(cause).inc()
-        self._log.warning("starting over", reason=reason)
+        log.warning("starting over", reason=reason)
         self._output.give_up()
         self._apply(Restarted(reason))
 
@@ -343,27 +344,33 @@ class JobRunner:
         self._output.clear(self.record.uploads)
         summary = {"files": [{"name": f.name, "size": f.size, "digest": f.digest} for f in files]}
         self._apply(Succeeded(summary))
-        self._log.info("job succeeded", output=self.record.output, bytes=self.record.bytes_total)
+        log.info("job succeeded", output=self.record.output, bytes=self.record.bytes_total)
         self.tools.jobs.release_output(self.lease, self.record.output)
 
-    def _end(self, event: Event) -> None:
-        """Give the output up and record why; the uploads are aborted before anybody is told."""
+    def _end(self, event: Failed | Cancelled) -> None:
+        """Give the output up and record why; the uploads are aborted before anybody is told.
+
+        Unless the store stalls: what is left there is then for :mod:`service.sweeper`.
+        """
+        self._is_ending = True
         try:
             left = self._give_up()
+            self.record = self.tools.jobs.get(self.record.id)  # cancelled while it was queued, perhaps
             if self.record.state.is_terminal:
                 return
             if left is not None and isinstance(event, Failed):
                 detail = f"{event.error['detail']} ({self.record.output} could not be cleaned up: {left})"
                 event = replace(event, error={**event.error, "detail": detail})
-            self._apply(event)
+            self._apply(event if left is None else replace(event, left=left))
         except LeaseLostError as error:
             metrics.LEASE_LOSSES.inc()
-            self._log.warning("lease lost at the end; leaving the job alone", reason=str(error))
+            log.warning("lease lost at the end; leaving the job alone", reason=str(error))
         except JobStoreUnavailableError as error:
-            self._log.error("job state is out of reach; the job waits for it", error=str(error))
+            log.error("job state is out of reach; the job waits for it", error=str(error))
 
     def _give_up(self) -> str | None:
         """Leave nothing behind, unless the job had succeeded after all; why something had to be left."""
+        settled = self._calls.settle(STALL_S)
         try:
             if self.record.state == JobState.COMMITTING and self._is_committed():
                 return None
@@ -372,15 +379,15 @@ class JobRunner:
         except (LeaseLostError, JobStoreUnavailableError):
             raise
         except MergemillError as error:
-            self._log.error("could not clean up the output", error=type(error).__name__, detail=str(error))
+            log.error("could not clean up the output", error=type(error).__name__, detail=str(error))
             return str(error)
-        return None
+        return None if settled else "the store has not answered to what was asked of it before"
 
     def _release(self) -> None:
         try:
             self.tools.jobs.release(self.lease)
         except JobStoreUnavailableError as error:
-            self._log.warning("could not release the lease; it will expire", reason=str(error))
+            log.warning("could not release the lease; it will expire", reason=str(error))
 
     def _apply(self, event: Event) -> None:
         try:
@@ -392,12 +399,6 @@ class JobRunner:
             raise
         if self.record.state.is_terminal:
             metrics.job_ended(self.record)
-
-    def _guard(self) -> float:
-        """Renew the lease; until when the job is surely ours, in Unix seconds."""
-        asked = time.time()
-        self.tools.jobs.renew(self.lease)
-        return asked + SURE_OF_LEASE * self.lease.ttl_s
 
     def _is_over(self, job: str) -> bool:
         try:

@@ -29,7 +29,7 @@ from service.progress import Progress
 from service.settings import Settings
 from workers import tracing
 from workers.binding import bind
-from workers.errors import MergemillError, StoreError
+from workers.errors import FleetError, MergemillError, StoreError
 from workers.methods.base import Summary, SurveyPass
 from workers.methods.survey import Tally, conclude_pass, next_pass
 from workers.ranges import Arrangement
@@ -191,7 +191,7 @@ class Work:
             self._waiting.setdefault(unknown, []).append(part)
 
     def _loop(self) -> None:
-        flying: dict[Future[JSONValue], tuple[_Task, tracing.Span]] = {}
+        flying: dict[Future[JSONValue], tuple[_Task, str, tracing.Span]] = {}
         landed: SimpleQueue[Future[JSONValue]] = (
             SimpleQueue()
         )  # of thousands in flight, only these are looked at
@@ -207,8 +207,9 @@ class Work:
                         else tracing.begin("survey")
                     )
                     with span.active():
-                        future = self._tools.driver.submit(task.request())
-                    flying[future] = task, span
+                        request = task.request()
+                        future = self._tools.driver.submit(request)
+                    flying[future] = task, request.label, span
                     future.add_done_callback(landed.put)
                 done = _drain(landed, settings.busy_poll_seconds)
                 for future in filterfalse(_failed, done):
@@ -218,18 +219,20 @@ class Work:
                     self._landed(*flying.pop(future), future)
                 self._save_progress()
         finally:
-            for future, (_, span) in flying.items():
+            for future, (_, _, span) in flying.items():
                 self._tools.driver.cancel(future)
                 span.end(CancelledError())
 
-    def _landed(self, task: _Task, span: tracing.Span, future: Future[JSONValue]) -> None:
+    def _landed(self, task: _Task, label: str, span: tracing.Span, future: Future[JSONValue]) -> None:
         try:
             answer = future.result()
         except MergemillError as error:
+            if isinstance(error, FleetError) and label not in str(error):
+                error = FleetError(f"{label}: {error}")
             error.part = task.part
             span.end(error)
             log.warning("task failed", part=task.part, error=type(error).__name__, detail=str(error))
-            raise
+            raise error
         span.end()
         task.finish(answer)
 

@@ -191,10 +191,15 @@ class PartRun(Task):
                 position += piece.nbytes
                 if isinstance(piece, HeaderPiece):
                     target[:] = prefix(piece.text)
-                elif isinstance(piece, CopyPiece):
-                    self._copy(piece, target)
-                else:
-                    self._merge(piece, target)
+                    continue
+                try:
+                    if isinstance(piece, CopyPiece):
+                        self._copy(piece, target)
+                    else:
+                        self._merge(piece, target)
+                except Exception as error:  # a defect: whoever reads of it can act on the tensor alone
+                    error.add_note(f"while the tensor {piece.name} was made")
+                    raise
         self._refuse_nonfinite(self._part.allow_nonfinite)
         if not self._part.source:
             self._tools.arena.give_back(self._extents.pop())

@@ -341,8 +341,10 @@ def test_the_claim_outlives_the_lease(job_store: JobStore) -> None:
 def test_a_finished_job_claims_nothing(job_store: JobStore) -> None:
     (record, lease), (_, other) = claimed(job_store), claimed(job_store)
     job_store.claim_output(lease, "s3://b/out")
-    job_store.apply(record.id, Failed(ERROR), lease.token)  # and its scheduler dies before it can release
+    job_store.apply(record.id, Failed(ERROR), lease.token)
+    job_store.release(lease)  # its scheduler died before it could release the output
     job_store.claim_output(other, "s3://b/out")
-    job_store.release_output(lease, "s3://b/out")
+    with pytest.raises(LeaseLostError):
+        job_store.release_output(lease, "s3://b/out")
     with pytest.raises(OutputConflictError):
         job_store.claim_output(claimed(job_store)[1], "s3://b/out")

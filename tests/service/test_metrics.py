@@ -26,7 +26,19 @@ from workers.task import PartResult
 pytestmark = pytest.mark.fast
 
 ROOT = Path(__file__).parents[2]
-BOUNDED = {"method", "route", "status", "state", "stage", "task", "cause", "version", "python_version", "le"}
+BOUNDED = {
+    "what",
+    "method",
+    "route",
+    "status",
+    "state",
+    "stage",
+    "task",
+    "cause",
+    "version",
+    "python_version",
+    "le",
+}
 """Every label there may be: each has few values."""
 
 

@@ -140,6 +140,10 @@ class ObjectStore(Protocol):
         """The open uploads for exactly this object."""
         ...
 
+    def uploads_below(self, prefix: str) -> builtins.list[tuple[Upload, float]]:
+        """The open uploads for objects beside each other in ``prefix``, and when each was opened, in Unix seconds."""
+        ...
+
     def complete(self, upload: Upload, parts: Sequence[UploadedPart]) -> None:
         """Make the object of these parts, at once, over what is there.
 

@@ -173,6 +173,12 @@ class LocalStore:
         with files.mapped_errors("list the uploads of", uri):
             return [Upload(uri, each) for each in self._uploads.ids(_path(uri))]
 
+    def uploads_below(self, prefix: str) -> builtins.list[tuple[Upload, float]]:
+        """See :meth:`ObjectStore.uploads_below`; what was never opened, or not removed, to the end is listed too."""
+        with files.mapped_errors("list the uploads in", prefix):
+            found = self._uploads.below(_path(prefix))
+        return [(Upload(uris.join(prefix, name), each), opened_at) for name, each, opened_at in found]
+
     def complete(self, upload: Upload, parts: Sequence[UploadedPart]) -> None:
         """See :meth:`ObjectStore.complete`."""
         path = _path(upload.uri)

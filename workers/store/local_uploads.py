@@ -41,6 +41,11 @@ from workers.store import direct, fence, files
 from workers.store.base import Buffer, Upload, UploadedPart
 from workers.store.disk import Disk
 
+NAMELESS = "model-00000-of-00000.safetensors"
+"""What an upload counts as that nobody can tell the object of any more."""
+
+_REMOVED = "-removed"
+
 MAX_PARTS = 10_000
 """As in S3, so that a plan fits every store."""
 
@@ -152,6 +157,21 @@ class LocalUploads:
             with contextlib.suppress(UploadNotFoundError):
                 self._opened(path, Upload(str(path), name))
                 found.append(name)
+        return found
+
+    def below(self, directory: Path) -> list[tuple[str, str, float]]:
+        """Object, id and time of every upload in a directory, also of those that were half made or half removed."""
+        found = []
+        uploads = _uploads(directory / NAMELESS)
+        for name in self._disk.names(uploads):
+            with contextlib.suppress(FileNotFoundError):
+                opened_at = self._disk.own_status(uploads / name).st_mtime
+                try:
+                    opening = _read(_OPENING, self._disk.record(uploads / name / "upload.json"))
+                except FileNotFoundError:
+                    opening = None
+                which = name.removesuffix(_REMOVED)
+                found.append((opening.name if opening else NAMELESS, which, opened_at))
         return found
 
     def complete(
@@ -308,7 +328,7 @@ def _check_complete(uri: str, size: int, parts: Sequence[UploadedPart], records:
 
 def _remove(disk: Disk, directory: Path) -> None:
     """Remove an upload: at once for everybody else, by a rename, and then file by file."""
-    doomed = directory.with_name(f"{directory.name}-removed")
+    doomed = directory.with_name(f"{directory.name}{_REMOVED}")
     with contextlib.suppress(FileNotFoundError):
         disk.rename(directory, doomed)
     disk.remove_tree(doomed)

@@ -312,17 +312,30 @@ class S3Store:
     def list_uploads(self, uri: str) -> builtins.list[Upload]:
         """See :meth:`ObjectStore.list_uploads`."""
         bucket, key = split_s3(uri)
-        uploads: builtins.list[Upload] = []
-        query: dict[str, Any] = {"Bucket": bucket, "Prefix": key, "MaxUploads": PAGE}
+        return [Upload(uri, item["UploadId"]) for item in self._open(bucket, key) if item["Key"] == key]
+
+    def uploads_below(self, prefix: str) -> builtins.list[tuple[Upload, float]]:
+        """See :meth:`ObjectStore.uploads_below`."""
+        bucket, _, key = prefix.partition("://")[2].partition("/")
+        beginning = f"{key}/" if key else ""
+        return [
+            (Upload(f"s3://{bucket}/{item['Key']}", item["UploadId"]), item["Initiated"].timestamp())
+            for item in self._open(bucket, beginning, Delimiter="/")
+            if item["Key"].startswith(beginning) and "/" not in item["Key"].removeprefix(beginning)
+        ]
+
+    def _open(self, bucket: str, prefix: str, **more: str) -> Iterator[Any]:
+        """The open uploads whose key begins so."""
+        query: dict[str, Any] = {"Bucket": bucket, "Prefix": prefix, "MaxUploads": PAGE} | more
         while True:
             page = self._connection.call(
-                "list the uploads of", uri, lambda: self._client.list_multipart_uploads(**query)
+                "list the uploads of",
+                f"s3://{bucket}/{prefix}",
+                lambda: self._client.list_multipart_uploads(**query),
             )
-            uploads += [
-                Upload(uri, item["UploadId"]) for item in page.get("Uploads", []) if item["Key"] == key
-            ]
+            yield from page.get("Uploads", [])
             if not page.get("IsTruncated"):
-                return uploads
+                return
             query.update(KeyMarker=page["NextKeyMarker"], UploadIdMarker=page["NextUploadIdMarker"])
 
     def complete(self, upload: Upload, parts: Sequence[UploadedPart]) -> None:

@@ -16,7 +16,7 @@ from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, Any, Final
 
 from botocore import UNSIGNED
-from botocore.auth import SIGV4_TIMESTAMP, S3SigV4QueryAuth
+from botocore.auth import SIGV4_TIMESTAMP
 from botocore.exceptions import NoCredentialsError
 
 if TYPE_CHECKING:
@@ -92,7 +92,7 @@ class Expiry:
         _sign_at(auth, request, now)
 
 
-def _sign_at(auth: S3SigV4QueryAuth, request: AWSRequest, now: int) -> None:
+def _sign_at(auth: Any, request: AWSRequest, now: int) -> None:
     """What ``auth.add_auth`` does, at another time than by our clock, and without taking the body for a form."""
     if auth.credentials is None:
         raise NoCredentialsError
