@@ -55,7 +55,7 @@ def main() -> int:
             plan = make_plan(seed, arguments.store, tuple(RECIPES))
             directory = kept / str(seed)
             directory.mkdir()
-            run = Run(plan, directory, where, undisturbed)
+            run = Run(plan, directory, kept, where, undisturbed)
             result = run.run()
             results.append(result)
             _tell(result, directory)

@@ -97,7 +97,7 @@ def write_models(store: ObjectStore, root: str) -> None:
     wide = llama_tensors(1, **_WIDE_SHAPE)
     nan = {name: tensor.clone() for name, tensor in small.items()}
     nan[NONFINITE][3] = torch.nan
-    poison = {**small, POISON: torch.ones(300)}
+    poison = {**small, POISON: torch.ones(20_000)}  # as big as a shard: a part of its own
     models: dict[str, tuple[Tensors, dict[str, Any]]] = {
         "base": (small, _SMALL_SHAPE),
         "one": (fine_tune(small, 1, 0.1), _SMALL_SHAPE),

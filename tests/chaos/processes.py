@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import time
@@ -62,6 +63,13 @@ def kill(pid: int) -> bool:
     except ProcessLookupError:
         return False
     return True
+
+
+def reap() -> None:
+    """Wait for every child that has ended: what a subreaper adopts is nobody else's to wait for."""
+    with contextlib.suppress(ChildProcessError):
+        while os.waitpid(-1, os.WNOHANG)[0]:
+            continue
 
 
 def still_there(lives: Iterable[Life], within_s: float) -> list[Life]:

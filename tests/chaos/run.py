@@ -10,6 +10,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from tests.chaos.inputs import (
 from tests.chaos.invariants import Blown, Outcome
 from tests.chaos.places import Place
 from tests.chaos.plan import STAGES, Blow, Fate, Job, Kind, Plan, Stage, When
-from tests.chaos.processes import below, still_there
+from tests.chaos.processes import below, reap, still_there
 from tests.chaos.stack import LEASE_S, NAMESPACE, PARTS_IN_FLIGHT, Stack
 from tests.chaos.strikes import Striker
 from workers.errors import JobStoreUnavailableError, MergemillError
@@ -83,13 +84,16 @@ class _Case:
 class Run:
     """One run of a plan.
 
-    :param directory: for the stack; short.
+    :param directory: what it keeps: a log of each process, and ``run.log`` of what was done to them when.
+    :param scratch: a short path.
     :param place: the store, with the models.
     """
 
-    def __init__(self, plan: Plan, directory: Path, place: Place, undisturbed: Undisturbed) -> None:
+    def __init__(
+        self, plan: Plan, directory: Path, scratch: Path, place: Place, undisturbed: Undisturbed
+    ) -> None:
         self._plan = plan
-        self._directory = directory
+        self._directory, self._scratch = directory, scratch
         self._place = place
         self._undisturbed = undisturbed
         self._root = join(place.root, "runs", f"{plan.seed}")
@@ -108,7 +112,9 @@ class Run:
                 put_swapped(self._place.store, join(self._root, version), self._plan.seed)
             put_swapped(self._place.store, join(self._root, "swapped-new"), self._plan.seed + 1)
         wrong: list[str] = []
-        with Stack(self._directory, self._place.settings, self._plan.part_pause_s) as stack:
+        self._note(str(self._plan))
+        with Stack(self._directory, self._scratch, self._place.settings, self._plan.part_pause_s) as stack:
+            self._note("the stack is up")
             self._stack = stack
             striker = self._striker = Striker(stack, self._place.store, self._plan.seed)
             self._start = time.monotonic()
@@ -125,13 +131,16 @@ class Run:
                 for case in self._cases:
                     if case.thread is not None:
                         case.thread.join()
-            injected = dict(striker.done)
+            injected = dict(+striker.done)
             if stack.s3 is not None:
                 injected |= {f"requests: {kind}": count for kind, count in stack.s3.injected.items()}
             self._gather()
             wrong += self._redis_keys()
+            self._note("the stack is stopped")
         left = [life for life in below(os.getpid()) if life.pid not in before]
         wrong += [f"still runs: {life}" for life in still_there([*stack.doomed, *left], GONE_WITHIN_S)]
+        reap()
+        self._note("nothing runs any more")
         wrong += self._check(injected)
         states: dict[str, int] = defaultdict(int)
         for case in self._cases:
@@ -216,7 +225,12 @@ class Run:
         self._note_blow()
         for strike in blow.strikes:
             record, owner = (status.record, status.owner) if status else (None, None)
-            self._striker.strike(strike, record, owner)
+            done = self._striker.strike(strike, record, owner)
+            self._note(f"{blow.when}: {strike}{'' if done else ', which found nothing to strike'}")
+
+    def _note(self, what: str) -> None:
+        with (self._directory / "run.log").open("a") as log:
+            log.write(f"{datetime.now(UTC).isoformat()} {what}\n")
 
     def _note_blow(self) -> None:
         """Keep how the jobs stand before anything is done: what is recorded now must not be made again."""
@@ -243,7 +257,10 @@ class Run:
             if case.id is not None and Stage.ENDED not in case.reached:
                 with contextlib.suppress(JobStoreUnavailableError):
                     case.status = self._stack.jobs.status(case.id)
-                    case.reached.setdefault(_stage(case.status), time.monotonic())
+                    stage = _stage(case.status)
+                    if stage not in case.reached:
+                        case.reached[stage] = time.monotonic()
+                        self._note(f"job {case.job.number} {case.id} is {stage}, of {case.status.owner}")
 
     def _wait_for_ends(self) -> None:
         deadline = time.monotonic() + END_WITHIN_S

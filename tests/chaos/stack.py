@@ -45,12 +45,15 @@ _WATCH = Path(__file__).parent / "watch"
 class Stack:
     """A stack that is struck; a context manager that has it up, and leaves nothing of it.
 
-    :param directory: where all of it is kept; short, for the sake of sockets.
+    :param directory: where all of it is kept.
+    :param scratch: where Ray keeps its sockets, which takes a short path.
     :param store: how the store is reached without a proxy.
     :param part_pause_s: how long each part is held up.
     """
 
-    def __init__(self, directory: Path, store: StoreSettings, part_pause_s: float = 0.0) -> None:
+    def __init__(
+        self, directory: Path, scratch: Path, store: StoreSettings, part_pause_s: float = 0.0
+    ) -> None:
         self.directory = directory
         self.witness = directory / "parts.jsonl"
         """A line for each part that a worker began."""
@@ -60,7 +63,7 @@ class Stack:
         self._stopping = threading.Event()
         self._up = threading.Event()
         self._failure: BaseException | None = None
-        self._store, self._pause_s = store, part_pause_s
+        self._store, self._pause_s, self._scratch = store, part_pause_s, scratch
         self._lock = threading.RLock()
         with contextlib.ExitStack() as stack:
             self._listener = stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=128))
@@ -180,7 +183,7 @@ class Stack:
         settings: dict[str, Any] = {
             "redis_url": urlunsplit(through),
             "namespace": NAMESPACE,
-            "state_dir": self.directory / name,
+            "state_dir": self._scratch,
             "ray_cpus": 1,
             "lease_seconds": LEASE_S,
             "poll_seconds": 0.05,

@@ -51,7 +51,7 @@ class Striker:
 
     def __init__(self, stack: Stack, store: ObjectStore, seed: int) -> None:
         self.done: Counter[str] = Counter()
-        """What was done, by kind; a strike that found nothing to strike is not counted."""
+        """What was done, by kind; a strike that found nothing to strike counts for nothing."""
         self._stack = stack
         self._store = store
         self._seed = seed
@@ -60,15 +60,16 @@ class Striker:
         self._redis_away = 0
         self._lock = threading.Lock()
 
-    def strike(self, strike: Strike, record: JobRecord | None, owner: str | None) -> None:
-        """Do it; what lasts goes on after the return.
+    def strike(self, strike: Strike, record: JobRecord | None, owner: str | None) -> bool:
+        """Do it; what lasts goes on after the return. Whether there was something to strike.
 
         :param record: the job whose moment it is.
         :param owner: the scheduler that has it.
         """
         at = self._scheduler(owner, strike.owner) if strike.kind in AT_SCHEDULER else ""
-        if self._do(strike, at, record):
-            self.done[str(strike.kind)] += 1
+        done = self._do(strike, at, record)
+        self.done[str(strike.kind)] += done
+        return done
 
     def wait(self) -> None:
         """Wait until nothing lasts any more."""
@@ -181,7 +182,9 @@ def _named(lives: list[Life]) -> Iterator[tuple[Kind, Life]]:
             yield Kind.KILL_GCS, life
         elif program == "raylet":
             yield Kind.KILL_RAYLET, life
-        elif life.command.startswith("ray::"):
+        elif (
+            life.command.startswith("ray::") and "Agent" not in life.command
+        ):  # the raylet's own end it with them
             workers.append(life)
     for life in sorted(workers, key=lambda life: life.command.startswith("ray::IDLE"))[:1]:
         yield Kind.KILL_WORKER, life
