@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from pydantic import SecretStr
+
 from tests.chaos import inputs
 from tests.servers.rgw import start_rgw
 from tests.servers.rgw_fixtures import client_of
@@ -71,7 +73,7 @@ def place(kind: str) -> Iterator[Place]:
                 s3_endpoint_url=given[0],
                 s3_region="us-east-1",
                 s3_access_key_id=given[1],
-                s3_secret_access_key=given[2],  # type: ignore[arg-type]
+                s3_secret_access_key=SecretStr(given[2]),
                 s3_addressing_style="path",
                 s3_checksums="when_required",
             )

@@ -17,8 +17,8 @@ from typing import Any
 import httpx
 import redis
 
+from service.jobpages import JobStatus
 from service.jobrecord import JobState
-from service.jobstore import JobStatus
 from tests.chaos import invariants
 from tests.chaos.inputs import (
     NONFINITE_RECIPE,

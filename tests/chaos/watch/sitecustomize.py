@@ -10,10 +10,15 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable
 from importlib.machinery import ModuleSpec
 from types import ModuleType
+from typing import Any
 
 ENTRY = "workers.entry"
+
+
+Begin = Callable[[Any, Any], Any]
 
 
 class Watch:
@@ -25,21 +30,32 @@ class Watch:
             return None
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(name)
-        load = spec.loader.exec_module
-
-        def exec_module(module: ModuleType) -> None:
-            load(module)
-            module._task = watched(module._task)
-
-        spec.loader.exec_module = exec_module
+        if spec is not None:
+            spec.loader = Loader(spec.loader)
         return spec
 
 
-def watched(begin):
+class Loader:
+    """Another loader, and what it loads is watched."""
+
+    def __init__(self, own: Any) -> None:
+        self._own = own
+
+    def create_module(self, spec: ModuleSpec) -> Any:
+        """As the other."""
+        return self._own.create_module(spec)
+
+    def exec_module(self, module: Any) -> None:
+        """As the other, and a little more."""
+        self._own.exec_module(module)
+        module._task = watched(module._task)
+
+
+def watched(begin: Begin) -> Begin:
     """``begin``, of a task's payload, with a note of each part that it is called for."""
     pause_s, poison = float(os.environ["MERGEMILL_CHAOS_PAUSE_S"]), os.environ["MERGEMILL_CHAOS_POISON"]
 
-    def noted(payload, tools):
+    def noted(payload: Any, tools: Any) -> Any:
         if "part" in payload:
             ids = payload["ids"]
             line = {"at": time.time(), "job": ids["job"], "part": ids["part"], "pid": os.getpid()}
@@ -56,4 +72,4 @@ def watched(begin):
 
 
 if "MERGEMILL_CHAOS_WITNESS" in os.environ:
-    sys.meta_path.insert(0, Watch())
+    sys.meta_path.insert(0, Watch())  # type: ignore[arg-type]
