@@ -228,6 +228,8 @@ class Output:
         that is the one from before, which the same plan may have made.
         """
         held = self._claim()
+        if held is None:
+            self._abort(())
         if held is None or held["job"] != self.job:
             return
         self._abort(held["shards"])
@@ -257,9 +259,12 @@ class Output:
         return held
 
     def _abort(self, shards: Iterable[str]) -> None:
-        """Abort all uploads for these shards: also those that were opened and not yet recorded."""
-        for shard in shards:
-            for upload in self.store.list_uploads(join(self.uri, shard)):
+        """Abort all uploads for these shards: also those that were opened and not yet recorded.
+
+        And those for the claim, which whoever looked whether the output is writable has left, if it was killed then.
+        """
+        for name in (*shards, CLAIM):
+            for upload in self.store.list_uploads(join(self.uri, name)):
                 self._guard()
                 self.store.abort(upload)
 

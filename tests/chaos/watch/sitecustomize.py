@@ -4,6 +4,7 @@ A line of JSON a part goes to the file that ``MERGEMILL_CHAOS_WITNESS`` names. `
 part up, and one that has ``MERGEMILL_CHAOS_POISON`` in it kills its worker.
 """
 
+import importlib.abc
 import importlib.util
 import json
 import os
@@ -35,7 +36,7 @@ class Watch:
         return spec
 
 
-class Loader:
+class Loader(importlib.abc.Loader):
     """Another loader, and what it loads is watched."""
 
     def __init__(self, own: Any) -> None:
@@ -72,4 +73,4 @@ def watched(begin: Begin) -> Begin:
 
 
 if "MERGEMILL_CHAOS_WITNESS" in os.environ:
-    sys.meta_path.insert(0, Watch())  # type: ignore[arg-type]
+    sys.meta_path.insert(0, Watch())
