@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Iterable
@@ -177,16 +178,9 @@ def test_a_process_that_is_left() -> None:
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as child:
         life = life_of(child.pid)
         assert life is not None
-        assert life in below(life_of_parent())
+        assert life in below(os.getpid())
         assert still_there([life], within_s=0.0) == [life]
         assert kill(child.pid)
         assert still_there([life], within_s=5.0) == []  # though nobody has waited for it yet
     assert life_of(child.pid) is None
     assert not kill(child.pid)
-
-
-def life_of_parent() -> int:
-    """Process id of this process."""
-    import os
-
-    return os.getpid()

@@ -51,7 +51,9 @@ def test_plans_are_such_as_every_job_can_outlive(store: str) -> None:
         assert plan.jobs[0].fate == Fate.PLAIN  # so one at least has to succeed
         assert {job.recipe for job in plan.jobs} <= set(NAMES)
         assert all((job.cancel is not None) == (job.fate == Fate.CANCELLED) for job in plan.jobs)
-        assert all(earlier.at_s <= later.at_s for earlier, later in zip(plan.jobs, plan.jobs[1:], strict=False))
+        assert all(
+            earlier.at_s <= later.at_s for earlier, later in zip(plan.jobs, plan.jobs[1:], strict=False)
+        )
         kinds = Counter(strike.kind for blow in plan.blows for strike in blow.strikes)
         assert max(kinds.values()) <= 2
         assert sum(kinds[kind] for kind in (*ON_FLEET, Kind.POWER_CUT)) <= 3

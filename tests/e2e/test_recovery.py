@@ -324,7 +324,9 @@ def test_what_a_look_at_the_output_left_that_was_cut_short_goes_with_the_job(
     bench: Bench, base: dict[str, torch.Tensor], tmp_path: Path, fails: bool
 ) -> None:
     claim = join(f"file://{tmp_path}/out", ".mergemill", "claim.json")
-    bench.store.open_upload(claim, 1, {})  # as on S3, where a place is tried by an upload that is aborted at once
+    bench.store.open_upload(
+        claim, 1, {}
+    )  # as on S3, where a place is tried by an upload that is aborted at once
     if fails:
         (tmp_path / "one" / "model.safetensors").unlink()
     record = bench.run(submit(bench, tmp_path))
