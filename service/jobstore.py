@@ -232,7 +232,7 @@ class JobStore:
             after = advance(record, event, self._clock())
             effect = "restarted" if isinstance(event, Restarted) else _terminal(after)
             fields = (after.model_dump_json(), after.version, after.state, REMEMBERED_WRITES, effect)
-            keys = (key, self._key("jobs"), self._key("active"))
+            keys = (key, self._key("jobs"), self._key("active"), self._key("output", record.output))
             told = telling(record, after)
             answer = self._run(scripts.SAVE, keys, job, nonce, token or "", record.version, *fields, *told)
             if answer == "saved":

@@ -325,7 +325,6 @@ class JobRunner:
         summary = {"files": [{"name": f.name, "size": f.size, "digest": f.digest} for f in files]}
         self._apply(Succeeded(summary))
         self._log.info("job succeeded", output=self.record.output, bytes=self.record.bytes_total)
-        self.tools.jobs.release_output(self.lease, self.record.output)
 
     def _end(self, event: Event) -> None:
         """Give the output up and record why; the uploads are aborted before anybody is told."""

@@ -218,7 +218,7 @@ class Run:
             for blow in due:
                 blows.remove(blow)
                 self._blow(blow)
-            time.sleep(0.005)
+            time.sleep(0.015)
 
     def _blow(self, blow: Blow) -> None:
         status = self._cases[blow.when.job].status
@@ -268,7 +268,7 @@ class Run:
             self._look()
             if all(case.outcome.refused or Stage.ENDED in case.reached for case in self._cases):
                 break
-            time.sleep(0.02)
+            time.sleep(0.05)
         # A cancel may be on its way to a job that has ended.
         for case in self._cases:
             if case.thread is not None:
