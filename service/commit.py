@@ -229,8 +229,10 @@ class Output:
         """
         held = self._claim()
         if held is None:
-            self._abort(())
-        if held is None or held["job"] != self.job:
+            with suppress(StoreError):  # nothing is known to be there, and it may be the output that is the problem
+                self._abort(())
+            return
+        if held["job"] != self.job:
             return
         self._abort(held["shards"])
         for shard in held["shards"] if self._loadable() is None else ():
