@@ -129,6 +129,8 @@ class JobRunner:
             raise LeaseLostError(f"{self.lease.job}: the lease {self.lease.token} is not in force")
         if self.tools.stopping.is_set():
             raise StoppedError
+        if self.record.cancel_requested:  # before it was ours, or while we changed it
+            raise CancelledError
         now = time.monotonic()
         if now - self._checked >= self.tools.settings.busy_poll_seconds:
             self._checked = now
