@@ -229,7 +229,9 @@ class Output:
         """
         held = self._claim()
         if held is None:
-            with suppress(StoreError):  # nothing is known to be there, and it may be the output that is the problem
+            with suppress(
+                StoreError
+            ):  # nothing is known to be there, and it may be the output that is the problem
                 self._abort(())
             return
         if held["job"] != self.job:
