@@ -77,6 +77,7 @@ class _Case:
     outcome: Outcome
     id: str | None = None
     status: JobStatus | None = None
+    owner: str | None = None
     thread: threading.Thread | None = None
     reached: dict[Stage, float] = field(default_factory=dict)
 
@@ -233,16 +234,18 @@ class Run:
             log.write(f"{datetime.now(UTC).isoformat()} {what}\n")
 
     def _note_blow(self) -> None:
-        """Keep how the jobs stand before anything is done: what is recorded now must not be made again."""
+        """Keep how the jobs stand before anything is done."""
         for case in self._cases:
-            if case.id is None or (case.status is not None and case.status.record.state.is_terminal):
-                continue
-            with contextlib.suppress(JobStoreUnavailableError):
-                recorded = frozenset(self._stack.jobs.parts(case.id))
-                record = self._stack.jobs.get(case.id)
-                if record.state == JobState.RUNNING:
-                    blown = Blown(time.time(), recorded, record.parts_total, record.attempt)
-                    case.outcome.blows.append(blown)
+            if case.id is not None and Stage.ENDED not in case.reached:
+                with contextlib.suppress(JobStoreUnavailableError):
+                    self._keep(case, case.id)
+
+    def _keep(self, case: _Case, job: str) -> None:
+        """Keep how a job stands: what is recorded now must not be made again."""
+        recorded = frozenset(self._stack.jobs.parts(job))
+        record = self._stack.jobs.get(job)
+        if record.state == JobState.RUNNING:
+            case.outcome.blows.append(Blown(time.time(), recorded, record.parts_total, record.attempt))
 
     def _has_come(self, when: When) -> bool:
         case = self._cases[when.job]
@@ -257,6 +260,10 @@ class Run:
             if case.id is not None and Stage.ENDED not in case.reached:
                 with contextlib.suppress(JobStoreUnavailableError):
                     case.status = self._stack.jobs.status(case.id)
+                    if case.status.owner not in {case.owner, None}:
+                        if case.owner is not None:  # also by a lease that ran out because the machine is slow
+                            self._keep(case, case.id)
+                        case.owner = case.status.owner
                     stage = _stage(case.status)
                     if stage not in case.reached:
                         case.reached[stage] = time.monotonic()

@@ -11,10 +11,10 @@ import pytest
 from tests.chaos.places import ENDPOINT
 from workers.store import StoreSettings
 
-pytestmark = [pytest.mark.valkey, pytest.mark.ray]
+pytestmark = [pytest.mark.valkey, pytest.mark.ray, pytest.mark.timeout(300)]
 
-FILES_SEED = 76
-"""Redis, a scheduler, the API and a Ray driver are killed while jobs run."""
+FILES_SEED = 185
+"""A scheduler and a raylet die together, another scheduler sleeps, a worker is killed, and Redis is out of reach."""
 S3_SEED = 36
 """The store flips bits, resets connections and loses answers, and a Ray driver is killed; one job is cancelled."""
 
@@ -27,7 +27,7 @@ def run(seed: int, store: str, **environment: str) -> None:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=115,
+        timeout=280,
         check=False,
     )
     assert done.returncode == 0, done.stdout
