@@ -241,7 +241,13 @@ class Output:
         that is the one from before, which the same plan may have made.
         """
         held = read_claim(self.store, self.uri)
-        if held is None or held.job != self.job:
+        if held is None:
+            with suppress(
+                StoreError
+            ):  # nothing is known to be there, and it may be the output that is the problem
+                self._abort((CLAIM,))
+            return
+        if held.job != self.job:
             return
         self._abort(held.shards)
         beside = self.store.list(self.uri + "/", beside=True) if self._loadable() is None else ()

@@ -15,7 +15,8 @@ from service.sweepscripts import ENDED
 
 # A record, its version, its place in the indexes, the event that tells of it and, when planning starts over, the
 # end of everything that belonged to the old uploads are one fact: a reader must never see one without the other,
-# and a crash between them would leave parts that name uploads that are gone.
+# and a crash between them would leave parts that name uploads that are gone. So is the end of a job and that of its
+# claim on the output: nobody would come back for that.
 SAVE: Final = (
     TELL
     + ENLIST
@@ -38,6 +39,7 @@ relist(string.sub(KEYS[2], 1, -5), job, id, state, ARGV[7], ARGV[9] == 'terminal
 if ARGV[9] == 'terminal' then
   redis.call('ZREM', KEYS[3], id)
   ended(string.sub(KEYS[2], 1, -5), job, id, ARGV[13] ~= '')
+  if ARGV[13] == '' and redis.call('GET', KEYS[4]) == id then redis.call('DEL', KEYS[4]) end
 end
 if ARGV[9] == 'restarted' then redis.call('DEL', job .. ':parts', job .. ':surveys', job .. ':progress') end
 if ARGV[10] ~= '' then tell(job, ARGV[10], ARGV[7], ARGV[6], ARGV[11]) end

@@ -209,7 +209,7 @@ class JobStore(Outputs):
             after = advance(record, event, self._clock())
             effect = "restarted" if isinstance(event, Restarted) else _terminal(after)
             fields = (after.model_dump_json(), after.version, after.state, REMEMBERED_WRITES, effect)
-            keys = (key, self._key("jobs"), self._key("active"))
+            keys = (key, self._key("jobs"), self._key("active"), self._key("output", record.output))
             told = telling(record, after)
             left = event.left if isinstance(event, Cancelled | Failed) else ""
             answer = self._run(

@@ -137,6 +137,8 @@ class JobRunner:
             raise LeaseLostError(f"{self.lease.job}: the lease {self.lease.token} is not in force")
         if self.tools.stopping.is_set():
             raise StoppedError
+        if self.record.cancel_requested:  # before it was ours, or while we changed it
+            raise CancelledError
         now = time.monotonic()
         if not self._cancelled and now - self._checked >= self.tools.settings.busy_poll_seconds:
             self._checked = now
@@ -345,7 +347,6 @@ class JobRunner:
         summary = {"files": [{"name": f.name, "size": f.size, "digest": f.digest} for f in files]}
         self._apply(Succeeded(summary))
         log.info("job succeeded", output=self.record.output, bytes=self.record.bytes_total)
-        self.tools.jobs.release_output(self.lease, self.record.output)
 
     def _end(self, event: Failed | Cancelled) -> None:
         """Give the output up and record why; the uploads are aborted before anybody is told.

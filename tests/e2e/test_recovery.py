@@ -351,3 +351,19 @@ def test_a_commit_that_was_made_stands_whatever_becomes_of_the_inputs(
     assert names == sorted(file["name"] for file in record.summary["files"])  # type: ignore[index, union-attr]
     (tmp_path / "aside").rename(tmp_path / "one" / "model.safetensors")
     assert is_mean(tmp_path)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_what_a_look_at_the_output_left_that_was_cut_short_goes_with_the_job(
+    bench: Bench, base: dict[str, torch.Tensor], tmp_path: Path, fails: bool
+) -> None:
+    claim = join(f"file://{tmp_path}/out", ".mergemill", "claim.json")
+    bench.store.open_upload(
+        claim, 1, {}
+    )  # as on S3, where a place is tried by an upload that is aborted at once
+    if fails:
+        (tmp_path / "one" / "model.safetensors").unlink()
+    record = bench.run(submit(bench, tmp_path))
+    assert record.state == (JobState.FAILED if fails else JobState.SUCCEEDED), record.error
+    assert bench.store.list_uploads(claim) == []
+    assert nothing_at(tmp_path / "out") if fails else is_mean(tmp_path)

@@ -113,6 +113,8 @@ class LocalStore:
                 files.sync_directory(there.parent)
             self._forget_metadata(path, status)
             self._disk.prune(path.parent)
+            if path.parent.name == files.HIDDEN:
+                self._uploads.sweep(path.parent)
 
     def check_writable(self, uri: str) -> None:
         """See :meth:`ObjectStore.check_writable`."""

@@ -196,6 +196,13 @@ class LocalUploads:
         with contextlib.suppress(UploadNotFoundError):
             _remove(self._disk, _directory(path, upload))
 
+    def sweep(self, hidden: Path) -> None:
+        """Remove directories without a file: whoever opened or removed an upload in them was killed half-way."""
+        for name in self._disk.names(hidden / "uploads"):
+            directory = hidden / "uploads" / name
+            if not {*self._disk.names(directory)} - {"parts"}:
+                self._disk.prune(directory / "parts")
+
     @contextlib.contextmanager
     def _writing(self, path: Path, upload: Upload, number: int, record: _Record) -> Iterator[int]:
         directory, opening = self._opened(path, upload)
