@@ -11,7 +11,7 @@ from typing import Annotated
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from service.checkpoint import is_shard
-from service.jobrecord import JOB_ID
+from service.jobrecord import JOB_ID, JobRecord
 from service.jobs import Planned
 from workers.errors import DamagedClaimError, ObjectNotFoundError
 from workers.store import ObjectStore, join, read_bytes
@@ -64,6 +64,31 @@ class Claim(BaseModel):
     """Where it came from, as in the record."""
     created_at: float | None = None
     """When it was submitted, in Unix seconds."""
+
+    @classmethod
+    def of(
+        cls,
+        record: JobRecord,
+        planned: Planned,
+        seed: int,
+        inputs: dict[str, dict[str, str]],
+        shards: tuple[str, ...],
+    ) -> Claim:
+        """What a job says before its uploads are open."""
+        return cls(
+            job=record.id,
+            recipe=record.recipe,
+            options=record.options,
+            seed=seed,
+            plan_digest=planned.plan_digest,
+            inputs=inputs,
+            shards=shards,
+            planned=planned,
+            key=record.key,
+            priority=record.priority,
+            origin=record.origin,
+            created_at=record.created_at,
+        )
 
     def to_bytes(self) -> bytes:
         """As it is stored."""

@@ -272,21 +272,9 @@ class JobRunner:
         )
 
     def _claim_of(self, planned: Planned) -> Claim:
-        record = self.record
-        return Claim(
-            job=record.id,
-            recipe=record.recipe,
-            options=record.options,
-            seed=planned.recipe.seed,
-            plan_digest=planned.plan.digest,
-            inputs={c.uri: dict(c.pins) for c in (planned.inputs.reference, *planned.inputs.models)},
-            shards=tuple(shard.name for shard in planned.plan.shards),
-            planned=self._facts(planned),
-            key=record.key,
-            priority=record.priority,
-            origin=record.origin,
-            created_at=record.created_at,
-        )
+        pins = {c.uri: dict(c.pins) for c in (planned.inputs.reference, *planned.inputs.models)}
+        shards = tuple(shard.name for shard in planned.plan.shards)
+        return Claim.of(self.record, self._facts(planned), planned.recipe.seed, pins, shards)
 
     def _open(self, planned: Planned) -> None:
         self._apply(self._facts(planned))
