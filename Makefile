@@ -47,6 +47,10 @@ test: $(VENV)/.installed test-packages ## Install what the tests need and run th
 fuzz: $(VENV)/.installed ## Throw made-up headers, indexes, recipes, YAML and requests at the code, for MINUTES (10)
 	$(BIN)/python -m tests.fuzzing $(or $(MINUTES),10)
 
+.PHONY: chaos
+chaos: $(VENV)/.installed test-packages ## Strike the real stack RUNS times from SEED on (STORE=files|s3) and see what holds
+	$(BIN)/python -m tests.chaos --seed $(or $(SEED),1) --runs $(or $(RUNS),1) --store $(or $(STORE),files) $(ARGS)
+
 .PHONY: check
 check: $(VENV)/.installed ## Formatting, lint, types, import directions and the fast tests
 	$(BIN)/ruff format --check .

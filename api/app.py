@@ -19,6 +19,7 @@ from service.deployment import Deployment
 from service.jobstore import JobStore
 from service.keystore import KeyStore
 from service.settings import Settings
+from service.sweepstore import SweepStore
 from service.webhookstore import WebhookStore
 from workers import tracing
 from workers.store import open_stores
@@ -40,6 +41,7 @@ def create_app(settings: Settings) -> FastAPI:
             JobStore(settings.redis_url, settings.namespace) as jobs,
             KeyStore(settings.redis_url, settings.namespace) as app.state.keys,
             WebhookStore(settings.redis_url, settings.namespace) as app.state.webhooks,
+            SweepStore(settings.redis_url, settings.namespace) as app.state.sweeps,
             Deployment(settings.redis_url, settings.namespace) as deployment,
             StoreProbe(store, settings.model_roots) as store_probe,
         ):

@@ -18,7 +18,12 @@ from api.deps import JobStoreDep, KeysDep, SettingsDep
 from service.keys import ANYBODY, ApiKey, Scope, is_secret_of, split_token
 from service.keystore import Admission, KeyStore
 from service.ownjobs import OwnJobs
-from workers.errors import ForbiddenError, TooManyRequestsError, UnauthenticatedError
+from workers.errors import (
+    ForbiddenError,
+    JobStoreUnavailableError,
+    TooManyRequestsError,
+    UnauthenticatedError,
+)
 
 _LOOKING: Final = ("GET", "HEAD")
 
@@ -57,6 +62,17 @@ def caller_of(
     if not key.allows(scope):
         raise ForbiddenError(f"the key {key.id} lacks the scope {scope}")
     return key
+
+
+def still_good(caller: ApiKey, keys: KeyStore) -> bool:
+    """Whether the key of a request that was taken would still be taken; no, where nobody can tell."""
+    if caller is ANYBODY:
+        return True
+    try:
+        key = keys.get(caller.id)
+    except JobStoreUnavailableError:
+        return False
+    return key is not None and key.ended(time.time()) is None
 
 
 CallerDep = Annotated[ApiKey, Depends(caller_of)]

@@ -18,6 +18,7 @@ from service.keystore import KeyStore
 from service.plan import PlanOptions
 from service.recipe import validation_problems
 from service.settings import Settings
+from service.sweepstore import SweepStore
 from service.webhookstore import WebhookStore
 from workers.errors import RecipeError
 from workers.store.base import ObjectStore
@@ -71,6 +72,12 @@ async def webhooks_of(request: Request) -> WebhookStore:
     return found
 
 
+async def sweeps_of(request: Request) -> SweepStore:
+    """Jobs that have ended."""
+    found: SweepStore = request.app.state.sweeps
+    return found
+
+
 async def streams_of(request: Request) -> Streams:
     """Event streams."""
     found: Streams = request.app.state.streams
@@ -81,6 +88,7 @@ SettingsDep = Annotated[Settings, Depends(settings_of)]
 JobStoreDep = Annotated[JobStore, Depends(job_store_of)]
 KeysDep = Annotated[KeyStore, Depends(keys_of)]
 WebhooksDep = Annotated[WebhookStore, Depends(webhooks_of)]
+SweepsDep = Annotated[SweepStore, Depends(sweeps_of)]
 StreamsDep = Annotated[Streams, Depends(streams_of)]
 StoreDep = Annotated[ObjectStore, Depends(store_of)]
 DeploymentDep = Annotated[Deployment, Depends(deployment_of)]

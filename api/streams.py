@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections import defaultdict
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 
 import structlog
@@ -22,6 +22,9 @@ HEARTBEAT_S = 15.0
 
 RETRY_MS = 1000
 """How long a browser is told to wait before it connects again, in milliseconds."""
+
+RECHECK_S = 5.0
+"""How often it is looked whether the key that a stream was asked for with is still good, in seconds."""
 
 PAUSE_S = 1.0
 """Pause before the feed is read again after Redis could not be reached, in seconds."""
@@ -70,18 +73,32 @@ class Streams:
         return await self._events.look(job, after)
 
     async def follow(
-        self, job: str, look: Look, after: str | None, ended: JobEvent | None
+        self,
+        job: str,
+        look: Look,
+        after: str | None,
+        ended: JobEvent | None,
+        may: Callable[[], Awaitable[bool]] | None = None,
     ) -> AsyncIterator[bytes]:
         """The stream of a job, until it has ended, or the server does.
 
         :param look: the first look at the events after the one with the id ``after``.
         :param ended: what to send of a job that has ended, when its stream does not tell how.
+        :param may: whether its reader may still know of the job; asked now and then.
         """
         yield f"retry: {RETRY_MS}\n\n".encode()
+        clock = asyncio.get_running_loop().time
+        checked = heard = clock()
         with self._listening(job) as woken:
             while not self.ending:
+                if may is not None and clock() - checked >= RECHECK_S:
+                    if not await may():
+                        log.info("an event stream ends: its key is good no more", job=job)
+                        return
+                    checked = clock()
                 for event in look.events:
                     yield encode(event)
+                    heard = clock()
                     if event.state.is_terminal:
                         return
                     after = event.id
@@ -91,9 +108,13 @@ class Streams:
                             yield encode(ended)
                         return
                     try:
-                        await asyncio.wait_for(woken.wait(), self._heartbeat_s)
+                        silent = self._heartbeat_s - (clock() - heard)
+                        await asyncio.wait_for(woken.wait(), min(silent, RECHECK_S))
                     except TimeoutError:
+                        if clock() - heard < self._heartbeat_s:
+                            continue
                         yield b":\n\n"
+                        heard = clock()
                 woken.clear()
                 try:
                     look = await self._events.look(job, after)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from mergemill import keys
+from mergemill import keys, recovering
 from mergemill.arguments import (
     AllowNonfinite,
     AsJson,
@@ -63,6 +63,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(keys.app)
+app.command()(recovering.recover)
 
 
 @app.command()
@@ -260,6 +261,16 @@ def cancel(job: JobId, url: Url = None) -> None:
     with session.open_client(url) as client:
         found = client.cancel(job)
     typer.echo(f"{found.id} {found.state if found.is_terminal else 'is being cancelled'}")
+
+
+@app.command()
+def delete(job: JobId, url: Url = None) -> None:
+    """Forget a job that has ended. The checkpoint that it wrote stays."""
+    from mergemill import session
+
+    with session.open_client(url) as client:
+        client.delete(job)
+    typer.echo(f"{job} is deleted; what it wrote is not")
 
 
 @app.command("list")

@@ -176,6 +176,14 @@ class Client:
         """
         return Job.from_json(self._post(f"/v1/merges/{_segment(job)}/cancel", None))
 
+    def delete(self, job: str) -> None:
+        """Have a job forgotten that has ended, with its events and deliveries. What it wrote stays.
+
+        :raises JobNotFoundError: there is none.
+        :raises JobError: it has not ended, or is still being cleared up.
+        """
+        self._answer(self._http.build_request("DELETE", f"/v1/merges/{_segment(job)}"))
+
     def wait(
         self, job: str, on_progress: Callable[[Job], None] | None = None, timeout: float | None = None
     ) -> Job:
@@ -311,6 +319,8 @@ class Client:
             response = self._http.send(request)
         except httpx.HTTPError as error:
             raise unreachable(self.url, error) from error
+        if response.status_code == httpx.codes.NO_CONTENT:
+            return None
         if response.is_success:
             try:
                 return response.json()

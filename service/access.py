@@ -174,6 +174,11 @@ class ConfinedStore:
         self._check_writable(uri)
         return self.store.list_uploads(uri)
 
+    def uploads_below(self, prefix: str) -> builtins.list[tuple[Upload, float]]:
+        """See :meth:`ObjectStore.uploads_below`."""
+        self._check_writable(prefix)
+        return self.store.uploads_below(prefix)
+
     def complete(self, upload: Upload, parts: Sequence[UploadedPart]) -> None:
         """See :meth:`ObjectStore.complete`."""
         self._check_writable(upload.uri)

@@ -19,6 +19,9 @@ from workers.task import MERGEABLE_DTYPES, TensorRef
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 CONFIG_FILE = "config.json"
+MANIFEST_FILE = "mergemill.json"
+PLAN_METADATA = "mergemill-plan"
+"""User metadata of every file that a job writes, but for the index: the digest of the plan that made it."""
 
 MAX_INDEX_BYTES = 100_000_000
 """Longest shard index that is read."""
@@ -55,7 +58,7 @@ _TOKENIZER = re.compile(
     r"|chat_template.*|spiece\..*)$"
 )
 _COPIED = re.compile(r"^[^/]+\.(json|txt|model|jinja|tiktoken|py|bpe|vocab)$")
-_NEVER_COPIED = {CONFIG_FILE, "mergemill.json", "README.md", "adapter_config.json"}
+_NEVER_COPIED = {CONFIG_FILE, MANIFEST_FILE, "README.md", "adapter_config.json"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +104,8 @@ class Checkpoint:
     """ETag of every weight file, by URI."""
     digests: Mapping[str, str] = field(default_factory=dict)
     """SHA-256 of the integer and boolean tensors, where they had to be compared."""
+    blocks: Mapping[TensorRef, bytes] = field(default_factory=dict, repr=False)
+    """SHA-256 of each MiB of each tensor, one after the other, where they are known before it is read."""
 
     @property
     def is_tied(self) -> bool:

@@ -1,22 +1,33 @@
 """One output on the object store: claimed, filled, committed, or given up.
 
-The object store knows no leases, so what makes a paused scheduler harmless is written there: the claim
-object, multipart uploads that an abort or a completion ends, and an index that is put only where none is.
+The object store knows no leases, so what makes a paused scheduler harmless is given to it: the claim object,
+multipart uploads that an abort or a completion ends, an index that is put only where none is, and with every
+change the time after which it must have no effect.
 Until ``model.safetensors.index.json`` exists there is no merged checkpoint; after it exists it is whole.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Container, Iterable, Mapping
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
+from math import inf
 from pathlib import Path
-from typing import Any
 
 import structlog
 
-from service.checkpoint import INDEX_FILE, SINGLE_FILE, is_shard, is_tokenizer_file
+from service.checkpoint import (
+    CONFIG_FILE,
+    INDEX_FILE,
+    MANIFEST_FILE,
+    PLAN_METADATA,
+    SINGLE_FILE,
+    is_copied,
+    is_shard,
+    is_tokenizer_file,
+)
+from service.claim import CLAIM, HIDDEN, Claim, read_claim
 from service.plan import Plan, Shard
+from service.sidecars import CARD
 from workers.errors import (
     AlreadyExistsError,
     InvalidPartError,
@@ -27,15 +38,9 @@ from workers.errors import (
     UploadNotFoundError,
 )
 from workers.store.base import ObjectInfo, ObjectStore, Upload, UploadedPart
+from workers.store.fence import Permit, fenced
 from workers.store.uris import join, scheme, to_path
 from workers.store.uris import name as file_name
-from workers.task import canonical_json
-
-HIDDEN = ".mergemill"
-"""Everything that is there only while a job runs is below it."""
-CLAIM = f"{HIDDEN}/claim.json"
-PLAN_METADATA = "mergemill-plan"
-"""User metadata of every shard: the digest of the plan that made it."""
 
 MAX_SMALL_BYTES = 1 << 30
 """Longest file that is copied or read whole."""
@@ -46,10 +51,10 @@ log = structlog.get_logger(__name__)
 class Output:
     """The output of one job. Every method can be repeated after a crash.
 
-    :param guard: called before every change; raises when this process may no longer make any.
+    :param guard: asked right before every change until when it may be made; raises when this process may make none.
     """
 
-    def __init__(self, store: ObjectStore, uri: str, job: str, guard: Callable[[], None]) -> None:
+    def __init__(self, store: ObjectStore, uri: str, job: str, guard: Permit) -> None:
         self.store = store
         self.uri = uri
         self.job = job
@@ -63,45 +68,48 @@ class Output:
         names = (file_name(info.uri) for info in self.store.list(self.uri + "/model", beside=True))
         return next((name for name in names if name.endswith(".safetensors")), None)
 
-    def claim(self, document: Mapping[str, Any], is_over: Callable[[str], bool]) -> dict[str, str]:
+    def claim(
+        self,
+        wanted: Claim,
+        is_over: Callable[[str], bool],
+        name_of: Callable[[str], str] = "the job {}".format,
+    ) -> dict[str, str]:
         """Claim the output; the upload ids that an earlier claim of this very job recorded.
 
         :param is_over: whether another job, by id, has ended for good.
+        :param name_of: what to call it where it is told of: it may be none of those that its reader may know.
         :raises OutputConflictError: another job's claim is there.
         """
         uri = join(self.uri, CLAIM)
         self._made = _missing_directories(self.uri)
         while True:
-            body = {**document, "job": self.job, "uploads": {}, "made": self._made}
-            self._guard()
             try:
-                self.store.put_if_absent(uri, canonical_json(body).encode())
+                with self._owned():
+                    self.store.put_if_absent(uri, self._as_ours(wanted).to_bytes())
                 return {}
             except AlreadyExistsError:
-                held = self._claim()
+                held = read_claim(self.store, self.uri)
+            except StoreError:  # a full disk has room for directories, and none for a file in them
+                _remove_directories(self.uri, self._made)
+                raise
             if held is None:
                 continue  # its owner removed it in between
-            self._made = held.get("made", 0)
-            body["made"] = self._made
-            if held["job"] != self.job:
-                if not is_over(held["job"]):
+            self._made = held.made
+            if held.job != self.job:
+                if not is_over(held.job):
                     raise OutputConflictError(
-                        f"{self.uri} is claimed by the job {held['job']}; wait for it or cancel it. If no service "
-                        f"knows that job any more, delete {uri}"
+                        f"{self.uri} is claimed by {name_of(held.job)}; wait for it or cancel it. If no service "
+                        f"knows that job any more, `mergemill recover {self.uri}` has it go on, or delete {uri}"
                     )
-                log.warning("taking over the claim of a job that has ended", output=self.uri, job=held["job"])
-                self._abort(held["shards"])
-                self.store.put(uri, canonical_json(body).encode())
-                return {}
-            if held["plan_digest"] != document["plan_digest"]:
-                self._abort(held["shards"])
-                self.store.put(uri, canonical_json(body).encode())
-                return {}
-            return dict(held["uploads"])
+                log.warning("taking over the claim of a job that has ended", output=self.uri, job=held.job)
+            elif held.plan_digest == wanted.plan_digest:
+                return dict(held.uploads)
+            self._abort(held.shards)
+            with self._owned():
+                self.store.put(uri, self._as_ours(wanted).to_bytes())
+            return {}
 
-    def open_uploads(
-        self, plan: Plan, document: Mapping[str, Any], known: Mapping[str, str]
-    ) -> dict[str, str]:
+    def open_uploads(self, plan: Plan, claim: Claim, known: Mapping[str, str]) -> dict[str, str]:
         """Open one upload a shard, adopt those recorded in ``known``, abort the rest, and record all in the claim."""
         uploads = {}
         for shard in plan.shards:
@@ -111,14 +119,14 @@ class Output:
                 if upload.id == wanted:
                     uploads[shard.name] = upload.id
                 else:
-                    self._guard()
-                    self.store.abort(upload)
+                    with self._owned():
+                        self.store.abort(upload)
             if shard.name not in uploads:
-                self._guard()
-                uploads[shard.name] = self.store.open_upload(uri, shard.size, {PLAN_METADATA: plan.digest}).id
-        self._guard()
-        body = {**document, "job": self.job, "uploads": uploads, "made": self._made}
-        self.store.put(join(self.uri, CLAIM), canonical_json(body).encode())
+                with self._owned():
+                    opened = self.store.open_upload(uri, shard.size, {PLAN_METADATA: plan.digest})
+                uploads[shard.name] = opened.id
+        with self._owned():
+            self.store.put(join(self.uri, CLAIM), self._as_ours(claim, uploads).to_bytes())
         return uploads
 
     def upload(self, shard: str, uploads: Mapping[str, str]) -> Upload:
@@ -138,8 +146,8 @@ class Output:
         An index of the same text goes as well: it is the old checkpoint's, whose shards have the same names.
         """
         for name in (INDEX_FILE, SINGLE_FILE):
-            self._guard()
-            self.store.delete(join(self.uri, name))
+            with self._owned():
+                self.store.delete(join(self.uri, name))
 
     def complete(self, shard: Shard, uploads: Mapping[str, str], plan_digest: str) -> None:
         """Complete a shard's upload; after a lost answer, recognise that it is complete.
@@ -148,7 +156,6 @@ class Output:
         """
         upload = self.upload(shard.name, uploads)
         for attempt in (1, 2):
-            self._guard()
             try:
                 parts = self.store.list_parts(upload)
                 held = sum(part.size for part in parts)
@@ -157,10 +164,11 @@ class Output:
                         f"the upload of {upload.uri} holds {held} of {shard.size} bytes in "
                         f"{len(parts)} of {shard.parts} parts"
                     )
-                self.store.complete(upload, parts)
+                with self._owned():
+                    self.store.complete(upload, parts)
                 return
             except (UploadNotFoundError, StoreUnavailableError):
-                made = self._made_by(upload.uri, plan_digest)
+                made = self.made_by(upload.uri, plan_digest)
                 if made is not None and made.size == shard.size:
                     return
                 raise
@@ -168,10 +176,18 @@ class Output:
                 if attempt == 2:
                     raise
 
-    def put(self, name: str, data: bytes) -> None:
-        """Write one small file."""
-        self._guard()
-        self.store.put(join(self.uri, name), data)
+    def made_by(self, uri: str, plan_digest: str) -> ObjectInfo | None:
+        """The object, if a plan of this digest made it."""
+        try:
+            info = self.store.head(uri)
+        except ObjectNotFoundError:
+            return None
+        return info if info.metadata.get(PLAN_METADATA) == plan_digest else None
+
+    def put(self, name: str, data: bytes, plan_digest: str | None = None) -> None:
+        """Write one small file; the metadata of one that is to be seen tells which plan made it, as a shard's does."""
+        with self._owned():
+            self.store.put(join(self.uri, name), data, {PLAN_METADATA: plan_digest} if plan_digest else None)
 
     def read(self, uri: str, etag: str | None = None) -> bytes:
         """Read one small object whole."""
@@ -191,8 +207,8 @@ class Output:
         for info in list(self.store.list(self.uri + "/", beside=True)):
             own = file_name(info.uri)
             if own not in ours and (is_shard(own) or is_tokenizer_file(own)):
-                self._guard()
-                self.store.delete(info.uri)
+                with self._owned():
+                    self.store.delete(info.uri)
 
     def put_index(self, plan: Plan) -> None:
         """Write the commit marker.
@@ -200,9 +216,9 @@ class Output:
         :raises OutputConflictError: another index is there.
         """
         uri, data = join(self.uri, INDEX_FILE), plan.index.encode()
-        self._guard()
         try:
-            self.store.put_if_absent(uri, data)
+            with self._owned():
+                self.store.put_if_absent(uri, data)
         except AlreadyExistsError:
             if not self._is(uri, data):
                 raise OutputConflictError(f"{uri} was written by somebody else in the meantime") from None
@@ -212,32 +228,66 @@ class Output:
 
         Uploads for ``shards`` that nobody knows go too: a lost answer, or a paused scheduler, may leave some.
         """
-        self._abort(shards)
-        claim = join(self.uri, CLAIM)
-        for info in list(self.store.list(join(self.uri, HIDDEN) + "/")):
-            if info.uri != claim:
-                self._guard()
-                self.store.delete(info.uri)
-        self._guard()
-        self.store.delete(claim)
+        # Of a claim there is an upload only while somebody finds out whether it can be put.
+        self._abort((*shards, CLAIM))
+        self._clear_hidden()
+        with self._owned():
+            self.store.delete(join(self.uri, CLAIM))
 
     def give_up(self) -> None:
-        """Abort every upload, delete shards that this job completed without a commit, and remove its claim.
+        """Abort every upload, delete what this job wrote without a commit, and remove its claim.
 
-        Nothing is touched where the claim is not this job's, nor any shard of a checkpoint that can be loaded:
+        Nothing is touched where the claim is not this job's, nor any file of a checkpoint that can be loaded:
         that is the one from before, which the same plan may have made.
         """
-        held = self._claim()
-        if held is None or held["job"] != self.job:
+        held = read_claim(self.store, self.uri)
+        if held is None:
+            with suppress(
+                StoreError
+            ):  # nothing is known to be there, and it may be the output that is the problem
+                self._abort((CLAIM,))
             return
-        self._abort(held["shards"])
-        for shard in held["shards"] if self._loadable() is None else ():
-            uri = join(self.uri, shard)
-            if self._made_by(uri, held["plan_digest"]):
-                self._guard()
+        if held.job != self.job:
+            return
+        self._abort(held.shards)
+        beside = self.store.list(self.uri + "/", beside=True) if self._loadable() is None else ()
+        for info in list(beside):
+            if _is_written(file_name(info.uri)) and self.made_by(info.uri, held.plan_digest):
+                with self._owned():
+                    self.store.delete(info.uri)
+        self.clear(held.shards)
+        _remove_directories(self.uri, held.made)
+
+    def sweep(self, is_abandoned: Callable[[str, float], bool]) -> int:
+        """Remove what this job, which has ended, and whoever died on the way left here; how much that was.
+
+        Nothing is touched where another job's claim is: that job clears up at its end.
+
+        :param is_abandoned: whether an upload will be ended by nobody, by its file's name and when it was opened.
+        """
+        held = read_claim(self.store, self.uri)
+        if held is not None:
+            if held.job != self.job:
+                return 0
+            self.give_up()
+        found = self.store.uploads_below(self.uri)
+        abandoned = [upload for upload, opened_at in found if is_abandoned(file_name(upload.uri), opened_at)]
+        for upload in abandoned:
+            with self._owned():
+                self.store.abort(upload)
+        removed = int(held is not None) + len(abandoned)
+        if len(abandoned) < len(found):  # of a directory, uploads are hidden, too
+            return removed
+        return removed + self._clear_hidden()
+
+    def _clear_hidden(self) -> int:
+        """Remove everything hidden but the claim; how much that was."""
+        claim = join(self.uri, CLAIM)
+        found = [info.uri for info in self.store.list(join(self.uri, HIDDEN) + "/") if info.uri != claim]
+        for uri in found:
+            with self._owned():
                 self.store.delete(uri)
-        self.clear(held["shards"])
-        _remove_directories(self.uri, held.get("made", 0))
+        return len(found)
 
     def _loadable(self) -> str | None:
         """The file that makes the output loadable, or None."""
@@ -249,19 +299,20 @@ class Output:
             return name
         return None
 
-    def _claim(self) -> dict[str, Any] | None:
-        try:
-            held: dict[str, Any] = json.loads(self.read(join(self.uri, CLAIM)))
-        except ObjectNotFoundError:
-            return None
-        return held
+    def _owned(self) -> AbstractContextManager[None]:
+        """What is changed within is changed only as long as this process may."""
+        return fenced(self._guard)
+
+    def _as_ours(self, claim: Claim, uploads: Mapping[str, str] | None = None) -> Claim:
+        """What a claim says of this output, beside what the job does."""
+        return claim.model_copy(update={"uploads": dict(uploads or {}), "made": self._made})
 
     def _abort(self, shards: Iterable[str]) -> None:
         """Abort all uploads for these shards: also those that were opened and not yet recorded."""
         for shard in shards:
             for upload in self.store.list_uploads(join(self.uri, shard)):
-                self._guard()
-                self.store.abort(upload)
+                with self._owned():
+                    self.store.abort(upload)
 
     def _is(self, uri: str, data: bytes) -> bool:
         try:
@@ -269,21 +320,13 @@ class Output:
         except ObjectNotFoundError:
             return False
 
-    def _made_by(self, uri: str, plan_digest: str) -> ObjectInfo | None:
-        """The object, if a plan of this digest made it."""
-        try:
-            info = self.store.head(uri)
-        except ObjectNotFoundError:
-            return None
-        return info if info.metadata.get(PLAN_METADATA) == plan_digest else None
-
 
 def holds_checkpoint(store: ObjectStore, uri: str) -> str | None:
     """What is wrong with an output that holds a checkpoint, or what is left of one; None where there is none.
 
     :raises StoreError: the store does not tell.
     """
-    there = Output(store, uri, job="", guard=_nothing).existing()
+    there = Output(store, uri, job="", guard=for_ever).existing()
     return None if there is None else _taken(uri, there)
 
 
@@ -298,6 +341,11 @@ def output_problems(store: ObjectStore, uri: str, overwrite: bool) -> list[str]:
     except StoreError as error:
         problems.append(f"output {uri}: {error}")
     return problems
+
+
+def _is_written(name: str) -> bool:
+    """Whether a job writes files of this name."""
+    return is_shard(name) or is_copied(name) or name in {CARD, CONFIG_FILE, MANIFEST_FILE}
 
 
 def _taken(uri: str, there: str) -> str:
@@ -321,8 +369,10 @@ def _remove_directories(uri: str, made: int) -> None:
         path = Path(to_path(uri))
         with suppress(OSError):
             for each in (path, *path.parents)[:made]:
-                each.rmdir()
+                with suppress(FileNotFoundError):
+                    each.rmdir()
 
 
-def _nothing() -> None:
+def for_ever() -> float:
     """The guard of an output that is only looked at."""
+    return inf

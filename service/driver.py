@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import json
-import shutil
 import threading
 import time
 from collections.abc import Mapping
@@ -22,7 +21,8 @@ from typing import Self
 import structlog
 
 from service import metrics
-from service.fleet_process import FleetProcess, FleetSettings, Message, short_directory
+from service.fleet_directory import fleet_directory
+from service.fleet_process import FleetProcess, FleetSettings, Message
 from workers.errors import FleetError, from_json
 from workers.task import JSONValue
 
@@ -211,26 +211,26 @@ class Driver:
     # From here on: the supervising thread, which owns the child.
 
     def _supervise(self) -> None:
-        directory = short_directory(self.settings.state_dir)
+        with fleet_directory(self.settings.state_dir) as directory:
+            self._keep_up(directory)
+
+    def _keep_up(self, directory: Path) -> None:
         barren = 0
-        try:
-            while self._wanted():
-                fruitful, why = self._live(directory)
-                if self._closed:
-                    return
-                log.warning("fleet child ended", why=why, restarts=self.restarts)
-                barren = 1 if fruitful else barren + 1
-                if barren >= self.settings.max_starts:
-                    barren = 0
-                    self._give_up(f"Ray could not be kept up: {why}")
-                    continue
-                self._count_losses(why)
-                self.restarts += 1
-                metrics.FLEET_RESTARTS.inc()
-                with self._lock:
-                    self._lock.wait_for(lambda: self._closed, timeout=min(30.0, 0.25 * 2**barren))
-        finally:
-            shutil.rmtree(directory, ignore_errors=True)
+        while self._wanted():
+            fruitful, why = self._live(directory)
+            if self._closed:
+                return
+            log.warning("fleet child ended", why=why, restarts=self.restarts)
+            barren = 1 if fruitful else barren + 1
+            if barren >= self.settings.max_starts:
+                barren = 0
+                self._give_up(f"Ray could not be kept up: {why}")
+                continue
+            self._count_losses(why)
+            self.restarts += 1
+            metrics.FLEET_RESTARTS.inc()
+            with self._lock:
+                self._lock.wait_for(lambda: self._closed, timeout=min(30.0, 0.25 * 2**barren))
 
     def _wanted(self) -> bool:
         """Wait until there is reason to start a child; false when the driver was closed."""

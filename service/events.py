@@ -26,7 +26,14 @@ WARNING: Final = "warning"
 """Name of the event that something went wrong, and the job goes on."""
 
 CHANGES: Final = frozenset(
-    {"created", "succeeded", "failed", "cancelled", *(event_name_of(kind) for kind in TRANSITIONS)}
+    {
+        "created",
+        "recovered",
+        "succeeded",
+        "failed",
+        "cancelled",
+        *(event_name_of(kind) for kind in TRANSITIONS),
+    }
 )
 """Names of the events that tell of a change of the record."""
 

@@ -12,7 +12,6 @@ import signal
 import site
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -45,11 +44,6 @@ machine where it supports no cluster. Given as an argument it would be replaced 
 
 LOCAL = "local"
 """The address that means a Ray of our own, as it does to Ray."""
-
-_SOCKET_PATH_BYTES = 107
-"""Longest path of a Unix socket, without the final NUL."""
-_RAY_SOCKET = "/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store.1"
-"""The longest of what Ray puts below its directory."""
 
 Message = dict[str, Any]
 
@@ -227,16 +221,6 @@ class FleetProcess:
 
 def _python(module: str) -> list[str]:
     return [sys.executable, "-m", module]
-
-
-def short_directory(wanted: Path | None) -> Path:
-    """A new directory, below ``wanted`` or the system's, that is short enough for Ray's sockets."""
-    for parent in (wanted, Path(tempfile.gettempdir())):
-        name = "/fleet-12345678/ray" + _RAY_SOCKET
-        if parent is not None and len(os.fsencode(parent.absolute())) + len(name) <= _SOCKET_PATH_BYTES:
-            parent.mkdir(parents=True, exist_ok=True)
-            return Path(tempfile.mkdtemp(prefix="fleet-", dir=parent.absolute()))
-    return Path(tempfile.mkdtemp(prefix="fleet-", dir="/tmp"))
 
 
 def _environment(*, local: bool) -> dict[str, str]:

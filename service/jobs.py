@@ -98,6 +98,8 @@ class Failed:
 
     error: Mapping[str, JSONValue]
     """Why, as :func:`workers.errors.to_json` puts it."""
+    left: str = ""
+    """Why its output could not be cleared away yet; nothing when it was."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +110,9 @@ class CancelRequested:
 @dataclass(frozen=True, slots=True)
 class Cancelled:
     """The scheduler has ended the job on request; its uploads have been aborted."""
+
+    left: str = ""
+    """Why its output could not be cleared away yet; nothing when it was."""
 
 
 Event = (
@@ -266,6 +271,8 @@ def _detail(event: Event, attempt: int) -> str:
             detail = shard
         case Failed(error):
             detail = str(from_json(dict(error)))
+        case Cancelled(left) if left:
+            detail = f"its output could not be cleared away yet: {left}"
         case _:
             detail = ""
     return detail[:DETAIL_CHARS]

@@ -11,13 +11,16 @@ from typing import Final
 
 from service.eventscripts import TELL, TELL_PROGRESS
 from service.queuescripts import ENLIST, TAKE_LEASE
+from service.sweepscripts import ENDED
 
 # A record, its version, its place in the indexes, the event that tells of it and, when planning starts over, the
 # end of everything that belonged to the old uploads are one fact: a reader must never see one without the other,
-# and a crash between them would leave parts that name uploads that are gone.
+# and a crash between them would leave parts that name uploads that are gone. So is the end of a job and that of its
+# claim on the output: nobody would come back for that.
 SAVE: Final = (
     TELL
     + ENLIST
+    + ENDED
     + """
 local job, lease, id = KEYS[1], KEYS[1] .. ':lease', ARGV[1]
 if redis.call('LPOS', KEYS[1] .. ':writes', ARGV[2]) then return 'saved' end
@@ -33,7 +36,11 @@ if state ~= ARGV[7] then
   redis.call('ZADD', KEYS[2] .. ':' .. ARGV[7], 0, id)
 end
 relist(string.sub(KEYS[2], 1, -5), job, id, state, ARGV[7], ARGV[9] == 'terminal')
-if ARGV[9] == 'terminal' then redis.call('ZREM', KEYS[3], id) end
+if ARGV[9] == 'terminal' then
+  redis.call('ZREM', KEYS[3], id)
+  ended(string.sub(KEYS[2], 1, -5), job, id, ARGV[13] ~= '')
+  if ARGV[13] == '' and redis.call('GET', KEYS[4]) == id then redis.call('DEL', KEYS[4]) end
+end
 if ARGV[9] == 'restarted' then redis.call('DEL', job .. ':parts', job .. ':surveys', job .. ':progress') end
 if ARGV[10] ~= '' then tell(job, ARGV[10], ARGV[7], ARGV[6], ARGV[11]) end
 return 'saved'
@@ -121,11 +128,15 @@ return new
 )
 
 # Seeing that an output is free and claiming it must be one step. A claim whose job has ended, or was lost
-# with its record, binds nobody: its scheduler died between the job's last change and the release.
+# with its record, binds nobody: its scheduler died between the job's last change and the release. Unless somebody
+# has that job's lease, and so is about to release the output, or to clear it up (:mod:`service.sweeper`).
 CLAIM_OUTPUT: Final = """
 if redis.call('HGET', KEYS[1] .. ':lease', 'token') ~= ARGV[1] then return 'fenced' end
 local holder = redis.call('GET', KEYS[2])
-if holder and holder ~= ARGV[2] and redis.call('ZSCORE', KEYS[3], holder) then return holder end
+if holder and holder ~= ARGV[2] then
+  if redis.call('ZSCORE', KEYS[3], holder) then return holder end
+  if redis.call('EXISTS', string.sub(KEYS[1], 1, -#ARGV[2] - 1) .. holder .. ':lease') == 1 then return 'busy' end
+end
 redis.call('SET', KEYS[2], ARGV[2])
 return 'claimed'
 """

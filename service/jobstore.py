@@ -25,7 +25,7 @@ owner that was paused past its lease changes nothing. Connections are retried, a
 before a connection broke; every script therefore gives the same answer when it is run again: the record's
 by a nonce, leases by their token's random epoch. Scripts build key names from ids: Redis Cluster, where all
 keys of a script have to be named in advance and live in one slot, is not supported. There are
-more of them in :mod:`service.webhookstore`, :mod:`service.keystore` and :mod:`service.deployment`.
+more in :mod:`service.webhookstore`, :mod:`service.keystore`, :mod:`service.deployment` and :mod:`service.sweepscripts`.
 """
 
 from __future__ import annotations
@@ -34,17 +34,18 @@ import json
 import secrets
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from itertools import chain
-from typing import Any, Final, Self
+from typing import Any, Final
 
 from service import jobscripts as scripts
 from service.events import telling
 from service.eventscripts import WARN
 from service.idempotency import Once
 from service.jobpages import JobPage, JobStatus, page_of, read_cursor, read_status
-from service.jobrecord import JOB_ID, JobRecord, JobState
-from service.jobs import DETAIL_CHARS, CancelRequested, Event, Restarted, advance
+from service.jobrecord import JobRecord, JobState
+from service.jobs import DETAIL_CHARS, Cancelled, CancelRequested, Event, Failed, Restarted, advance
+from service.leases import Lease
+from service.outputs import Outputs
 from service.queuescripts import CLAIM_NEXT
 from service.redis_connection import CONNECTION_TRIES, connect, durability_warnings, guarded
 from service.webhooks import Webhook
@@ -53,10 +54,11 @@ from workers.errors import (
     IdempotencyMismatchError,
     JobNotFoundError,
     LeaseLostError,
-    OutputConflictError,
     TooManyRequestsError,
 )
 from workers.task import PART_RESULT, Facts, PartResult
+
+__all__ = ("CONFLICT_TRIES", "QUEUE_RETRY_S", "REMEMBERED_WRITES", "JobStatus", "JobStore", "Lease")
 
 CONFLICT_TRIES: Final = 20
 """How often :meth:`JobStore.apply` reads and writes again when somebody else wrote in between."""
@@ -68,21 +70,7 @@ QUEUE_RETRY_S: Final = 30
 """When it may be worth it to try again to have a job queued, in seconds."""
 
 
-@dataclass(frozen=True, slots=True)
-class Lease:
-    """The right to work on a job, until it expires or is released."""
-
-    job: str
-    """Id of the job."""
-    token: str
-    """``<random epoch>:<counter>``; never given out twice."""
-    owner: str
-    """Who holds it, for people."""
-    ttl_s: float
-    """How long it lasts after it was taken or renewed, in seconds."""
-
-
-class JobStore:
+class JobStore(Outputs):
     """Jobs in Redis ≥ 7.0 or Valkey. Safe to share between threads; survives a restart of the server.
 
     Every method raises :class:`JobStoreUnavailableError` when Redis cannot be reached or refuses to work,
@@ -92,19 +80,8 @@ class JobStore:
     def __init__(
         self, url: str, namespace: str = "mergemill", *, clock: Callable[[], float] = time.time
     ) -> None:
-        self._redis = connect(url, CONNECTION_TRIES)
-        self._namespace = namespace
+        super().__init__(connect(url, CONNECTION_TRIES), namespace)
         self._clock = clock
-
-    def close(self) -> None:
-        """Close all connections."""
-        self._redis.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()
 
     # Records
 
@@ -232,9 +209,12 @@ class JobStore:
             after = advance(record, event, self._clock())
             effect = "restarted" if isinstance(event, Restarted) else _terminal(after)
             fields = (after.model_dump_json(), after.version, after.state, REMEMBERED_WRITES, effect)
-            keys = (key, self._key("jobs"), self._key("active"))
+            keys = (key, self._key("jobs"), self._key("active"), self._key("output", record.output))
             told = telling(record, after)
-            answer = self._run(scripts.SAVE, keys, job, nonce, token or "", record.version, *fields, *told)
+            left = event.left if isinstance(event, Cancelled | Failed) else ""
+            answer = self._run(
+                scripts.SAVE, keys, job, nonce, token or "", record.version, *fields, *told, left
+            )
             if answer == "saved":
                 return after
             if answer == "fenced":
@@ -328,26 +308,6 @@ class JobStore:
         keyed = ((name.rpartition(":"), text) for name, text in found.items())
         return {(survey, int(index)): json.loads(text) for (survey, _, index), text in keyed}
 
-    # Outputs
-
-    @guarded
-    def claim_output(self, lease: Lease, uri: str) -> None:
-        """Claim the normalised output ``uri`` for the lease's job; again is no error.
-
-        :raises OutputConflictError: an unfinished job has claimed it.
-        """
-        keys = (self._job(lease.job), self._key("output", uri), self._key("active"))
-        answer = self._run(scripts.CLAIM_OUTPUT, keys, lease.token, lease.job)
-        self._check(lease, answer)
-        if answer != "claimed":
-            raise OutputConflictError(f"{uri} is the output of the unfinished job {answer}")
-
-    @guarded
-    def release_output(self, lease: Lease, uri: str) -> None:
-        """Give up the claim on ``uri``, if the lease's job has it."""
-        keys = (self._job(lease.job), self._key("output", uri))
-        self._check(lease, self._run(scripts.RELEASE_OUTPUT, keys, lease.token, lease.job))
-
     @guarded
     def ping(self) -> None:
         """Ask whether Redis is there."""
@@ -357,17 +317,6 @@ class JobStore:
     def durability_warnings(self) -> tuple[str, ...]:
         """A sentence for each setting of this Redis that could lose what it has acknowledged."""
         return durability_warnings(self._redis)
-
-    def _key(self, *names: str) -> str:
-        return ":".join((self._namespace, *names))
-
-    def _job(self, job: str) -> str:
-        if not JOB_ID.fullmatch(job):  # ids come from URLs; "<id>:parts" must not be one
-            raise JobNotFoundError(f"there is no job {job}")
-        return self._key("job", job)
-
-    def _run(self, script: str, keys: tuple[str, ...], *arguments: str | int) -> Any:
-        return self._redis.register_script(script)(keys=list(keys), args=list(arguments))
 
     def _record(self, lease: Lease, kind: str, state: str, records: Iterable[tuple[str | int, ...]]) -> int:
         """Records are name, text, bytes done and bytes read; how many were new."""
@@ -379,11 +328,6 @@ class JobStore:
         if isinstance(answer, str):
             raise ConflictError(f"{lease.job}: {kind} are not recorded, {answer}")
         return int(answer)
-
-    @staticmethod
-    def _check(lease: Lease, answer: str | int) -> None:
-        if answer == "fenced":
-            raise LeaseLostError(f"{lease.job}: the lease {lease.token} is not in force")
 
     @staticmethod
     def _parse(job: str, text: Any) -> JobRecord:

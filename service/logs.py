@@ -8,6 +8,7 @@ from typing import Literal
 
 import structlog
 
+from workers.logs import StandardErrorHandler
 from workers.redaction import hide_secrets
 
 LogFormat = Literal["auto", "json", "console"]
@@ -47,7 +48,7 @@ def configure(log_format: LogFormat | str = "auto", level: int = logging.INFO) -
         wrapper_class=structlog.stdlib.BoundLogger,
         cache_logger_on_first_use=True,
     )
-    handler = logging.StreamHandler(sys.stderr)
+    handler = StandardErrorHandler()
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
             foreign_pre_chain=shared,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from importlib.metadata import version
 from typing import Final, Protocol
 
@@ -28,6 +28,7 @@ from prometheus_client.registry import Collector
 from service.deployment import Deployment
 from service.jobrecord import JobRecord
 from workers.errors import JobStoreUnavailableError
+from workers.store.retries import CAUSES, RETRIES
 from workers.task import PartResult
 
 CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
@@ -111,9 +112,22 @@ TASK_RETRIES: Final = Counter(
     ("cause",),
     registry=SCHEDULER,
 )
+STORE_RETRIES: Final = Counter(
+    "mergemill_store_retries",
+    "Requests to the store that workers and schedulers sent again, by cause.",
+    ("cause",),
+    registry=SCHEDULER,
+)
 FLEET_RESTARTS: Final = Counter(
     "mergemill_fleet_restarts",
     "How often the process that talks to Ray was started again.",
+    registry=SCHEDULER,
+)
+
+SWEPT: Final = Counter(
+    "mergemill_swept",
+    "What was cleared away after jobs had ended: records, and what had been left at outputs.",
+    ("what",),
     registry=SCHEDULER,
 )
 
@@ -142,6 +156,10 @@ for _cause in (*dict.fromkeys(TASK_RETRY_CAUSES.values()), FLEET_DIED, OTHER):
     TASK_RETRIES.labels(_cause)
 for _cause in JOB_RETRY_CAUSES:
     JOB_RETRIES.labels(_cause)
+for _cause in CAUSES:
+    STORE_RETRIES.labels(_cause)
+for _what in ("record", "output"):
+    SWEPT.labels(_what)
 for _stage in STAGES:
     STAGE_SECONDS.labels(_stage)
 for _state in ("succeeded", "failed", "cancelled"):
@@ -157,19 +175,26 @@ def part_done(result: PartResult, priced_peak_bytes: int) -> None:
     WRITTEN_BYTES.inc(result.size)
     if priced_peak_bytes:
         PEAK_RATIO.observe(result.peak_bytes / priced_peak_bytes)
+    _store_retried(result.retries)
     for stage in STAGES:
         if stage in result.seconds:
             STAGE_SECONDS.labels(stage).observe(result.seconds[stage])
 
 
 def job_ended(record: JobRecord) -> None:
-    """Count a job that has come to its end."""
+    """Count a job that has come to its end, and what this process has sent to the store again until now."""
+    _store_retried(RETRIES.take())
     JOB_SECONDS.labels(str(record.state)).observe(record.updated_at - record.created_at)
 
 
 def task_retried(cause: str) -> None:
     """Count a task that goes out again; ``cause`` begins with the name of Ray's error."""
     TASK_RETRIES.labels(TASK_RETRY_CAUSES.get(cause.partition(":")[0], OTHER)).inc()
+
+
+def _store_retried(counts: Mapping[str, int]) -> None:
+    for cause, count in counts.items():
+        STORE_RETRIES.labels(cause if cause in CAUSES else OTHER).inc(count)
 
 
 class Capacity(Protocol):

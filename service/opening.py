@@ -13,6 +13,7 @@ from typing import TypeVar
 from service.checkpoint import (
     CONFIG_FILE,
     INDEX_FILE,
+    MANIFEST_FILE,
     MAX_CONFIG_BYTES,
     MAX_CONFIG_VALUES,
     MAX_FILES,
@@ -28,6 +29,7 @@ from service.checkpoint import (
     shard_uri,
     tensors_of,
 )
+from service.known_digests import blocks_of
 from workers.errors import (
     AccessDeniedError,
     HeaderError,
@@ -106,7 +108,9 @@ def open_checkpoint(store: ObjectStore, uri: str) -> Checkpoint:
     if found is None or problems:
         raise PlanError(*sorted(problems))
     small = {name: info for name, info in files.items() if is_copied(name)}
-    return Checkpoint(uri, found, config, small, {info.uri: info.etag for info in infos if info is not None})
+    weights = [info for info in infos if info is not None]
+    blocks = blocks_of(store, files.get(MANIFEST_FILE), weights, found)
+    return Checkpoint(uri, found, config, small, {info.uri: info.etag for info in weights}, blocks=blocks)
 
 
 def _files(store: ObjectStore, uri: str) -> dict[str, ObjectInfo]:

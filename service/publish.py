@@ -18,12 +18,12 @@ from service.sidecars import (
     manifest,
     model_card,
     shard_digest,
-    tensor_digests,
+    tensor_blocks,
     text_file,
 )
 from workers.errors import ObjectNotFoundError
 from workers.store.uris import join
-from workers.task import PartResult
+from workers.task import PartResult, tensor_digest
 
 
 def publish(
@@ -34,19 +34,20 @@ def publish(
     :returns: every file of the checkpoint, the index last.
     """
     plan = planned.plan
-    digests = tensor_digests(plan, results.values())
+    blocks = tensor_blocks(plan, results.values())
+    digests = {name: tensor_digest(own) for name, own in blocks.items()}
     files = [OutputFile(shard.name, shard.size, shard_digest(shard, digests)) for shard in plan.shards]
     for name, data in _small_files(planned, output):
-        output.put(name, data)
+        output.put(name, data, plan.digest)
         files.append(text_file(name, data))
     nonfinite: dict[str, int] = {}
     for result in results.values():
         for where, count in result.nonfinite.items():
             nonfinite[where] = nonfinite.get(where, 0) + count
     index = text_file(INDEX_FILE, plan.index.encode())
-    document = manifest(planned, digests, [*files, index], nonfinite, version("mergemill"))
+    document = manifest(planned, blocks, [*files, index], nonfinite, version("mergemill"))
     data = json.dumps(document, indent=2, ensure_ascii=False, sort_keys=True).encode() + b"\n"
-    output.put(MANIFEST, data)
+    output.put(MANIFEST, data, plan.digest)
     files.append(text_file(MANIFEST, data))
     if overwrite:
         output.delete_stale({file.name for file in files})
@@ -61,9 +62,12 @@ def published(output: Output, plan_digest: str) -> list[OutputFile] | None:
         data = output.read(join(output.uri, MANIFEST))
     except ObjectNotFoundError:
         return None
-    document = json.loads(data)
-    files = [OutputFile(file["name"], file["size"], file["digest"]) for file in document["files"]]
-    if document["plan_digest"] != plan_digest or index not in files:
+    try:
+        document = json.loads(data)
+        files = [OutputFile(file["name"], file["size"], file["digest"]) for file in document["files"]]
+        if document["plan_digest"] != plan_digest or index not in files:
+            return None
+    except (ValueError, TypeError, KeyError):  # somebody else's file of that name
         return None
     files.remove(index)
     return [*files, text_file(MANIFEST, data), index]

@@ -55,7 +55,8 @@ end
 """
 
 # Whose turn it is and the lease are one step: two schedulers would otherwise both see room for one more. A job
-# runs as long as its lease is in force, so one whose scheduler died is counted until then and no longer. Of each
+# runs as long as its lease is in force, so one whose scheduler died is counted until then and no longer, and one
+# that has ended, whose output is being cleared up (:mod:`service.sweeper`), is not. Of each
 # key only so many jobs are looked at as it has running: the first one after those is free. Should the queues lack
 # jobs (written by a version that knew none), they are made again from `active`.
 CLAIM_NEXT: Final = (
@@ -71,8 +72,11 @@ for _, id in ipairs(redis.call('SMEMBERS', KEYS[1] .. ':held')) do
   elseif string.sub(token, 1, #ARGV[1] + 1) == ARGV[1] .. ':' then
     return {redis.call('HGET', job, 'record'), token}
   else
-    local key = redis.call('HGET', job, 'key') or ''
-    held[id], running[key], total = true, (running[key] or 0) + 1, total + 1
+    held[id] = true
+    if redis.call('ZSCORE', KEYS[2], id) then
+      local key = redis.call('HGET', job, 'key') or ''
+      running[key], total = (running[key] or 0) + 1, total + 1
+    end
   end
 end
 if tonumber(ARGV[4]) > 0 and total >= tonumber(ARGV[4]) then return end

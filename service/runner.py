@@ -11,14 +11,17 @@ import threading
 import time
 from collections.abc import Iterable
 from dataclasses import replace
-from typing import Any
+from functools import partial
 
 import structlog
 
 from service import metrics
 from service.access import confine, size_problems
+from service.capacity import capacity_problems
+from service.claim import Claim
 from service.commit import Output, output_problems
 from service.driver import Capacity
+from service.interruptible import Interruptible
 from service.jobrecord import JobRecord, JobState
 from service.jobs import (
     Cancelled,
@@ -32,10 +35,10 @@ from service.jobs import (
     UploadsOpened,
 )
 from service.jobs import Planned as PlanRecorded
-from service.jobstore import Lease
+from service.leases import Lease, permit
 from service.plan import PlanOptions, plan_summary
 from service.planning import Planned, examine
-from service.price import Price, needs
+from service.price import Price
 from service.publish import publish, published
 from service.recipe import parse_recipe
 from service.sidecars import OutputFile
@@ -59,7 +62,10 @@ MAX_ATTEMPTS = 5
 """How often a job is planned, because its scheduler ended or its uploads vanished, before it fails."""
 
 MAX_OUTAGES = 3
-"""How often a job goes on from what is recorded when the store was out of reach, before it fails."""
+"""How often a job goes on when the store was out of reach and nothing has been done since, before it fails."""
+
+STALL_S = 5.0
+"""How long a job that ends waits for one answer of the store, in seconds."""
 
 CLUSTER_WAIT_S = 180.0
 """How long a job waits for the compute cluster to come up, in seconds, before it fails."""
@@ -83,10 +89,12 @@ class JobRunner:
         self.lease = lease
         self.tools = tools
         self.lost = threading.Event()
-        self.store = confine(tools.store, record.access, record.output)
-        self._output = Output(self.store, record.output, record.id, self._guard)
+        self._calls = Interruptible(confine(tools.store, record.access, record.output), self._look)
+        self.store = self._calls.store
+        self._output = Output(self.store, record.output, record.id, partial(permit, tools.jobs, lease))
         self._checked = 0.0
-        self._log = log
+        self._cancelled = record.cancel_requested
+        self._is_ending = False
 
     def run(self) -> None:
         """Work until the job has ended, was cancelled, or belongs to somebody else."""
@@ -103,18 +111,18 @@ class JobRunner:
             self._work()
         except LeaseLostError as error:
             metrics.LEASE_LOSSES.inc()
-            self._log.warning("lease lost; leaving the job alone", reason=str(error))
+            log.warning("lease lost; leaving the job alone", reason=str(error))
         except StoppedError:
-            self._log.info("scheduler stops; the job can be taken over")
+            log.info("scheduler stops; the job can be taken over")
         except CancelledError:
             self._end(Cancelled())
         except JobStoreUnavailableError as error:
-            self._log.error("job state is out of reach; the job waits for it", error=str(error))
+            log.error("job state is out of reach; the job waits for it", error=str(error))
         except MergemillError as error:
-            self._log.warning("job failed", error=type(error).__name__, detail=str(error))
+            log.warning("job failed", error=type(error).__name__, detail=str(error))
             self._end(Failed(to_json(error)))
-        except Exception as error:  # noqa: BLE001 - a defect of ours must end the job visibly, not vanish with its thread
-            self._log.exception("job failed unexpectedly")
+        except Exception as error:
+            log.exception("job failed unexpectedly")
             self._end(Failed(to_json(error)))
         finally:
             self._release()
@@ -129,21 +137,36 @@ class JobRunner:
             raise LeaseLostError(f"{self.lease.job}: the lease {self.lease.token} is not in force")
         if self.tools.stopping.is_set():
             raise StoppedError
+        if self.record.cancel_requested:  # before it was ours, or while we changed it
+            raise CancelledError
         now = time.monotonic()
-        if now - self._checked >= self.tools.settings.busy_poll_seconds:
+        if not self._cancelled and now - self._checked >= self.tools.settings.busy_poll_seconds:
             self._checked = now
             jobs, job = self.tools.jobs, self.record.id
-            if jobs.version(job) != self.record.version and jobs.get(job).cancel_requested:
-                raise CancelledError
+            self._cancelled = jobs.version(job) != self.record.version and jobs.get(job).cancel_requested
+        if self._cancelled:
+            raise CancelledError
+
+    def _look(self, waited_s: float) -> None:
+        """Raise when a call to the store that has lasted so long should not be waited for."""
+        if self.record.state == JobState.COMMITTING:
+            return  # what is asked for is to happen, and to be known
+        if not self._is_ending:
+            self.check()
+        elif self.lost.is_set():
+            raise LeaseLostError(f"{self.lease.job}: the lease {self.lease.token} is not in force")
+        elif waited_s > STALL_S:
+            raise StoreUnavailableError(f"the store has not answered for {waited_s:.0f} seconds")
 
     def _work(self) -> None:
+        self.check()
         if self.record.state in {JobState.QUEUED, JobState.PLANNING}:
             if (
                 self.record.attempt >= MAX_ATTEMPTS
             ):  # whatever ends the scheduler that plans it would go on doing so
                 raise JobError(f"planning began {self.record.attempt} times and never came to an end")
             self._apply(PlanningStarted())
-        outages = 0
+        outages, done = 0, None
         while not self.record.state.is_terminal:
             try:
                 self._go_on()
@@ -152,13 +175,26 @@ class JobRunner:
                     raise
                 self._restart("upload", f"an upload is gone: {error}")
             except StoreUnavailableError as error:  # what was asked for may have happened all the same
-                outages += 1
+                before, done = done, self._done()
+                outages = outages + 1 if done == before else 1
                 if outages > MAX_OUTAGES:
                     raise
                 metrics.JOB_RETRIES.labels("store").inc()
-                self._log.warning("the store is out of reach; trying again", error=str(error))
+                log.warning("the store is out of reach; trying again", error=str(error))
                 self.tools.jobs.warn(self.lease, f"the store is out of reach; trying again: {error}")
-                self.tools.stopping.wait(self.tools.settings.poll_seconds)
+                self._wait(self.tools.settings.outage_seconds * 2 ** (outages - 1))
+
+    def _done(self) -> tuple[object, ...]:
+        """How far the job has come: whether anything was done between two outages."""
+        status = self.tools.jobs.status(self.record.id)
+        return status.record.state, status.parts_done, status.surveys_done, status.record.completed_shards
+
+    def _wait(self, seconds: float) -> None:
+        """Wait, but no longer than the job is to go on here."""
+        deadline = time.monotonic() + seconds
+        while (left := deadline - time.monotonic()) > 0:
+            self.check()
+            self.tools.stopping.wait(min(left, self.tools.settings.poll_seconds))
 
     def _go_on(self) -> None:
         """Everything that is left to do, once."""
@@ -210,25 +246,7 @@ class JobRunner:
             if wait_s:
                 raise
             return []
-        wanted = needs(price, self.tools.settings.gpu_memory_bytes)
-        problems = []
-        if wanted.memory_bytes > capacity.max_node_memory_bytes:
-            problems.append(
-                f"the biggest task ({price.worst}) needs {wanted.memory_bytes} bytes of memory, and the largest node "
-                f"of the cluster offers {capacity.max_node_memory_bytes}: lower worker_memory_bytes or add a larger one"
-            )
-        if wanted.gpus > 1:
-            problems.append(
-                f"a task needs up to {price.gpu_bytes} bytes of GPU memory, and each GPU has "
-                f"{self.tools.settings.gpu_memory_bytes} (MERGEMILL_GPU_MEMORY_BYTES): use bigger ones, or set it to 0 "
-                f"to compute on CPUs"
-            )
-        elif wanted.gpus > capacity.gpus:
-            problems.append(
-                f"the tasks compute on a GPU (MERGEMILL_GPU_MEMORY_BYTES is set), and the cluster offers "
-                f"{capacity.gpus:g}: add a node with one, or set it to 0 to compute on CPUs"
-            )
-        return problems
+        return capacity_problems(price, capacity, self.tools.settings.gpu_memory_bytes)
 
     def _capacity(self, wait_s: float) -> Capacity:
         """What the cluster offers; a cancel or a stop does not wait for a cluster that is not up."""
@@ -241,56 +259,48 @@ class JobRunner:
                 if time.monotonic() > deadline:
                     raise
 
-    def _document(self, planned: Planned) -> dict[str, Any]:
-        """What the claim object says about the job."""
+    def _facts(self, planned: Planned) -> PlanRecorded:
+        plan = planned.plan
+        return PlanRecorded(
+            plan.digest,
+            plan.semantics_version,
+            plan_summary(plan, self.tools.settings.gpu_memory_bytes)["price"],
+            plan.notices,
+            plan.price.bytes_written,
+            len(plan.parts),
+            sum(survey.passes for survey in plan.surveys),
+        )
+
+    def _claim_of(self, planned: Planned) -> Claim:
         pins = {c.uri: dict(c.pins) for c in (planned.inputs.reference, *planned.inputs.models.values())}
-        recipe = planned.recipe
-        return {
-            "recipe": recipe.to_json(),
-            "options": self.record.options,
-            "seed": recipe.seed,
-            "plan_digest": planned.plan.digest,
-            "inputs": pins,
-            "shards": [shard.name for shard in planned.plan.shards],
-        }
+        shards = tuple(shard.name for shard in planned.plan.shards)
+        return Claim.of(self.record, self._facts(planned), planned.recipe.seed, pins, shards)
 
     def _open(self, planned: Planned) -> None:
-        plan = planned.plan
-        passes = sum(survey.passes for survey in plan.surveys)
-        price = plan_summary(plan, self.tools.settings.gpu_memory_bytes)["price"]
-        self._apply(
-            PlanRecorded(
-                plan.digest,
-                plan.semantics_version,
-                price,
-                plan.notices,
-                plan.price.bytes_written,
-                len(plan.parts),
-                passes,
-            )
-        )
-        document = self._document(planned)
-        known = self._claim(document)
+        self._apply(self._facts(planned))
+        claim = self._claim_of(planned)
+        known = self._claim(claim)
         if problems := self._output_problems():  # another job may have finished here while this one planned
             raise PlanError(*problems)
-        self._apply(UploadsOpened(self._output.open_uploads(plan, document, known)))
+        self._apply(UploadsOpened(self._output.open_uploads(planned.plan, claim, known)))
 
     def _resume(self, planned: Planned) -> None:
         """Go on with recorded uploads and parts, or start over when they are no use any more."""
-        self._log.info("resuming", state=str(self.record.state))
+        log.info("resuming", state=str(self.record.state))
         if planned.plan.digest != self.record.plan_digest:
             self._restart("plan", "planning again gave another plan: an input or Mergemill changed")
         else:
-            self._claim(self._document(planned))  # nobody else's by now, if it was lost
+            self._claim(self._claim_of(planned))  # nobody else's by now, if it was lost
 
-    def _claim(self, document: dict[str, Any]) -> dict[str, str]:
+    def _claim(self, claim: Claim) -> dict[str, str]:
         """Claim the output in Redis and beside it; the uploads that an earlier claim of ours recorded."""
         self.tools.jobs.claim_output(self.lease, self.record.output)
-        return self._output.claim(document, self._is_over)
+        name_of = partial(self.tools.jobs.name, self.record.id)
+        return self._output.claim(claim, self._is_over, name_of)
 
     def _restart(self, cause: str, reason: str) -> None:
         metrics.JOB_RETRIES.labels(cause).inc()
-        self._log.warning("starting over", reason=reason)
+        log.warning("starting over", reason=reason)
         self._output.give_up()
         self._apply(Restarted(reason))
 
@@ -324,27 +334,32 @@ class JobRunner:
         self._output.clear(self.record.uploads)
         summary = {"files": [{"name": f.name, "size": f.size, "digest": f.digest} for f in files]}
         self._apply(Succeeded(summary))
-        self._log.info("job succeeded", output=self.record.output, bytes=self.record.bytes_total)
-        self.tools.jobs.release_output(self.lease, self.record.output)
+        log.info("job succeeded", output=self.record.output, bytes=self.record.bytes_total)
 
-    def _end(self, event: Event) -> None:
-        """Give the output up and record why; the uploads are aborted before anybody is told."""
+    def _end(self, event: Failed | Cancelled) -> None:
+        """Give the output up and record why; the uploads are aborted before anybody is told.
+
+        Unless the store stalls: what is left there is then for :mod:`service.sweeper`.
+        """
+        self._is_ending = True
         try:
             left = self._give_up()
+            self.record = self.tools.jobs.get(self.record.id)  # cancelled while it was queued, perhaps
             if self.record.state.is_terminal:
                 return
             if left is not None and isinstance(event, Failed):
                 detail = f"{event.error['detail']} ({self.record.output} could not be cleaned up: {left})"
                 event = replace(event, error={**event.error, "detail": detail})
-            self._apply(event)
+            self._apply(event if left is None else replace(event, left=left))
         except LeaseLostError as error:
             metrics.LEASE_LOSSES.inc()
-            self._log.warning("lease lost at the end; leaving the job alone", reason=str(error))
+            log.warning("lease lost at the end; leaving the job alone", reason=str(error))
         except JobStoreUnavailableError as error:
-            self._log.error("job state is out of reach; the job waits for it", error=str(error))
+            log.error("job state is out of reach; the job waits for it", error=str(error))
 
     def _give_up(self) -> str | None:
         """Leave nothing behind, unless the job had succeeded after all; why something had to be left."""
+        settled = self._calls.settle(STALL_S)
         try:
             if self.record.state == JobState.COMMITTING and self._is_committed():
                 return None
@@ -353,15 +368,15 @@ class JobRunner:
         except (LeaseLostError, JobStoreUnavailableError):
             raise
         except MergemillError as error:
-            self._log.error("could not clean up the output", error=type(error).__name__, detail=str(error))
+            log.error("could not clean up the output", error=type(error).__name__, detail=str(error))
             return str(error)
-        return None
+        return None if settled else "the store has not answered to what was asked of it before"
 
     def _release(self) -> None:
         try:
             self.tools.jobs.release(self.lease)
         except JobStoreUnavailableError as error:
-            self._log.warning("could not release the lease; it will expire", reason=str(error))
+            log.warning("could not release the lease; it will expire", reason=str(error))
 
     def _apply(self, event: Event) -> None:
         try:
@@ -373,9 +388,6 @@ class JobRunner:
             raise
         if self.record.state.is_terminal:
             metrics.job_ended(self.record)
-
-    def _guard(self) -> None:
-        self.tools.jobs.renew(self.lease)
 
     def _is_over(self, job: str) -> bool:
         try:

@@ -8,7 +8,7 @@ import signal
 import socket
 import threading
 import time
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from types import FrameType
@@ -25,11 +25,13 @@ from service.jobstore import JobStore
 from service.metrics_server import MetricsServer
 from service.runner import JobRunner
 from service.settings import Settings
+from service.sweeper import Sweeper
 from service.webhookstore import WebhookStore
 from service.work import Tools
 from workers import tracing
 from workers.errors import FleetError, JobStoreUnavailableError, LeaseLostError
 from workers.store import open_stores
+from workers.store.base import ObjectStore
 
 log = structlog.get_logger(__name__)
 
@@ -51,6 +53,11 @@ class Scheduler:
         self._roused: SimpleQueue[None] = SimpleQueue()
         self._next_look = 0.0
         self._lock = threading.Lock()
+
+    @property
+    def store(self) -> ObjectStore:
+        """Object storage, as its jobs see it."""
+        return self._tools.store
 
     def run(self) -> None:
         """Claim and run jobs; returns after :meth:`stop`, when every job has been let go of."""
@@ -163,8 +170,10 @@ def main(settings: Settings, ready_file: Path | None = None) -> None:
             metrics.SCHEDULER,
             metrics.FleetCollector(driver),
         ),
+        ExitStack() as sweeping,
     ):
         scheduler = Scheduler(settings, jobs, driver)
+        sweeping.enter_context(Sweeper(settings, jobs, scheduler.store, scheduler.owner))
 
         def stop(signum: int, _: FrameType | None) -> None:
             log.info("stopping", signal=signal.Signals(signum).name)

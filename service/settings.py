@@ -65,6 +65,14 @@ class Settings(BaseSettings):
     """How often an idle scheduler looks for work."""
     progress_seconds: float = Field(default=5.0, gt=0)
     """How often finished parts are also written beside the output, in case Redis is lost."""
+    outage_seconds: float = Field(default=5.0, ge=0)
+    """How long a job waits before it goes on when the store is out of reach; the second wait is twice as long."""
+    retention_seconds: float = Field(default=30 * 86400.0, ge=0)
+    """How long jobs that have ended are kept, with their events and deliveries; 0 is for ever. Outputs stay."""
+    abandoned_seconds: float = Field(default=86400.0, gt=0)
+    """After how long an upload at the output of a job that has ended counts as abandoned, and is aborted."""
+    sweep_seconds: float = Field(default=10.0, gt=0)
+    """How often one of the schedulers looks for what is to be cleared away."""
     presign_seconds: int = Field(default=3600, ge=1, le=604800)
     """How long a presigned download URL works."""
     idempotency_seconds: float = Field(default=86400.0, gt=0)

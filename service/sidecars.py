@@ -5,14 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
 from typing import Any
 
 import yaml
 
+from service.checkpoint import MANIFEST_FILE
 from service.depth import with_depths
+from service.known_digests import written
 from service.pairing import pair
 from service.plan import Plan, Shard
 from service.planning import Planned, is_hub_name
@@ -24,7 +26,7 @@ from workers.task import PartResult, block_count, tensor_digest
 
 CONFIG = "config.json"
 CARD = "README.md"
-MANIFEST = "mergemill.json"
+MANIFEST = MANIFEST_FILE
 TREE = "sha256-tree-1mib"
 """Name of the digest of shards: SHA-256 over the header's SHA-256 and the tensors' digests in file order."""
 
@@ -111,7 +113,12 @@ def _without_paths(names: Iterable[str]) -> dict[str, str]:
 
 
 def tensor_digests(plan: Plan, results: Iterable[PartResult]) -> dict[str, str]:
-    """The digest of every output tensor, from the block digests of its parts.
+    """The digest of every output tensor, from the block digests of its parts; raises as :func:`tensor_blocks`."""
+    return {name: tensor_digest(own) for name, own in tensor_blocks(plan, results).items()}
+
+
+def tensor_blocks(plan: Plan, results: Iterable[PartResult]) -> dict[str, list[str]]:
+    """The digests of every output tensor's blocks, in order.
 
     :raises ValueError: a block is missing or is there twice.
     """
@@ -124,14 +131,14 @@ def tensor_digests(plan: Plan, results: Iterable[PartResult]) -> dict[str, str]:
                     raise ValueError(
                         f"two different digests for block {found.first_block + offset} of {found.name}"
                     )
-    digests = {}
+    whole = {}
     for shard in plan.shards:
         for name, nbytes in shard_tensors(shard):
             own = blocks.get(name, {})
             if sorted(own) != list(range(block_count(nbytes))):
                 raise ValueError(f"{name} has digests of {len(own)} blocks, not of {block_count(nbytes)}")
-            digests[name] = tensor_digest([own[number] for number in range(len(own))])
-    return digests
+            whole[name] = [own[number] for number in range(len(own))]
+    return whole
 
 
 def shard_tensors(shard: Shard) -> list[tuple[str, int]]:
@@ -150,7 +157,7 @@ def shard_digest(shard: Shard, digests: Mapping[str, str]) -> str:
 
 def manifest(
     planned: Planned,
-    digests: Mapping[str, str],
+    blocks: Mapping[str, Sequence[str]],
     files: Iterable[OutputFile],
     nonfinite: Mapping[str, int],
     version: str,
@@ -169,7 +176,8 @@ def manifest(
         "notices": list(planned.plan.notices),
         "nonfinite": dict(nonfinite),
         "files": [{"name": file.name, "size": file.size, "digest": file.digest} for file in files],
-        "tensors": dict(digests),
+        "tensors": {name: tensor_digest(own) for name, own in blocks.items()},
+        "blocks": written(blocks),
     }
 
 

@@ -22,13 +22,14 @@ from service.commit import Output
 from service.driver import Driver, TaskRequest
 from service.jobrecord import JobRecord
 from service.jobstore import JobStore, Lease
+from service.known_digests import KnownDigests
 from service.planning import Planned
 from service.price import label_of, needs, part_label
 from service.progress import Progress
 from service.settings import Settings
 from workers import tracing
 from workers.binding import bind
-from workers.errors import MergemillError, StoreError
+from workers.errors import FleetError, MergemillError, StoreError
 from workers.methods.base import Summary, SurveyPass
 from workers.methods.survey import Tally, conclude_pass, next_pass
 from workers.ranges import Arrangement
@@ -112,6 +113,7 @@ class Work:
         self._output = output
         self._plan = planned.plan
         self._check = check
+        self._known = KnownDigests([planned.inputs.reference, *planned.inputs.models.values()])
         self._needs = needs(self._plan.price, tools.settings.gpu_memory_bytes)
         self._store_json = _plain(tools.settings.store)
         self._ids = {
@@ -139,6 +141,7 @@ class Work:
                 raise StoreError(f"the store lost {len(missing)} part(s) again after they were made twice")
             again -= 1
             self._make(missing)
+        self._progress.save()  # a commit goes on from there when Redis is lost: its uploads tell nothing any more
 
     def _restore(self) -> None:
         saved, recorded = self._progress.load(), self._tools.jobs.parts(self._record.id)
@@ -188,7 +191,7 @@ class Work:
             self._waiting.setdefault(unknown, []).append(part)
 
     def _loop(self) -> None:
-        flying: dict[Future[JSONValue], tuple[_Task, tracing.Span]] = {}
+        flying: dict[Future[JSONValue], tuple[_Task, str, tracing.Span]] = {}
         landed: SimpleQueue[Future[JSONValue]] = (
             SimpleQueue()
         )  # of thousands in flight, only these are looked at
@@ -204,8 +207,9 @@ class Work:
                         else tracing.begin("survey")
                     )
                     with span.active():
-                        future = self._tools.driver.submit(task.request())
-                    flying[future] = task, span
+                        request = task.request()
+                        future = self._tools.driver.submit(request)
+                    flying[future] = task, request.label, span
                     future.add_done_callback(landed.put)
                 done = _drain(landed, settings.busy_poll_seconds)
                 for future in filterfalse(_failed, done):
@@ -215,18 +219,20 @@ class Work:
                     self._landed(*flying.pop(future), future)
                 self._save_progress()
         finally:
-            for future, (_, span) in flying.items():
+            for future, (_, _, span) in flying.items():
                 self._tools.driver.cancel(future)
                 span.end(CancelledError())
 
-    def _landed(self, task: _Task, span: tracing.Span, future: Future[JSONValue]) -> None:
+    def _landed(self, task: _Task, label: str, span: tracing.Span, future: Future[JSONValue]) -> None:
         try:
             answer = future.result()
         except MergemillError as error:
+            if isinstance(error, FleetError) and label not in str(error):
+                error = FleetError(f"{label}: {error}")
             error.part = task.part
             span.end(error)
             log.warning("task failed", part=task.part, error=type(error).__name__, detail=str(error))
-            raise
+            raise error
         span.end()
         task.finish(answer)
 
@@ -236,6 +242,7 @@ class Work:
             "part": PART.dump_json(part, ensure_ascii=True).decode(),
             "upload": {"uri": upload.uri, "id": upload.id},
             "facts": {survey: self._facts[survey] for survey in part.surveys},
+            "known": self._known.of(part.reads),
         }
         return self._request(payload, part_label(part), part=identity)
 
@@ -300,7 +307,10 @@ class Work:
     def _survey_request(self, state: _Pass, runs: tuple[Arithmetic, ...]) -> TaskRequest:
         survey, allow_nonfinite = state.survey, self._plan.parts[0].allow_nonfinite
         task = SurveyTask(survey.id, state.index, runs, state.facts, allow_nonfinite)
-        payload = {"survey": SURVEY_TASK.dump_json(task, ensure_ascii=True).decode()}
+        payload = {
+            "survey": SURVEY_TASK.dump_json(task, ensure_ascii=True).decode(),
+            "known": self._known.of(task.refs),
+        }
         label = f"survey of {label_of(run.name for run in runs)}, pass {state.index + 1} of {survey.passes}"
         return self._request(payload, label, survey=survey.id)
 

@@ -1,4 +1,4 @@
-"""docs/threats.md promises nothing that no test shows."""
+"""docs/threats.md and docs/reliability.md promise nothing that no test shows."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ pytestmark = pytest.mark.fast
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "docs/threats.md").read_text()
-NAMED = sorted(set(re.findall(r"`(tests/[\w/]+\.py)(?:::(\w+))?`", TEXT)))
+RELIABILITY = (ROOT / "docs/reliability.md").read_text()
+NAMED = sorted(set(re.findall(r"`(tests/[\w/]+\.py)(?:::(\w+))?`", TEXT + RELIABILITY)))
 
 
 def test_tests_are_named() -> None:

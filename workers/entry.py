@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import traceback
+from base64 import b64decode
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache, partial
@@ -29,7 +30,8 @@ def tasks(payloads: Sequence[JSONValue]) -> Iterator[tuple[int, JSONValue | Merg
 
     A payload is ``{"part", "upload": {"uri", "id"}, "facts"}``, whose value is the JSON text of a ``PartResult``, or
     ``{"survey"}``, whose value is the pass's summary; and ``{"store", "device", "arena_bytes"}``, the same for all.
-    ``{"ids"}`` of any are named in its logs.
+    ``{"ids"}`` of any are named in its logs, and ``{"known"}`` lists URI, start, end and the SHA-256 of each block, in
+    base64, of what it reads and is known before.
     """
     logs.configure()
     tracing.configure("worker")
@@ -47,10 +49,11 @@ def _task(payload: JSONValue, tools: Tools) -> Task:
     ids = payload.get("ids", {})
     logs.about(ids)
     tracing.adopt(ids.get("traceparent"))
+    known = {(uri, start, end): b64decode(text) for uri, start, end, text in payload.get("known", ())}
     if "survey" in payload:
-        return SurveyRun(SURVEY_TASK.validate_json(payload["survey"]), tools)
+        return SurveyRun(SURVEY_TASK.validate_json(payload["survey"]), tools, known)
     upload = Upload(payload["upload"]["uri"], payload["upload"]["id"])
-    return PartRun(PART.validate_json(payload["part"]), upload, payload["facts"], tools)
+    return PartRun(PART.validate_json(payload["part"]), upload, payload["facts"], tools, known)
 
 
 def _value(outcome: Task | Exception) -> JSONValue | MergemillError:

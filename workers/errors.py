@@ -27,6 +27,7 @@
     │   ├── AccessDeniedError (PermissionError)
     │   ├── AlreadyExistsError (FileExistsError)     put_if_absent lost
     │   ├── ObjectChangedError               the object is not the one that was planned with
+    │   ├── CorruptReadError                 the bytes that came are not those that are known to be there
     │   ├── TruncatedReadError (EOFError)    fewer bytes came than were asked for
     │   ├── UploadNotFoundError              the multipart upload is gone (completed or aborted)
     │   ├── InvalidPartError                 complete named a part that the store does not have
@@ -39,6 +40,8 @@
         ├── ConflictError                    somebody else changed the record first
         ├── LeaseLostError                   another scheduler owns the job now
         ├── OutputConflictError              the output is in use or holds a checkpoint
+        ├── DamagedClaimError                the claim at an output cannot be read
+        ├── NothingToRecoverError            no job can be made again from what is at an output
         ├── JobStoreUnavailableError         Redis cannot be reached, or refuses, after every retry
         ├── JobFailedError                   the job ended in `failed` (raised by the client)
         │   └── JobCancelledError            the job ended in `cancelled` (raised by the client)
@@ -186,6 +189,10 @@ class ObjectChangedError(StoreError):
     """The object's ETag is not the one that the plan was made with."""
 
 
+class CorruptReadError(StoreError):
+    """The bytes that came have another digest than is known of them, and so when they were read again."""
+
+
 class TruncatedReadError(StoreError, EOFError):
     """Fewer bytes came than were asked for."""
 
@@ -232,6 +239,14 @@ class LeaseLostError(JobError):
 
 class OutputConflictError(JobError):
     """The output is claimed by another job, overlaps an input, or already holds a checkpoint."""
+
+
+class DamagedClaimError(JobError):
+    """The claim beside an output is not one that can be read."""
+
+
+class NothingToRecoverError(JobError):
+    """No job can be made again from what is at an output, or not by whoever asks."""
 
 
 class JobStoreUnavailableError(JobError):

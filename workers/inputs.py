@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import hashlib
+import logging
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from typing import Final
 
 import torch
 
+from workers.errors import CorruptReadError
 from workers.kernels.base import Operands
 from workers.kernels.reference import TORCH_DTYPES
 from workers.random import mask_key
 from workers.ranges import Arrangement
 from workers.store.base import ObjectStore
-from workers.task import DTYPE_BYTES, Arithmetic, TensorRef
+from workers.store.retries import RETRIES
+from workers.task import BLOCK_BYTES, DTYPE_BYTES, Arithmetic, TensorRef
 
 COPY_BYTES = 1 << 20
 """How much is copied at a time of elements that are not aligned."""
@@ -21,11 +26,26 @@ READ_THREADS = 4
 """Ranges read at once; more gain nothing on one worker's share of the network."""
 
 
+Known = Mapping[tuple[str, int, int], bytes]
+"""The SHA-256 of each block of ranges, one after the other, by URI, start and end."""
+
+_NOTHING: Final[Known] = {}
+_DIGEST_BYTES: Final = 32
+
+log = logging.getLogger(__name__)
+
+
 class Inputs:
     """Byte ranges of objects: neighbours joined, each fetched once, straight to where it stays."""
 
-    def __init__(self, refs: Iterable[TensorRef]) -> None:
+    def __init__(self, refs: Iterable[TensorRef], known: Known = _NOTHING) -> None:
+        """
+        :param known: digests of some of the ranges; these are checked as soon as they have been read.
+        """
+        refs = tuple(refs)
         self._arrangement = Arrangement(refs)
+        of = {(ref.uri, ref.start, ref.end): ref for ref in refs} if known else {}
+        self._known = [(ref, known[where]) for where, ref in of.items() if where in known]
         self._view = memoryview(b"")
 
     @property
@@ -41,7 +61,7 @@ class Inputs:
     def fetch(self, store: ObjectStore, view: memoryview) -> None:
         """Read all of them into ``view``: :attr:`nbytes` bytes, beginning on a multiple of ``arena.ALIGNMENT``.
 
-        :raises StoreError: an object cannot be read, has changed, or ends early.
+        :raises StoreError: an object cannot be read, has changed, ends early, or has other bytes than are known.
         """
         self._view = view
 
@@ -55,6 +75,27 @@ class Inputs:
         elif count:
             with ThreadPoolExecutor(min(READ_THREADS, count), thread_name_prefix="read") as pool:
                 list(pool.map(read, range(count)))
+        for ref, digests in self._known:
+            self._check(store, ref, digests)
+
+    def _check(self, store: ObjectStore, ref: TensorRef, digests: bytes) -> None:
+        view = self.view(ref)
+        for number, start in enumerate(range(0, len(view), BLOCK_BYTES)):
+            block = view[start : start + BLOCK_BYTES]
+            wanted = digests[_DIGEST_BYTES * number : _DIGEST_BYTES * (number + 1)]
+            if hashlib.sha256(block).digest() == wanted:
+                continue
+            begin = ref.start + start
+            where = f"bytes {begin} to {begin + len(block)} of {ref.uri}"
+            log.warning("%s do not have their SHA-256; reading them again", where)
+            RETRIES.add("checksum")
+            store.read_into(ref.uri, begin, block, ref.etag)
+            if hashlib.sha256(block).digest() != wanted:
+                raise CorruptReadError(
+                    f"{where} do not have the SHA-256 that the mergemill.json beside it tells, read twice: they change "
+                    "on the way here, or did before they were stored. Fetch or make this model anew; to take it as it "
+                    "is, delete that mergemill.json"
+                )
 
     def view(self, ref: TensorRef) -> memoryview:
         """The bytes of one range."""

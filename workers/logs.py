@@ -5,10 +5,24 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Mapping
+from typing import TextIO
 
 import structlog
 
 from workers.redaction import hide_secrets
+
+
+class StandardErrorHandler(logging.StreamHandler[TextIO]):
+    """Writes to what is standard error when there is something to write: whoever embeds us may replace it."""
+
+    @property
+    def stream(self) -> TextIO:
+        """Standard error."""
+        return sys.stderr
+
+    @stream.setter
+    def stream(self, _: TextIO) -> None:
+        """Nothing: its base class would keep what is standard error now."""
 
 
 def configure() -> None:
@@ -16,7 +30,7 @@ def configure() -> None:
     root = logging.getLogger()
     if root.handlers:
         return
-    handler = logging.StreamHandler(sys.stderr)
+    handler = StandardErrorHandler()
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
             foreign_pre_chain=[

@@ -21,7 +21,7 @@ import torch
 from workers.arena import Arena, Extent, padded
 from workers.binding import bind
 from workers.errors import ObjectChangedError, StoreError, TruncatedReadError, UploadNotFoundError
-from workers.inputs import Inputs, aligned
+from workers.inputs import Inputs, Known, aligned
 from workers.kernels import kernels_of, pin_of
 from workers.kernels.base import Kernels, Operands
 from workers.kernels.reference import TORCH_DTYPES, round_to
@@ -31,6 +31,7 @@ from workers.nonfinite import NonFinite
 from workers.pipeline import Pipeline
 from workers.safetensors_format import prefix
 from workers.store.base import ObjectStore, Upload, UploadedPart
+from workers.store.retries import RETRIES
 from workers.store.uris import scheme
 from workers.task import (
     BLOCK_BYTES,
@@ -127,8 +128,8 @@ class Task(ABC):
 class SurveyRun(Task):
     """One pass over some runs of elements."""
 
-    def __init__(self, task: SurveyTask, tools: Tools) -> None:
-        super().__init__(tools, Inputs(task.refs), 0)
+    def __init__(self, task: SurveyTask, tools: Tools, known: Known | None = None) -> None:
+        super().__init__(tools, Inputs(task.refs, known or {}), 0)
         self._task = task
         self._summary: Summary = None
 
@@ -158,17 +159,28 @@ class SurveyRun(Task):
 class PartRun(Task):
     """One part of a shard."""
 
-    def __init__(self, part: Part, upload: Upload, facts: Mapping[str, Facts], tools: Tools) -> None:
+    def __init__(
+        self,
+        part: Part,
+        upload: Upload,
+        facts: Mapping[str, Facts],
+        tools: Tools,
+        known: Known | None = None,
+    ) -> None:
         """
         :param facts: what the surveys in ``part.surveys`` found, by survey id.
+        :param known: digests of what it reads, where there are any.
         """
         # Only what is merged needs room of its own: a copy is written from where it was read.
-        super().__init__(tools, Inputs(part.reads), 0 if part.source else part.lead + part.nbytes)
+        super().__init__(
+            tools, Inputs(part.reads, known or {}), 0 if part.source else part.lead + part.nbytes
+        )
         self._part = part
         self._upload = upload
         self._facts = facts
         self._digests: list[TensorDigest] = []
         self._uploaded: UploadedPart | None = None
+        self._retries: dict[str, int] = {}
 
     def merge(self) -> None:
         """See :meth:`Task.merge`."""
@@ -179,10 +191,15 @@ class PartRun(Task):
                 position += piece.nbytes
                 if isinstance(piece, HeaderPiece):
                     target[:] = prefix(piece.text)
-                elif isinstance(piece, CopyPiece):
-                    self._copy(piece, target)
-                else:
-                    self._merge(piece, target)
+                    continue
+                try:
+                    if isinstance(piece, CopyPiece):
+                        self._copy(piece, target)
+                    else:
+                        self._merge(piece, target)
+                except Exception as error:  # a defect: whoever reads of it can act on the tensor alone
+                    error.add_note(f"while the tensor {piece.name} was made")
+                    raise
         self._refuse_nonfinite(self._part.allow_nonfinite)
         if not self._part.source:
             self._tools.arena.give_back(self._extents.pop())
@@ -196,6 +213,7 @@ class PartRun(Task):
             self._uploaded = self._copied() or store.put_part(
                 self._upload, part.number, part.offset, self._output
             )
+        self._retries = RETRIES.take()
         log.info("part written", extra={"shard": part.shard, "number": part.number, "bytes": part.nbytes})
 
     def _copied(self) -> UploadedPart | None:
@@ -235,6 +253,7 @@ class PartRun(Task):
             nonfinite=self._problems.counts,
             peak_bytes=peak_bytes(),
             seconds=self._seconds,
+            retries=self._retries,
         )
 
     @property

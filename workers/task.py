@@ -356,6 +356,8 @@ class PartResult:
     """VmHWM of the worker process when the part was done."""
     seconds: dict[str, float]
     """Wall seconds by stage: read, merge, digest, write; waiting is not counted."""
+    retries: dict[str, int] = field(default_factory=dict)
+    """Requests to the store that the worker sent again since the part that it told about before, by cause."""
 
 
 PART = TypeAdapter(Part)
@@ -384,7 +386,7 @@ def part_id(part: Part) -> str:
     return hashed.hexdigest()[:32]
 
 
-def tensor_digest(blocks: list[str]) -> str:
+def tensor_digest(blocks: Iterable[str]) -> str:
     """A tensor's digest: SHA-256 over the binary SHA-256 of its 1 MiB blocks, as hex. No blocks is the empty tensor."""
     return hashlib.sha256(b"".join(bytes.fromhex(block) for block in blocks)).hexdigest()
 

@@ -8,8 +8,8 @@ from anyio.to_thread import run_sync
 from fastapi import APIRouter, Header, Query, Request, Response
 from fastapi.responses import StreamingResponse
 
-from api.auth import JobsDep
-from api.deps import StreamsDep
+from api.auth import CallerDep, JobsDep, still_good
+from api.deps import KeysDep, StreamsDep
 from api.openapi import problems
 from api.routing import readable
 from service.events import last_event, read_id
@@ -40,7 +40,9 @@ _STREAM: dict[int | str, dict[str, Any]] = {
 async def events(
     job: str,
     request: Request,
+    caller: CallerDep,
     jobs: JobsDep,
+    keys: KeysDep,
     streams: StreamsDep,
     last_event_id: Annotated[
         str, Query(description="As the header `Last-Event-ID`, which goes before it")
@@ -63,6 +65,10 @@ async def events(
     if request.method == "HEAD":
         return Response(headers=HEADERS, media_type=EVENT_STREAM)
     ended = last_event(status) if status.record.state.is_terminal else None
+
+    async def may() -> bool:
+        return await run_sync(still_good, caller, keys)
+
     return StreamingResponse(
-        streams.follow(job, look, after, ended), headers=HEADERS, media_type=EVENT_STREAM
+        streams.follow(job, look, after, ended, may), headers=HEADERS, media_type=EVENT_STREAM
     )

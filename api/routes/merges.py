@@ -1,4 +1,4 @@
-"""``/v1/merges``: submit, list, look at, cancel and download merges."""
+"""``/v1/merges``: submit, list, look at, cancel, delete and download merges."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fastapi.responses import RedirectResponse
 
 from api.auth import CallerDep, JobsDep
 from api.bodies import Body, BodyDep, Wanted, read
-from api.deps import PlanLimiterDep, SettingsDep, StoreDep
+from api.deps import PlanLimiterDep, SettingsDep, StoreDep, SweepsDep
 from api.files import served
 from api.idempotency import REPLAYED, KeyDep, once_of
 from api.looking import granted, plan_wanted, refuse_taken
@@ -128,6 +128,17 @@ def cancel(job: str, jobs: JobsDep) -> Job:
     """Ask for a job's end: 409 once it commits or has ended. The state becomes `cancelled` when it has."""
     jobs.apply(job, CancelRequested())
     return job_of(jobs.status(job), BASE)
+
+
+@router.delete("/{job}", status_code=204, responses=problems(404, 409, 503))
+def delete(job: str, jobs: JobsDep, sweeps: SweepsDep) -> None:
+    """Forget a job that has ended, with its events and deliveries; 409 while it goes on.
+
+    What it wrote stays: its output belongs to whoever can write there.
+    """
+    jobs.get(job)  # others' jobs are not there
+    sweeps.forget(job)
+    log.info("job deleted", job=job)
 
 
 @readable(router, "/{job}/files", response_model=FileList, responses=problems(404, 409, 410, 502, 503))

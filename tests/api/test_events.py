@@ -24,9 +24,11 @@ from mergemill.events import messages
 from service.jobrecord import JobState
 from service.jobs import CancelRequested, CommitStarted, Event, PlanningStarted, Succeeded
 from service.jobstore import JobStore, Lease
+from service.keystore import KeyStore
 from service.settings import Settings
 from service.valkey import EmbeddedValkey
 from tests.api.conftest import serving
+from tests.servers.keys import bearer, make_key
 from tests.service.held_jobs import claimed
 from tests.service.job_steps import ALL_COMPLETE, PATHS, TO_RUNNING, part
 
@@ -64,7 +66,7 @@ class Reader:
 
 @contextmanager
 def reading(api: httpx.Client, job: str, after: str | None = None, **options: Any) -> Iterator[Reader]:
-    headers = {} if after is None else {"Last-Event-ID": after}
+    headers = options.pop("headers", {}) | ({} if after is None else {"Last-Event-ID": after})
     with api.stream("GET", path(job), headers=headers, **options) as response:
         assert response.status_code == 200, response.read()
         yield Reader(response)
@@ -196,6 +198,30 @@ class TestLive:
                 if beats == 3:
                     break
         assert beats == 3
+
+    def test_a_stream_ends_when_its_key_is_revoked(
+        self,
+        api: httpx.Client,
+        job_store: JobStore,
+        valkey_url: str,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        """And not before, nor that of another key; whether the job is silent or not."""
+        monkeypatch.setattr(streams, "RECHECK_S", 0.05)
+        record, lease = claimed(job_store)
+        token = make_key(valkey_url, job_store._namespace)
+        with ExitStack() as stack, KeyStore(valkey_url, job_store._namespace) as keys:
+            theirs = stack.enter_context(reading(api, record.id, headers=bearer(token)))
+            ours = stack.enter_context(reading(api, record.id))
+            for stream in (theirs, ours):
+                assert stream.next()[1]["event"] == "created"
+            apply(job_store, lease, PlanningStarted())
+            assert theirs.next()[1]["event"] == "planning_started"
+            keys.revoke(token.split("_")[1], time.time())
+            assert theirs.rest() == []
+            assert ours.next()[1]["event"] == "planning_started"
+            job_store.apply(record.id, CancelRequested())
+            assert ours.next()[1]["event"] == "cancel_requested"
 
     def test_sixty_streams_of_twelve_jobs_lose_nothing(self, api: httpx.Client, job_store: JobStore) -> None:
         jobs = [claimed(job_store)[1] for _ in range(12)]

@@ -119,6 +119,8 @@ def test_nobody_sees_or_touches_a_job_of_anothers_by_any_route(tenants: Tenants)
                 told, never = ({**answer.json(), "request_id": ""} for answer in (theirs, missing))
                 told["detail"] = told["detail"].replace(job.id, NOWHERE)
                 assert told == never  # the refusal does not tell either
+            if method == "DELETE":  # once is enough
+                continue
             own = [tenants.status(name, method, path) for name in ("ann", "root")]
             assert 404 not in own, (method, path)
     assert [tenants.store.get(job.id) for job in tenants.jobs["bob"]] == tenants.jobs["bob"]

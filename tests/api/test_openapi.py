@@ -20,6 +20,7 @@ PROBLEMS = {
     ("post", "/v1/merges"): {400, 408, 413, 415, 422} | KEYED,
     ("get", "/v1/merges"): {400, 422} | KEYED,
     ("get", "/v1/merges/{job}"): {404} | KEYED,
+    ("delete", "/v1/merges/{job}"): {404, 409} | KEYED,
     ("post", "/v1/merges/{job}/cancel"): {404, 409} | KEYED,
     ("get", "/v1/merges/{job}/events"): {400, 404} | KEYED,
     ("get", "/v1/merges/{job}/deliveries"): {404} | KEYED,

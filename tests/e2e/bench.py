@@ -158,7 +158,13 @@ class Bench:
             redis_url=url,
             namespace=namespace,
             store=store or StoreSettings(),
-            **{"lease_seconds": 60.0, "poll_seconds": 0.001, "progress_seconds": 1e-6, **settings},
+            **{
+                "lease_seconds": 60.0,
+                "poll_seconds": 0.001,
+                "progress_seconds": 1e-6,
+                "outage_seconds": 1e-3,
+                **settings,
+            },
         )
         self.store: ObjectStore = open_stores(self.settings.store)
         self.driver = LocalDriver()
@@ -175,14 +181,16 @@ class Bench:
         self.runner(job, steps, store).run()
         return self.jobs.get(job)
 
-    def runner(self, job: str, steps: Steps | None = None, store: Any = None) -> JobRunner:
-        """A runner that has the job's lease."""
+    def runner(
+        self, job: str, steps: Steps | None = None, store: Any = None, watched: set[str] = JOB_CHANGES
+    ) -> JobRunner:
+        """A runner that has the job's lease; ``watched`` are the steps of the job store that count."""
         lease = self.jobs.acquire(job, "a test", self.settings.lease_seconds)
         assert lease is not None, f"somebody holds {job}"
         steps = steps or Steps()
         tools = Tools(
             self.settings,
-            steps.watch(self.jobs, JOB_CHANGES),
+            steps.watch(self.jobs, watched),
             steps.watch(store or self.store, STORE_CHANGES),
             self.driver,  # type: ignore[arg-type] # all of it that a runner uses
             threading.Event(),

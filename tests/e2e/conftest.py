@@ -35,3 +35,13 @@ def base(tmp_path: Path) -> dict[str, torch.Tensor]:
     write_checkpoint(tmp_path / "base", tensors)
     write_checkpoint(tmp_path / "one", fine_tune(tensors, 1, 0.1))
     return tensors
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base and a fine-tune, both small, that merge into two shards."""
+    root = tmp_path_factory.mktemp("models")
+    base = llama_tensors(0, layers=1, hidden=48, heads=2, vocab=64, dtype=torch.float32)
+    write_checkpoint(root / "base", base, {"torch_dtype": "float32"}, extra_files={"tokenizer.json": "{}"})
+    write_checkpoint(root / "one", fine_tune(base, 1, 0.1))
+    return root

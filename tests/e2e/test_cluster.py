@@ -11,9 +11,11 @@ import torch
 
 from service.driver import Driver
 from service.fleet_process import FleetSettings
+from tests.chaos.fault_proxy import FaultProxy
+from tests.chaos.faults import Fault, Kind, Request, Script
 from tests.checkpoints import fine_tune, llama_tensors, write_checkpoint
+from tests.servers.owners import ancestors, owner_of
 from tests.servers.ray_cluster import RayCluster
-from tests.servers.s3_proxy import Request, ancestors, s3_proxy
 from tests.servers.service import running_service
 from workers.store import StoreSettings, join, open_stores
 from workers.store.base import ObjectStore
@@ -49,7 +51,7 @@ def test_a_node_that_dies_before_it_uploads_a_part(
     assert rgw_settings.s3_endpoint_url is not None
     head, *others = ray_cluster.raylets
     with (
-        s3_proxy(rgw_settings.s3_endpoint_url) as proxy,
+        FaultProxy(rgw_settings.s3_endpoint_url) as proxy,
         Driver(FleetSettings(address=ray_cluster.address)) as driver,
         running_service(
             valkey_url, driver, store=rgw_settings.model_copy(update={"s3_endpoint_url": proxy.url})
@@ -59,34 +61,36 @@ def test_a_node_that_dies_before_it_uploads_a_part(
         parts = undisturbed["progress"]["parts_total"]
         assert parts > 6
         assert driver.capacity().nodes == 3
-        assert proxy.counts["UploadPart"] == parts
+        assert proxy.requests["UploadPart"] == parts
 
         def is_of_a_node_that_can_die(request: Request) -> bool:
-            return request.operation == "UploadPart" and bool({*ancestors(request.pid())} & {*others})
+            return request.operation == "UploadPart" and bool(
+                {*ancestors(owner_of(request.client))} & {*others}
+            )
 
-        proxy.counts.clear()
-        proxy.hold = is_of_a_node_that_can_die
+        proxy.requests.clear()
+        proxy.policy = Script([Fault(Kind.HOLD)], is_of_a_node_that_can_die)
         job = service.submit(recipe, f"{rgw_bucket}/out", **options)["id"]
         deadline = time.monotonic() + DEADLINE_S
-        while proxy.held is None:
+        while not proxy.held:
             assert time.monotonic() < deadline, service.get(job)
             time.sleep(0.01)
-        worker = proxy.held.pid()
+        worker = owner_of(proxy.held[0].client)
         (node,) = {*ancestors(worker)} & {*others}
         ray_cluster.kill_node(node)
         while ancestors(worker):
             assert time.monotonic() < deadline, "the worker is still there"
             time.sleep(0.01)
-        proxy.drop.set()
+        proxy.release()
         done = service.wait(job)
         assert done["state"] == "succeeded", done["error"]
         assert (
             driver.retries >= 1
         )  # those that were in the dead worker's stream with it have uploaded nothing yet
-        assert proxy.counts["UploadPart"] == parts + 1
+        assert proxy.requests["UploadPart"] == parts + 1
         # Some are opened and aborted at once, to see whether the output may be written.
-        opened = proxy.counts["CreateMultipartUpload"] - proxy.counts["AbortMultipartUpload"]
-        assert opened == proxy.counts["CompleteMultipartUpload"] == 2
+        opened = proxy.requests["CreateMultipartUpload"] - proxy.requests["AbortMultipartUpload"]
+        assert opened == proxy.requests["CompleteMultipartUpload"] == 2
         while driver.capacity().nodes != 2:
             assert time.monotonic() < deadline, "the node is still there"
             time.sleep(0.05)

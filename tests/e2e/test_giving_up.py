@@ -11,7 +11,7 @@ import torch
 from service.jobrecord import JobState
 from service.jobs import CancelRequested
 from tests.checkpoints import fine_tune, write_checkpoint
-from tests.e2e.bench import Bench, Steps, at_step
+from tests.e2e.bench import Bench, KilledError, Steps, at_step, raising
 from tests.e2e.means import is_mean, nothing_at, submit
 from workers.errors import IllegalTransitionError, JobStoreUnavailableError
 
@@ -120,4 +120,29 @@ def test_a_job_store_that_is_out_of_reach_at_the_end_does_not_fail_the_job(
 
     assert bench.run(job, Steps(cut)).state == JobState.RUNNING  # until somebody takes it over
     assert bench.run(job).state == JobState.CANCELLED
+    assert nothing_at(tmp_path / "out")
+
+
+@pytest.mark.parametrize("at", ["apply planned", "apply uploads_opened"])
+def test_a_cancel_that_comes_while_the_record_is_written_is_heard_before_the_next_part(
+    bench: Bench, base: dict[str, torch.Tensor], tmp_path: Path, at: str
+) -> None:
+    """The record that is written then has the cancel in it, so there is no news of it to be seen."""
+    job = submit(bench, tmp_path)
+    cancel = at_step(at, lambda: bench.jobs.apply(job, CancelRequested()))
+    assert bench.run(job, cancel).state == JobState.CANCELLED
+    assert bench.driver.labels == []
+    assert nothing_at(tmp_path / "out")
+
+
+def test_whoever_takes_over_a_job_that_was_cancelled_makes_nothing_of_it(
+    bench: Bench, base: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    job = submit(bench, tmp_path)
+    with pytest.raises(KilledError):
+        bench.run(job, at_step("record_part", raising(KilledError())))
+    made = len(bench.driver.labels)
+    bench.jobs.apply(job, CancelRequested())
+    assert bench.run(job).state == JobState.CANCELLED
+    assert len(bench.driver.labels) == made
     assert nothing_at(tmp_path / "out")

@@ -86,6 +86,40 @@ def test_a_store_that_stays_away_fails_the_job_in_the_end(
     assert nothing_at(tmp_path / "out")
 
 
+def test_a_store_that_goes_away_now_and_then_does_not_end_a_job_that_gets_on(
+    bench: Bench, base: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    """Six outages are more than a job bears in a row."""
+    steps = ("open_upload", "complete", "put README", "put mergemill")
+    seen: set[str] = set()
+
+    def gone(_: int, moment: str, name: str) -> None:
+        if moment == "before" and name.startswith(steps) and name not in seen:
+            seen.add(name)
+            raise LOST
+
+    record = bench.run(submit(bench, tmp_path), Steps(gone))
+    assert len(seen) == 6 > MAX_OUTAGES
+    assert record.state == JobState.SUCCEEDED, record.error
+    assert is_mean(tmp_path)
+
+
+def test_a_job_that_waits_for_the_store_can_be_cancelled(
+    bench: Bench, base: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    slow = Bench(bench.settings.redis_url, bench.settings.namespace, outage_seconds=3600.0)
+    job = submit(slow, tmp_path)
+
+    def cancel_and_lose() -> None:
+        slow.jobs.apply(job, CancelRequested())
+        raise LOST
+
+    with slow.jobs:
+        record = slow.run(job, at_step("open_upload", cancel_and_lose))
+    assert record.state == JobState.CANCELLED
+    assert nothing_at(tmp_path / "out")
+
+
 def test_somebody_elses_index_is_not_overwritten(
     bench: Bench, base: dict[str, torch.Tensor], tmp_path: Path
 ) -> None:
@@ -317,3 +351,19 @@ def test_a_commit_that_was_made_stands_whatever_becomes_of_the_inputs(
     assert names == sorted(file["name"] for file in record.summary["files"])  # type: ignore[index, union-attr]
     (tmp_path / "aside").rename(tmp_path / "one" / "model.safetensors")
     assert is_mean(tmp_path)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_what_a_look_at_the_output_left_that_was_cut_short_goes_with_the_job(
+    bench: Bench, base: dict[str, torch.Tensor], tmp_path: Path, fails: bool
+) -> None:
+    claim = join(f"file://{tmp_path}/out", ".mergemill", "claim.json")
+    bench.store.open_upload(
+        claim, 1, {}
+    )  # as on S3, where a place is tried by an upload that is aborted at once
+    if fails:
+        (tmp_path / "one" / "model.safetensors").unlink()
+    record = bench.run(submit(bench, tmp_path))
+    assert record.state == (JobState.FAILED if fails else JobState.SUCCEEDED), record.error
+    assert bench.store.list_uploads(claim) == []
+    assert nothing_at(tmp_path / "out") if fails else is_mean(tmp_path)

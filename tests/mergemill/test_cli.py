@@ -55,8 +55,9 @@ class Service:
         if request.url.path.endswith("/cancel"):
             self.states = ["running", "cancelled"]
             return httpx.Response(202, json=self.job("running"))
-        if request.method == "POST":
-            return httpx.Response(202, json=self.job(self.states[0]))
+        if request.method in {"POST", "DELETE"}:
+            status = 202 if request.method == "POST" else 204
+            return httpx.Response(status, json=self.job(self.states[0]))
         return httpx.Response(
             200, json=self.job(self.states.pop(0) if len(self.states) > 1 else self.states[0])
         )
@@ -99,7 +100,19 @@ def run(*arguments: str | Path, env: dict[str, str] | None = None) -> Result:
 
 def test_every_command_has_help() -> None:
     assert run("--version").stdout == "mergemill 0.1.0\n"
-    commands = ["up", "serve", "schedule", "merge", "plan", "submit", "status", "watch", "cancel", "list"]
+    commands = [
+        "up",
+        "serve",
+        "schedule",
+        "merge",
+        "plan",
+        "submit",
+        "status",
+        "watch",
+        "cancel",
+        "delete",
+        "list",
+    ]
     for command in [*commands, "download", "methods"]:
         found = run(command, "--help")
         assert found.exit_code == 0
@@ -260,6 +273,14 @@ def test_ctrl_c_cancels_and_waits(recipe: Path, service: Service, monkeypatch: p
     cancelled = service.asked.index(("POST", f"/v1/merges/{JOB}/cancel"))
     looks = [asked for asked in service.asked[cancelled + 1 :] if not asked[1].endswith("/events")]
     assert looks == [("GET", f"/v1/merges/{JOB}")] * 2
+
+
+def test_delete(service: Service) -> None:
+    found = run("delete", JOB, "--url", URL)
+    assert (found.exit_code, found.stdout) == (0, f"{JOB} is deleted; what it wrote is not\n")
+    assert service.asked == [("DELETE", f"/v1/merges/{JOB}")]
+    assert run("delete", "../keys", "--url", URL).exit_code == 1
+    assert len(service.asked) == 1
 
 
 def test_a_service_that_is_not_there(recipe: Path) -> None:

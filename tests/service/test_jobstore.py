@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 
 import pytest
+import redis
 
 from service import jobstore
 from service.jobrecord import JobState, new_job_id
@@ -338,11 +339,26 @@ def test_the_claim_outlives_the_lease(job_store: JobStore) -> None:
     job_store.claim_output(successor, "s3://b/out")
 
 
+def test_the_end_of_a_job_is_the_end_of_its_own_claim(
+    job_store: JobStore, raw: redis.Redis, valkey_namespace: str
+) -> None:
+    (record, lease), (rival, other) = claimed(job_store), claimed(job_store)
+    assert record.output == rival.output
+    job_store.claim_output(lease, record.output)
+    key = f"{valkey_namespace}:output:{record.output}"
+    job_store.apply(rival.id, Failed(ERROR), other.token)
+    assert raw.get(key) == record.id
+    job_store.apply(record.id, Failed(ERROR), lease.token)
+    assert not raw.exists(key)
+
+
 def test_a_finished_job_claims_nothing(job_store: JobStore) -> None:
     (record, lease), (_, other) = claimed(job_store), claimed(job_store)
     job_store.claim_output(lease, "s3://b/out")
-    job_store.apply(record.id, Failed(ERROR), lease.token)  # and its scheduler dies before it can release
+    job_store.apply(record.id, Failed(ERROR), lease.token)
+    job_store.release(lease)  # its scheduler died before it could release the output
     job_store.claim_output(other, "s3://b/out")
-    job_store.release_output(lease, "s3://b/out")
+    with pytest.raises(LeaseLostError):
+        job_store.release_output(lease, "s3://b/out")
     with pytest.raises(OutputConflictError):
         job_store.claim_output(claimed(job_store)[1], "s3://b/out")

@@ -8,12 +8,13 @@ import time
 import pytest
 import redis
 
-from service import jobstore, queuescripts
+from service import jobstore, queuescripts, sweepscripts
 from service.idempotency import once
-from service.jobs import PlanningStarted
+from service.jobs import Failed, PlanningStarted
 from service.jobstore import JobStore
+from service.sweepstore import SweepStore
 from tests.service.held_jobs import claimed
-from tests.service.job_steps import TO_RUNNING, fresh, part
+from tests.service.job_steps import ERROR, TO_RUNNING, fresh, part
 from workers.errors import JobStoreUnavailableError
 
 pytestmark = pytest.mark.valkey
@@ -79,7 +80,7 @@ def test_scripts_survive_their_flushing(job_store: JobStore, raw: redis.Redis) -
     assert job_store.get(record.id).attempt == 1
 
 
-def test_every_key_is_in_the_table(job_store: JobStore, raw: redis.Redis) -> None:
+def test_every_key_is_in_the_table(job_store: JobStore, raw: redis.Redis, valkey_url: str) -> None:
     record = fresh(time.time()).model_copy(update={"key": "0" * 12})
     job_store.create(record)
     lease = job_store.acquire(record.id, "owner", 60)
@@ -92,16 +93,21 @@ def test_every_key_is_in_the_table(job_store: JobStore, raw: redis.Redis) -> Non
     asked = once("key", "POST", "/", [], {}, 60)
     other = fresh(0).model_copy(update={"key": "0" * 12})
     job_store.create(other, asked)
+    over, ending = claimed(job_store, Failed(ERROR))
+    job_store.release(ending)
+    with SweepStore(valkey_url, job_store._namespace) as sweeps:
+        assert sweeps.lead("owner", 60)
     keys = {key.removeprefix(f"{job_store._namespace}:") for key in raw.keys(f"{job_store._namespace}:*")}
     names = {
         record.id: "<id>",
         other.id: "<id>",
+        over.id: "<id>",
         "file:///out": "<uri>",
         asked.key: "<key>",
         "0" * 12: "<key>",
     }
-    names |= {":running": ":<state>", ":queued": ":<state>"}
+    names |= {":running": ":<state>", ":queued": ":<state>", ":failed": ":<state>"}
     shown = {functools.reduce(lambda text, name: text.replace(name, names[name]), names, key) for key in keys}
-    assert len(shown) == 19
+    assert len(shown) == 22
     for key in shown:
-        assert f"``{key}``" in (jobstore.__doc__ or "") + (queuescripts.__doc__ or "")
+        assert any(f"``{key}``" in str(module.__doc__) for module in (jobstore, queuescripts, sweepscripts))

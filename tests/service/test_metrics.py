@@ -20,12 +20,25 @@ from service.driver import Capacity
 from service.metrics_server import MetricsServer, may_read
 from tests.service.job_steps import fresh
 from tests.service.metric_names import Fleet, every_metric
+from workers.store.retries import RETRIES
 from workers.task import PartResult
 
 pytestmark = pytest.mark.fast
 
 ROOT = Path(__file__).parents[2]
-BOUNDED = {"method", "route", "status", "state", "stage", "task", "cause", "version", "python_version", "le"}
+BOUNDED = {
+    "what",
+    "method",
+    "route",
+    "status",
+    "state",
+    "stage",
+    "task",
+    "cause",
+    "version",
+    "python_version",
+    "le",
+}
 """Every label there may be: each has few values."""
 
 
@@ -84,9 +97,11 @@ def test_a_part_is_counted_by_what_it_did() -> None:
         ("mergemill_part_stage_duration_seconds_bucket", {"stage": "write", "le": "10.0"}, 1),
         ("mergemill_worker_peak_memory_ratio_bucket", {"le": "0.7"}, 0),
         ("mergemill_worker_peak_memory_ratio_bucket", {"le": "0.8"}, 1),
+        ("mergemill_store_retries_total", {"cause": "throttled"}, 3),
+        ("mergemill_store_retries_total", {"cause": "timeout"}, 0),
     ]
     before = [sample(name, **labels) for name, labels, _ in names]
-    metrics.part_done(result(), 1000)
+    metrics.part_done(result(retries={"throttled": 3}), 1000)
     after = [sample(name, **labels) for name, labels, _ in names]
     assert [b - a for a, b in zip(before, after, strict=True)] == pytest.approx([n for *_, n in names])
 
@@ -115,9 +130,16 @@ def test_retries_are_counted_by_a_cause_that_is_on_a_list(cause: str, label: str
 
 def test_a_job_is_counted_by_how_it_ended_and_how_long_it_took() -> None:
     job = fresh(1000.0).model_copy(update={"state": "failed", "updated_at": 1100.0})
-    before = sample("mergemill_job_duration_seconds_sum", state="failed")
+    RETRIES.take()
+    RETRIES.add("checksum")  # as when the index is put
+    names = [
+        ("mergemill_job_duration_seconds_sum", {"state": "failed"}),
+        ("mergemill_store_retries_total", {"cause": "checksum"}),
+    ]
+    before = [sample(name, **labels) for name, labels in names]
     metrics.job_ended(job)
-    assert sample("mergemill_job_duration_seconds_sum", state="failed") == pytest.approx(before + 100)
+    after = [sample(name, **labels) for name, labels in names]
+    assert [b - a for a, b in zip(before, after, strict=True)] == pytest.approx([100, 1])
 
 
 def test_a_fleet_that_is_not_up_offers_nothing() -> None:

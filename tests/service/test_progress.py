@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from math import inf
 from pathlib import Path
 
 import pytest
@@ -43,7 +44,7 @@ def plan() -> Plan:
 
 @pytest.fixture
 def output(tmp_path: Path) -> Output:
-    return Output(Written(), from_path(str(tmp_path / "out")), "job", lambda: None)
+    return Output(Written(), from_path(str(tmp_path / "out")), "job", lambda: inf)
 
 
 def result(plan: Plan, index: int, etag: str = "e") -> PartResult:
@@ -104,9 +105,10 @@ def test_a_page_that_is_written_again_after_a_restart_keeps_what_it_held(plan: P
 def test_a_failed_write_is_made_up_for(plan: Plan, tmp_path: Path) -> None:
     refusals = [PermissionError("not now")]
 
-    def guard() -> None:
+    def guard() -> float:
         if refusals:
             raise refusals.pop()
+        return inf
 
     output = Output(Written(), from_path(str(tmp_path / "out")), "job", guard)
     progress = Progress(output, plan, UPLOADS)
@@ -123,7 +125,7 @@ def test_what_belongs_to_something_else_is_not_loaded(plan: Plan, output: Output
     progress = Progress(output, plan, UPLOADS)
     progress.add(result(plan, 0))
     progress.save()
-    whose = Output(output.store, output.uri, "another" if other == "job" else "job", lambda: None)
+    whose = Output(output.store, output.uri, "another" if other == "job" else "job", lambda: inf)
     changed = replace(plan, digest="f" * 64) if other == "plan" else plan
     uploads = dict.fromkeys(UPLOADS, "upload-2") if other == "uploads" else UPLOADS
     assert Progress(whose, changed, uploads).load() == {}

@@ -101,6 +101,18 @@ def test_a_job_that_was_let_go_keeps_its_place(job_store: JobStore) -> None:
     assert drain(job_store) == ids(first, second)
 
 
+def test_an_output_that_is_being_cleared_up_takes_no_jobs_place(job_store: JobStore) -> None:
+    """Its job has ended, though somebody has its lease."""
+    queue(job_store, A)
+    held = claim(job_store)
+    assert held is not None
+    job_store.apply(held[0], Failed(ERROR), held[1].token)
+    second = queue(job_store, A)
+    found = claim(job_store, 1, 1)
+    assert found is not None and found[0] == second.id
+    assert claim(job_store) is None
+
+
 @pytest.mark.parametrize("state", [state for state in JobState if not state.is_terminal])
 def test_a_cancelled_or_failed_job_leaves_every_index(
     job_store: JobStore, raw: redis.Redis, state: JobState

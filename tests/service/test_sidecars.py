@@ -185,7 +185,7 @@ def test_digests_depend_on_the_bytes_and_not_on_how_they_were_cut(tmp_path: Path
 def test_the_manifest_is_all_that_is_needed_to_make_the_same_again(tmp_path: Path) -> None:
     planned = planned_with(tmp_path, {"a": 1}, seed=3)
     files = [text_file(CONFIG, b"{}"), OutputFile("s", 5, "sha256-tree-1mib:00")]
-    found = manifest(planned, {"w": "ab"}, files, {"w: m": 2}, "0.1.0")
+    found = manifest(planned, {"w": ["ab" * 32]}, files, {"w: m": 2}, "0.1.0")
     assert json.loads(json.dumps(found, allow_nan=False)) == found
     assert parse_recipe(found["recipe"]) == planned.recipe
     assert found["seed"] == 3

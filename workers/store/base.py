@@ -54,6 +54,10 @@ class ObjectStore(Protocol):
 
     Transient failures are retried inside, with backoff and jitter, a bounded number of times. A store
     pickles, and the copy works.
+
+    Changes, which are :meth:`put`, :meth:`put_if_absent`, :meth:`delete`, :meth:`open_upload`, :meth:`complete` and
+    :meth:`abort`, ask for permission within :func:`workers.store.fence.fenced`, raise what it raises, and have no
+    effect once it has ended.
     """
 
     def head(self, uri: str) -> ObjectInfo:
@@ -67,7 +71,7 @@ class ObjectStore(Protocol):
         """Fill ``buffer`` with the object's bytes from ``start``.
 
         :raises ObjectChangedError: ``etag`` is given and is not the object's.
-        :raises TruncatedReadError: the object ends, or the connection broke, before the buffer was full.
+        :raises TruncatedReadError: the object ends before the buffer is full.
         """
         ...
 
@@ -134,6 +138,10 @@ class ObjectStore(Protocol):
 
     def list_uploads(self, uri: str) -> builtins.list[Upload]:
         """The open uploads for exactly this object."""
+        ...
+
+    def uploads_below(self, prefix: str) -> builtins.list[tuple[Upload, float]]:
+        """The open uploads for objects beside each other in ``prefix``, and when each was opened, in Unix seconds."""
         ...
 
     def complete(self, upload: Upload, parts: Sequence[UploadedPart]) -> None:

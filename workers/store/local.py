@@ -25,7 +25,7 @@ from workers.errors import (
     StoreError,
     TruncatedReadError,
 )
-from workers.store import files, uris
+from workers.store import fence, files, uris
 from workers.store.base import Buffer, ObjectInfo, Upload, UploadedPart
 from workers.store.disk import Disk
 from workers.store.local_uploads import LocalUploads
@@ -79,7 +79,7 @@ class LocalStore:
         return self._put(uri, data, metadata, overwrite=False)
 
     def _put(self, uri: str, data: Buffer, metadata: Mapping[str, str] | None, overwrite: bool) -> ObjectInfo:
-        path = _path(uri)
+        path, still = _path(uri), fence.enter()
         with files.mapped_errors("write", uri):
             self._disk.make_directories(path.parent)
             with self._disk.temporary(path, data) as draft:
@@ -87,9 +87,11 @@ class LocalStore:
                 self._keep_metadata(path, status, metadata or {})
                 if overwrite:
                     old = self._status(path)
+                    still()
                     self._disk.rename(draft, path)
                     self._forget_metadata(path, old)
                 else:
+                    still()
                     try:
                         self._disk.link(draft, path)  # atomic where open(O_EXCL) and write would not be
                     except FileExistsError:
@@ -100,16 +102,19 @@ class LocalStore:
 
     def delete(self, uri: str) -> None:
         """See :meth:`ObjectStore.delete`."""
-        path = _path(uri)
+        path, still = _path(uri), fence.enter()
         with files.mapped_errors("delete", uri):
             status = self._status(path)
             if status is not None and stat.S_ISDIR(status.st_mode):
                 return
             with contextlib.suppress(FileNotFoundError, NotADirectoryError), self._disk.at(path) as there:
+                still()
                 there.unlink()
                 files.sync_directory(there.parent)
             self._forget_metadata(path, status)
             self._disk.prune(path.parent)
+            if path.parent.name == files.HIDDEN:
+                self._uploads.sweep(path.parent)
 
     def check_writable(self, uri: str) -> None:
         """See :meth:`ObjectStore.check_writable`."""
@@ -169,6 +174,12 @@ class LocalStore:
         """See :meth:`ObjectStore.list_uploads`."""
         with files.mapped_errors("list the uploads of", uri):
             return [Upload(uri, each) for each in self._uploads.ids(_path(uri))]
+
+    def uploads_below(self, prefix: str) -> builtins.list[tuple[Upload, float]]:
+        """See :meth:`ObjectStore.uploads_below`; what was never opened, or not removed, to the end is listed too."""
+        with files.mapped_errors("list the uploads in", prefix):
+            found = self._uploads.below(_path(prefix))
+        return [(Upload(uris.join(prefix, name), each), opened_at) for name, each, opened_at in found]
 
     def complete(self, upload: Upload, parts: Sequence[UploadedPart]) -> None:
         """See :meth:`ObjectStore.complete`."""

@@ -30,10 +30,21 @@ from typing import Any, TypeVar
 import numpy as np
 from pydantic import TypeAdapter, ValidationError
 
-from workers.errors import InvalidPartError, StoreError, TruncatedReadError, UploadNotFoundError
-from workers.store import direct, files
+from workers.errors import (
+    InvalidPartError,
+    MergemillError,
+    StoreError,
+    TruncatedReadError,
+    UploadNotFoundError,
+)
+from workers.store import direct, fence, files
 from workers.store.base import Buffer, Upload, UploadedPart
 from workers.store.disk import Disk
+
+NAMELESS = "model-00000-of-00000.safetensors"
+"""What an upload counts as that nobody can tell the object of any more."""
+
+_REMOVED = "-removed"
 
 MAX_PARTS = 10_000
 """As in S3, so that a plan fits every store."""
@@ -81,16 +92,17 @@ class LocalUploads:
 
     def open(self, path: Path, size: int, metadata: dict[str, str]) -> str:
         """Reserve ``size`` bytes for ``path``; the upload's id."""
-        name = uuid.uuid4().hex
+        name, still = uuid.uuid4().hex, fence.enter()
         directory = _uploads(path) / name
-        self._disk.in_directory(directory / "parts", lambda: None)
         try:
+            self._disk.in_directory(directory / "parts", lambda: None)
             with self._disk.opened(directory / "data", os.O_RDWR | os.O_CREAT | os.O_EXCL) as fd:
                 _reserve(fd, size)
                 os.fsync(fd)
             opening = _Opening(path.name, size, metadata)
+            still()
             self._disk.replace_file(directory / "upload.json", json.dumps(asdict(opening)).encode())
-        except OSError:
+        except (OSError, MergemillError):
             self._disk.remove_tree(directory)
             self._disk.prune(directory.parent)
             raise
@@ -147,11 +159,27 @@ class LocalUploads:
                 found.append(name)
         return found
 
+    def below(self, directory: Path) -> list[tuple[str, str, float]]:
+        """Object, id and time of every upload in a directory, also of those that were half made or half removed."""
+        found = []
+        uploads = _uploads(directory / NAMELESS)
+        for name in self._disk.names(uploads):
+            with contextlib.suppress(FileNotFoundError):
+                opened_at = self._disk.own_status(uploads / name).st_mtime
+                try:
+                    opening = _read(_OPENING, self._disk.record(uploads / name / "upload.json"))
+                except FileNotFoundError:
+                    opening = None
+                which = name.removesuffix(_REMOVED)
+                found.append((opening.name if opening else NAMELESS, which, opened_at))
+        return found
+
     def complete(
         self, path: Path, upload: Upload, parts: Sequence[UploadedPart], keep_metadata: KeepMetadata
     ) -> None:
         """Check the parts, and move the data into place."""
         directory, opening = self._opened(path, upload)
+        fence.enter()()
         _check_complete(upload.uri, opening.size, parts, self._records(directory))
         with _gone_is_not_found(upload), self._disk.opened(directory / "data", os.O_RDWR) as fd:
             os.fsync(fd)
@@ -164,8 +192,16 @@ class LocalUploads:
 
     def abort(self, path: Path, upload: Upload) -> None:
         """Remove the upload."""
+        fence.enter()()
         with contextlib.suppress(UploadNotFoundError):
             _remove(self._disk, _directory(path, upload))
+
+    def sweep(self, hidden: Path) -> None:
+        """Remove directories without a file: whoever opened or removed an upload in them was killed half-way."""
+        for name in self._disk.names(hidden / "uploads"):
+            directory = hidden / "uploads" / name
+            if not {*self._disk.names(directory)} - {"parts"}:
+                self._disk.prune(directory / "parts")
 
     @contextlib.contextmanager
     def _writing(self, path: Path, upload: Upload, number: int, record: _Record) -> Iterator[int]:
@@ -299,7 +335,7 @@ def _check_complete(uri: str, size: int, parts: Sequence[UploadedPart], records:
 
 def _remove(disk: Disk, directory: Path) -> None:
     """Remove an upload: at once for everybody else, by a rename, and then file by file."""
-    doomed = directory.with_name(f"{directory.name}-removed")
+    doomed = directory.with_name(f"{directory.name}{_REMOVED}")
     with contextlib.suppress(FileNotFoundError):
         disk.rename(directory, doomed)
     disk.remove_tree(doomed)

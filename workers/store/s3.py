@@ -25,10 +25,11 @@ from workers.errors import (
     TruncatedReadError,
     UploadNotFoundError,
 )
-from workers.store import s3_bytes
+from workers.store import fence, s3_bytes
 from workers.store.base import Buffer, ObjectInfo, Upload, UploadedPart
 from workers.store.copying import copy_through
-from workers.store.s3_client import S3Connection, code_of, status_of
+from workers.store.s3_client import S3Connection
+from workers.store.s3_errors import code_of, status_of
 from workers.store.settings import StoreSettings
 from workers.store.uris import scheme, split_s3
 
@@ -151,7 +152,9 @@ class S3Store:
         bucket, key = split_s3(uri)
         names: dict[str, Any] = {"Bucket": bucket, "Key": key, "Metadata": _lower(metadata)}
         names |= condition
-        if not self._connection.signs_payloads:
+        if (
+            fence.is_active() or not self._connection.signs_payloads
+        ):  # a signature that expires covers no payload
             names |= s3_bytes.md5_header(memoryview(data))
 
         def send() -> Any:
@@ -163,7 +166,7 @@ class S3Store:
                 raise
 
         note = None if failures is None else failures.append
-        answer = self._connection.call("write", uri, send, note)
+        answer = self._connection.change("write", uri, send, note)
         return ObjectInfo(uri, memoryview(data).nbytes, _plain(answer["ETag"]), _lower(metadata))
 
     def _ours(self, uri: str, data: Buffer, metadata: Mapping[str, str]) -> ObjectInfo | None:
@@ -179,7 +182,7 @@ class S3Store:
         """See :meth:`ObjectStore.delete`."""
         bucket, key = split_s3(uri)
         try:
-            self._connection.call("delete", uri, lambda: self._client.delete_object(Bucket=bucket, Key=key))
+            self._connection.change("delete", uri, lambda: self._client.delete_object(Bucket=bucket, Key=key))
         except ObjectNotFoundError as error:
             if code_of(error.__cause__ or error) == "NoSuchBucket":
                 raise
@@ -218,7 +221,7 @@ class S3Store:
     def open_upload(self, uri: str, size: int, metadata: Mapping[str, str]) -> Upload:
         """See :meth:`ObjectStore.open_upload`. A retry after a lost answer leaves an empty upload behind."""
         bucket, key = split_s3(uri)
-        answer = self._connection.call(
+        answer = self._connection.change(
             "open an upload for",
             uri,
             lambda: self._client.create_multipart_upload(Bucket=bucket, Key=key, Metadata=_lower(metadata)),
@@ -309,17 +312,30 @@ class S3Store:
     def list_uploads(self, uri: str) -> builtins.list[Upload]:
         """See :meth:`ObjectStore.list_uploads`."""
         bucket, key = split_s3(uri)
-        uploads: builtins.list[Upload] = []
-        query: dict[str, Any] = {"Bucket": bucket, "Prefix": key, "MaxUploads": PAGE}
+        return [Upload(uri, item["UploadId"]) for item in self._open(bucket, key) if item["Key"] == key]
+
+    def uploads_below(self, prefix: str) -> builtins.list[tuple[Upload, float]]:
+        """See :meth:`ObjectStore.uploads_below`."""
+        bucket, _, key = prefix.partition("://")[2].partition("/")
+        beginning = f"{key}/" if key else ""
+        return [
+            (Upload(f"s3://{bucket}/{item['Key']}", item["UploadId"]), item["Initiated"].timestamp())
+            for item in self._open(bucket, beginning, Delimiter="/")
+            if item["Key"].startswith(beginning) and "/" not in item["Key"].removeprefix(beginning)
+        ]
+
+    def _open(self, bucket: str, prefix: str, **more: str) -> Iterator[Any]:
+        """The open uploads whose key begins so."""
+        query: dict[str, Any] = {"Bucket": bucket, "Prefix": prefix, "MaxUploads": PAGE} | more
         while True:
             page = self._connection.call(
-                "list the uploads of", uri, lambda: self._client.list_multipart_uploads(**query)
+                "list the uploads of",
+                f"s3://{bucket}/{prefix}",
+                lambda: self._client.list_multipart_uploads(**query),
             )
-            uploads += [
-                Upload(uri, item["UploadId"]) for item in page.get("Uploads", []) if item["Key"] == key
-            ]
+            yield from page.get("Uploads", [])
             if not page.get("IsTruncated"):
-                return uploads
+                return
             query.update(KeyMarker=page["NextKeyMarker"], UploadIdMarker=page["NextUploadIdMarker"])
 
     def complete(self, upload: Upload, parts: Sequence[UploadedPart]) -> None:
@@ -331,7 +347,7 @@ class S3Store:
             raise InvalidPartError(f"cannot complete {upload.uri}: no part was named")
         ordered = sorted(parts, key=lambda part: part.number)
         body: Any = {"Parts": [{"PartNumber": part.number, "ETag": part.etag} for part in ordered]}
-        self._connection.call(
+        self._connection.change(
             "complete",
             upload.uri,
             lambda: self._client.complete_multipart_upload(**_upload_names(upload), MultipartUpload=body),
@@ -341,7 +357,7 @@ class S3Store:
     def abort(self, upload: Upload) -> None:
         """See :meth:`ObjectStore.abort`."""
         try:
-            self._connection.call(
+            self._connection.change(
                 "abort the upload of",
                 upload.uri,
                 lambda: self._client.abort_multipart_upload(**_upload_names(upload)),

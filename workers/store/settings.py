@@ -34,10 +34,14 @@ class StoreSettings(BaseModel):
     before 19, for one). Over http it is always the SHA-256."""
     s3_max_attempts: int = Field(default=8, ge=1)
     """How often a request is sent before the store counts as unavailable."""
-    s3_retry_wait_s: float = Field(default=0.1, gt=0)
-    """First wait between attempts, in seconds; it doubles each time, up to :attr:`s3_retry_wait_max_s`."""
-    s3_retry_wait_max_s: float = Field(default=5.0, gt=0)
+    s3_retry_wait_s: float = Field(default=0.2, gt=0)
+    """Longest wait before the second attempt, in seconds; it doubles each time, up to :attr:`s3_retry_wait_max_s`.
+    The wait itself is random between nothing and that, and no shorter than a ``Retry-After`` that the store sends."""
+    s3_retry_wait_max_s: float = Field(default=10.0, gt=0)
     """Longest wait between attempts, in seconds."""
+    s3_retry_budget: int = Field(default=200, ge=0)
+    """Retries that a process has in hand at most: each takes one, and it comes back when that helped; ten requests
+    that succeed at once make up for one that did not. With none left nothing is sent again."""
     s3_connect_timeout_s: float = Field(default=10.0, gt=0)
     """Seconds to wait for a connection."""
     s3_read_timeout_s: float = Field(default=60.0, gt=0)

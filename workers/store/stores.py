@@ -91,6 +91,10 @@ class Stores:
         """See :meth:`ObjectStore.list_uploads`."""
         return self._of(uri).list_uploads(uri)
 
+    def uploads_below(self, prefix: str) -> builtins.list[tuple[Upload, float]]:
+        """See :meth:`ObjectStore.uploads_below`."""
+        return self._of(prefix).uploads_below(prefix)
+
     def complete(self, upload: Upload, parts: Sequence[UploadedPart]) -> None:
         """See :meth:`ObjectStore.complete`."""
         self._of(upload.uri).complete(upload, parts)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import pickle
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from tests.workers.store.fence_contract import FenceContract
 from tests.workers.store.payloads import MIB, filled
 from tests.workers.store.upload_contract import UploadContract
 from workers.errors import (
@@ -22,7 +24,7 @@ from workers.store import ObjectStore, join, read_bytes, read_range
 STRANGE_NAMES = ["a b.bin", "ünï-日本.bin", "100%.bin", "a%20b.bin", "plus+and&=;,.bin", "~tilde'(1)!*.bin"]
 
 
-class StoreContract(UploadContract):
+class StoreContract(UploadContract, FenceContract):
     """Inherit, and give the fixtures ``store`` and ``root`` (the URI of an empty directory or bucket)."""
 
     # --- objects -------------------------------------------------------------------------------
@@ -210,6 +212,23 @@ class StoreContract(UploadContract):
         assert beside("a") == [join(root, name) for name in ("a-b", "a.b")]
         assert beside("a/") == under("a/")
         assert beside("ab/") == []
+
+    def test_open_uploads_are_found_by_where_they_are(self, store: ObjectStore, root: str) -> None:
+        began, place = time.time(), join(root, "out")
+        below = [store.open_upload(join(place, name), 3, {}) for name in ("a", "b", "b")]
+        beside = [
+            store.open_upload(join(root, *names), 3, {}) for names in (("out", "a", "deeper"), ("outx",))
+        ]
+        done = store.open_upload(join(place, "c"), 1, {})
+        store.complete(done, [store.put_part(done, 1, 0, b"x")])
+        found = store.uploads_below(place)
+        assert sorted((u.uri, u.id) for u, _ in found) == sorted((u.uri, u.id) for u in below)
+        if self.tells_when:
+            assert all(began - 60 < opened_at < time.time() + 60 for _, opened_at in found)
+        for upload, _ in found:
+            store.abort(upload)
+        assert store.uploads_below(place) == store.uploads_below(join(root, "nothing")) == []
+        assert [upload for upload, _ in store.uploads_below(root)] == beside[1:]
 
     # --- permission ----------------------------------------------------------------------------
 

@@ -6,6 +6,7 @@ import hashlib
 import pickle
 import socket
 from collections.abc import Callable, Iterator
+from math import inf
 
 import pytest
 
@@ -22,6 +23,7 @@ from workers.errors import (
     UploadNotFoundError,
 )
 from workers.store import StoreSettings, Upload, UploadedPart, read_range
+from workers.store.fence import fenced
 from workers.store.s3 import S3Store
 
 URI = "s3://bucket/object"
@@ -107,7 +109,7 @@ def test_a_read_that_fails_twice_succeeds_at_the_third_attempt(serving: Serving,
         (error(500, "InternalError"), StoreUnavailableError),
         (Answer(0, reset=True), StoreUnavailableError),
         (Answer(hang=True), StoreUnavailableError),
-        (ranged(b"01234", 0, 10, length=10), TruncatedReadError),
+        (ranged(b"01234", 0, 10, length=10), StoreUnavailableError),
         (ranged(b"01234", 0, 10, length=10, reset=True), StoreUnavailableError),
         (ranged(b"01234", 0, 10, length=10, hang=True), StoreUnavailableError),
     ],
@@ -126,6 +128,9 @@ def test_attempts_are_bounded(serving: Serving, fault: Answer, kind: type[StoreE
         (error(403, "AccessDenied"), AccessDeniedError, "policy"),
         (error(403, "SignatureDoesNotMatch"), AccessDeniedError, "credentials"),
         (error(400, "ExpiredToken"), AccessDeniedError, "credentials"),
+        (error(403, "RequestTimeTooSkewed"), AccessDeniedError, "clock"),
+        (error(403, "QuotaExceeded"), StoreError, "no room left"),
+        (error(507, "XMinioStorageFull"), StoreError, "no room left"),
         (error(404, "NoSuchKey"), FileNotFoundError, "no such object"),
         (error(404, "NoSuchBucket"), FileNotFoundError, "no such bucket"),
         (error(412, "PreconditionFailed"), ObjectChangedError, "changed"),
@@ -291,3 +296,13 @@ def test_a_source_that_changes_while_it_is_copied_is_noticed(serving: Serving) -
     with pytest.raises(ObjectChangedError):
         store.copy_part(UPLOAD, 1, 0, URI, 0, 9, "e1")
     assert server.methods == ["HEAD", "PUT", "HEAD"]
+
+
+def test_no_error_tells_a_signature(serving: Serving) -> None:
+    """A request that expires is signed in its address, and addresses are told."""
+    store, server = serving(Answer(0, reset=True))
+    with fenced(lambda: inf), pytest.raises(StoreUnavailableError) as caught:
+        store.delete(URI)
+    assert "X-Amz-Signature=" in server.requests[0][1]
+    assert "X-Amz-Signature=***" in str(caught.value)
+    assert server.requests[0][1].rpartition("X-Amz-Signature=")[2] not in str(caught.value)

@@ -5,8 +5,11 @@ from __future__ import annotations
 import base64
 import contextlib
 import hashlib
+import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 from botocore.awsrequest import AWSPreparedRequest
@@ -16,7 +19,17 @@ from tests.workers.store.contract import StoreContract
 from tests.workers.store.payloads import MIB, filled
 from tests.workers.store.upload_contract import MIN_PART_BYTES
 from workers.errors import AccessDeniedError, ObjectNotFoundError, StoreError, UploadNotFoundError
-from workers.store import Stores, StoreSettings, from_path, join, read_bytes, read_range
+from workers.store import (
+    Stores,
+    StoreSettings,
+    fence,
+    from_path,
+    join,
+    read_bytes,
+    read_range,
+    s3_client,
+    s3_expiry,
+)
 from workers.store.s3 import S3Store
 
 pytestmark = pytest.mark.rgw
@@ -182,3 +195,58 @@ def test_copies_between_two_kinds_of_store(
         stores.complete(upload, [part])
         assert read_range(stores, target, 0, len(data) - 2) == data[1:-1]
     stores.close()
+
+
+class GoneError(Exception):
+    """There is no permission any more."""
+
+
+@pytest.mark.parametrize("ahead", [-45, 45])
+def test_what_was_signed_in_time_and_comes_too_late_is_refused(
+    rgw_settings: StoreSettings, root: str, ahead: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when the process is stopped with the request in its hands, on a machine whose clock may be off."""
+    for module in (fence, s3_client, s3_expiry):
+        monkeypatch.setattr(module, "time", SimpleNamespace(time=lambda: time.time() + ahead))
+    store = S3Store(rgw_settings)
+    store.put(join(root, "object"), b"old")
+    changes: dict[str, Callable[[], object]] = {
+        "put": lambda: store.put(join(root, "object"), b"new"),
+        "put_if_absent": lambda: store.put_if_absent(join(root, "absent"), b"new"),
+        "delete": lambda: store.delete(join(root, "object")),
+        "open_upload": lambda: store.open_upload(join(root, "opened"), 1, {}),
+    }
+
+    def stop(request: AWSPreparedRequest, **_: object) -> None:
+        if "X-Amz-Expires" in request.url:
+            time.sleep(3.1)
+
+    def late(change: Callable[[], object]) -> str:
+        permits = [time.time() + ahead + 2]
+
+        def permit() -> float:
+            if not permits:
+                raise GoneError
+            return permits.pop()
+
+        try:
+            with fence.fenced(permit):
+                change()
+        except GoneError:
+            return "refused"
+        return "made"
+
+    store._connection.client.meta.events.register("before-send.s3", stop)
+    with ThreadPoolExecutor() as threads:
+        answers = dict(zip(changes, threads.map(late, changes.values()), strict=True))
+    store._connection.client.meta.events.unregister("before-send.s3", stop)
+    assert answers == dict.fromkeys(changes, "refused")
+    assert [info.uri for info in store.list(root)] == [join(root, "object")]
+    assert read_bytes(store, join(root, "object")) == b"old"
+    assert store.list_uploads(join(root, "opened")) == []
+    with fence.fenced(lambda: time.time() + ahead + 3):
+        for change in changes.values():
+            change()
+    assert [info.uri for info in store.list(root)] == [join(root, "absent")]
+    assert len(store.list_uploads(join(root, "opened"))) == 1
+    store.close()

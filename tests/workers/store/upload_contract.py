@@ -31,6 +31,8 @@ class UploadContract:
     """Takes the fixtures ``store`` and ``root`` of the whole contract."""
 
     min_part_bytes = MIN_PART_BYTES
+    tells_when = True
+    """Whether it knows when an upload was opened."""
     """Smallest part that is not the last."""
 
     def _uploaded(

@@ -1,0 +1,105 @@
+"""The directory of a fleet: short, locked, and swept of what the dead have left by whoever comes next."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from service.fleet_directory import fleet_directory
+from service.warden import processes
+
+
+@pytest.mark.parametrize("depth", [1, 60])
+def test_it_is_short_enough_for_rays_sockets(depth: int) -> None:
+    with tempfile.TemporaryDirectory(dir="/tmp") as parent:
+        wanted = Path(parent, *["d"] * depth)
+        with fleet_directory(wanted) as made:
+            assert made.is_relative_to(wanted) == (depth == 1)
+            socket = made / "ray/session_2026-11-22_06-11-34_735910_4194304/sockets/plasma_store.1"
+            assert len(str(socket)) <= 107
+        assert not made.exists()
+
+
+OWNER = """
+import subprocess, sys, time
+from pathlib import Path
+from service.fleet_directory import fleet_directory
+with fleet_directory(Path(sys.argv[1])) as made:
+    sleep = "echo here >&2; sleep 60 & sleep 60"
+    log = (made / "log").open("w")
+    below = subprocess.Popen(["setsid", "sh", "-c", sleep], stdout=log, stderr=subprocess.PIPE)
+    below.stderr.readline()
+    print(made, below.pid, flush=True)
+    time.sleep(60)
+"""
+"""Has a fleet of two processes in a session of their own, which they lead."""
+
+
+@contextmanager
+def owner(parent: Path) -> Iterator[tuple[subprocess.Popen[str], Path, int]]:
+    """The owner of a directory below ``parent``, and the leader of its fleet's session."""
+    with subprocess.Popen(
+        [sys.executable, "-c", OWNER, str(parent)], stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        made, leader = process.stdout.readline().split()
+        try:
+            yield process, Path(made), int(leader)
+        finally:
+            process.kill()
+            for pid in session(int(leader)):
+                os.kill(pid, 9)
+
+
+def session(leader: int) -> list[int]:
+    return [process.pid for process in processes() if process.session == leader]
+
+
+def test_what_runs_for_an_owner_that_was_killed_with_its_warden_is_ended_by_the_next() -> None:
+    with tempfile.TemporaryDirectory(dir="/tmp") as parent, owner(Path(parent)) as (process, made, leader):
+        process.kill()
+        process.wait()
+        os.kill(leader, 9)  # as a warden that is killed: those in its session go on
+        assert session(leader)
+        with fleet_directory(Path(parent)):
+            assert not session(leader)
+            assert not made.exists()
+
+
+def test_the_fleet_of_an_owner_that_lives_is_left_alone() -> None:
+    with tempfile.TemporaryDirectory(dir="/tmp") as parent, owner(Path(parent)) as (_, made, leader):
+        before = session(leader)
+        with fleet_directory(Path(parent)):
+            assert session(leader) == before
+            assert made.exists()
+
+
+def test_who_reads_the_logs_of_the_dead_is_left_alone() -> None:
+    with tempfile.TemporaryDirectory(dir="/tmp") as parent, owner(Path(parent)) as (process, made, leader):
+        process.kill()
+        process.wait()
+        reader = ["tail", "-f", str(made / "log")]
+        with subprocess.Popen(reader, start_new_session=True) as tail:
+            os.kill(leader, 9)
+            with fleet_directory(Path(parent)):
+                assert not session(leader)
+                assert tail.poll() is None
+            tail.kill()
+
+
+def test_a_directory_that_nobody_owns_yet_is_left_alone() -> None:
+    with tempfile.TemporaryDirectory(dir="/tmp") as parent:
+        made = Path(parent, "fleet-new")
+        made.mkdir()
+        with fleet_directory(Path(parent)):
+            assert made.exists()
+        (made / "owner").touch()
+        with fleet_directory(Path(parent)):
+            assert made.exists()
