@@ -18,6 +18,8 @@ from rich.console import Console
 from tests.checkpoints import llama_tensors, write_checkpoint
 from tests.oracle.bench import Bench
 from tests.oracle.cases import DARE, PARITY, ROUNDED, write_inputs
+from tests.oracle.compare import SLACK
+from tests.oracle.exact import Nearness
 from tests.oracle.language import Spoken, spoken, write_language_inputs
 from tests.oracle.methods import DELLA_MASKS, METHOD_CASES
 from tests.oracle.ours import merge_by_service, merge_in_process
@@ -70,6 +72,15 @@ def main() -> int:
                 compare_spoken(bench.root / "inputs", each, _ours(bench, each), _theirs(bench, each))
                 for each in recipes
             ],
+        )
+        results.exact.update(
+            {
+                method: sum(
+                    (bench.nearness(case) for case in METHOD_CASES if case.method == method), start=Nearness()
+                )
+                for method in SLACK
+            },
+            task_arithmetic=sum((each.nearness for each in results.spoken), start=Nearness()),
         )
         results.dare.update(
             ((case, tool, "l1"), bench.mask(case, made, "l1"))

@@ -24,9 +24,7 @@ from tests.oracle.compare import (
     undefined_by_trim,
     undefined_by_variance,
 )
-
-SLACK = {"multislerp": 10, "karcher": 2, "sce": 4}
-"""How much wider the bound is where mergekit takes norms, angles or energies in float32: they scale all elements."""
+from tests.oracle.exact import Nearness, nearness
 
 DTYPE_KEYS = {"dtype", "torch_dtype"}
 
@@ -68,19 +66,20 @@ class Bench:
             if (one.shape, one.dtype) != (two.shape, two.dtype):
                 raise ValueError(f"{case.name}: {name} is {one.dtype}{one.shape} and {two.dtype}{two.shape}")
             scale = scale_of(case.method, case.recipe.get("parameters", {}), base, models, own)
-            scale = scale * SLACK.get(case.method, 1)
-            undefined = torch.zeros(one.shape, dtype=torch.bool)
-            if case.method == "ties" and base is not None:
-                undefined = undefined_by_trim(base, models, [each["density"] for each in own])
-            if case.method.startswith("breadcrumbs") and base is not None:
-                undefined = undefined_by_band(base, models, own)
-            if case.method == "arcee_fusion" and base is not None:
-                undefined = undefined_by_importance(base, models[0])
-            if case.method == "sce" and base is not None:
-                fraction = case.recipe.get("parameters", {}).get("select_topk", 1.0)
-                undefined = undefined_by_variance(base, models, fraction)
-            found[name] = distance(one, two, scale, undefined)
+            found[name] = distance(one, two, scale, _undefined(case, base, models, own))
         return found
+
+    def nearness(self, case: Case) -> Nearness:
+        """How far both results are from what float64 makes of the recipe."""
+        ours, theirs = read_checkpoint(self.ours(case)), read_checkpoint(self.theirs(case))
+        parameters = case.recipe.get("parameters", {})
+        return sum(
+            (
+                nearness(ours[name], theirs[name], case.method, parameters, base, models, own)
+                for name, base, models, own in self._inputs(case)
+            ),
+            start=Nearness(),
+        )
 
     def mask(self, case: Case, directory: Path, rescale: str) -> Mask:
         """What a DARE merge of one model kept."""
@@ -131,6 +130,29 @@ class Bench:
                 inputs,
                 [entry["parameters"] for entry in entries],
             )
+
+
+def _undefined(
+    case: Case,
+    base: torch.Tensor | None,
+    models: list[torch.Tensor],
+    own: list[Mapping[str, Any]],
+) -> torch.Tensor:
+    """The elements of a tensor that are nobody's promise."""
+    if base is None:
+        return torch.zeros(models[0].shape, dtype=torch.bool)
+    match case.method:
+        case "ties":
+            return undefined_by_trim(base, models, [each["density"] for each in own])
+        case "breadcrumbs" | "breadcrumbs_ties":
+            return undefined_by_band(base, models, own)
+        case "arcee_fusion":
+            return undefined_by_importance(base, models[0])
+        case "sce":
+            return undefined_by_variance(
+                base, models, case.recipe.get("parameters", {}).get("select_topk", 1.0)
+            )
+    return torch.zeros(base.shape, dtype=torch.bool)
 
 
 def _without(values: Mapping[str, Any], keys: set[str]) -> dict[str, Any]:

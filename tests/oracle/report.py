@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import reduce
 from operator import add
 
 from service.plan import SEMANTICS_VERSION
 from tests.oracle.cases import Case
 from tests.oracle.compare import Distance, Mask
+from tests.oracle.exact import Nearness
 from tests.oracle.methods import COUNT, EXCEPTIONS, METHOD_CASES, RECIPES, is_excepted
 from tests.oracle.spoken import Compared, spoken_table
 
@@ -42,9 +43,8 @@ equals the trim's threshold, as others' do, and which of the equals make up exac
 ## The other methods
 
 {count} random recipes for each, of one to three of the models and with random parameters; *excepted* recipes, and what
-is apart in them, are left out of the other figures. The bound is ten times as wide for `multislerp`, twice for
-`karcher` and four times for `sce`, whose lengths, angles and energies mergekit takes in float32: they scale all
-elements of a tensor.
+is apart in them, are left out of the other figures. For some of these methods the bound is
+[wider](#where-the-bound-is-wider).
 
 | method | recipes | elements | undefined | same bits | beyond the bound | worst | excepted recipes | apart in them |
 |---|---:|---:|---:|---:|---:|---:|---:|---:|
@@ -64,6 +64,19 @@ bfloat16 inputs often lies in the very middle.
 | | | recipes | elements | same bits | beyond the bound | worst |
 |---|---|---:|---:|---:|---:|---:|
 {spoken}
+
+## Where the bound is wider
+
+It is ten times as wide for `multislerp`, twice for `karcher` and four times for `sce`; and for `task_arithmetic` with
+`normalize`, in what comes of the task vectors, by Σ\\|w\\| over \\|Σw\\|, which is much where weights nearly cancel. To
+tell whose rounding that makes room for, these recipes (of `task_arithmetic` the tensors whose weights have both signs,
+written as float32) are computed once more in float64, from the definitions. *Beyond* and *worst* are each tool's
+distance from that, in units of the bound as it is before it is widened. Elements on which a rounding decides are left
+out.
+
+| method | elements | Mergemill beyond | worst | mergekit beyond | worst | the room is for the rounding of |
+|---|---:|---:|---:|---:|---:|---|
+{exact}
 
 ## With `dtype: bfloat16`
 
@@ -101,6 +114,8 @@ class Results:
     """Masks, by case, tool and rescale factor."""
     spoken: Sequence[Compared] = ()
     """Random recipes in all of the language."""
+    exact: MutableMapping[str, Nearness] = field(default_factory=dict)
+    """How far both tools are from float64 where the bound is wider, by method."""
 
     def problems(self) -> Iterator[str]:
         """One sentence for everything that is not as it has to be."""
@@ -148,6 +163,7 @@ def markdown(results: Results, opened: int, problems: Sequence[str]) -> str:
         exceptions="\n".join(f"- `{method}`: {reason}." for method, reason in EXCEPTIONS.items()),
         languages=len(results.spoken),
         spoken=spoken_table(results.spoken),
+        exact="\n".join(_exact(method, found) for method, found in results.exact.items()),
         rounded="\n".join(_rounded(case, distance) for case, distance in results.rounded.items()),
         dare="\n".join(
             f"| {case.name} | {tool} | {factor} | {mask.elements:,} | {mask.fraction:.2%} "
@@ -185,6 +201,19 @@ def _method(method: str, parity: Mapping[Case, Distance]) -> str:
         f"{found.worst:.2f}",
         sum(map(is_excepted, of)) or "",
         f"{apart.over / apart.elements:.2%}" if apart.elements else "",
+    )
+    return f"| {' | '.join(map(str, cells))} |"
+
+
+def _exact(method: str, found: Nearness) -> str:
+    cells = (
+        method,
+        f"{found.ours.elements:,}",
+        found.ours.over,
+        f"{found.ours.worst:.2f}",
+        found.theirs.over,
+        f"{found.theirs.worst:.2f}",
+        found.verdict,
     )
     return f"| {' | '.join(map(str, cells))} |"
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import reduce
 from operator import add
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -17,7 +18,8 @@ from service.planning import plan_recipe
 from service.recipe import parse_recipe
 from service.recipe.resolve import Resolver
 from tests.checkpoints import Tensors, read_checkpoint
-from tests.oracle.compare import RELATIVE, Distance, distance, scale_of, undefined_by_trim
+from tests.oracle.compare import RELATIVE, Distance, cancelled, distance, scale_of, undefined_by_trim
+from tests.oracle.exact import Nearness, nearness
 from tests.oracle.language import DEPTH, FEATURES, GROUPS, METHODS, Spoken
 from workers.store.local import LocalStore
 
@@ -41,6 +43,8 @@ class Compared:
     """All tensors together."""
     problem: str | None
     """What else is not as it has to be."""
+    nearness: Nearness = field(default_factory=Nearness)
+    """Where weights of a normalised sum cancel, how far both tools are from float64."""
 
 
 def compare_spoken(root: Path, spoken: Spoken, ours: Path, theirs: Path) -> Compared:
@@ -48,19 +52,27 @@ def compare_spoken(root: Path, spoken: Spoken, ours: Path, theirs: Path) -> Comp
     one, two = read_checkpoint(ours), read_checkpoint(theirs)
     if one.keys() != two.keys():
         return Compared(spoken, Distance(), f"only one has {sorted(one.keys() ^ two.keys())[:4]}")
-    found, problem = Distance(), None
-    for name, scale, undefined in _scales(root, spoken):
-        if (one[name].shape, one[name].dtype) != (two[name].shape, two[name].dtype):
-            return Compared(spoken, Distance(), f"{name} is {one[name].dtype} and {two[name].dtype}")
-        step = two[name].double().abs() * ROUNDED / RELATIVE if one[name].dtype == torch.bfloat16 else 0
-        found += distance(one[name], two[name], scale + step, undefined)
+    found, near, problem = Distance(), Nearness(), None
+    for each in _tensors(root, spoken):
+        ours_here, theirs_here = one[each.name], two[each.name]
+        if (ours_here.shape, ours_here.dtype) != (theirs_here.shape, theirs_here.dtype):
+            return Compared(spoken, Distance(), f"{each.name} is {ours_here.dtype} and {theirs_here.dtype}")
+        inputs = (spoken.method, each.parameters, each.base, each.models, each.own)
+        is_rounded = ours_here.dtype == torch.bfloat16
+        step = theirs_here.double().abs() * ROUNDED / RELATIVE if is_rounded else 0
+        undefined = torch.zeros(each.base.shape, dtype=torch.bool)
+        if spoken.method == "ties":
+            undefined = undefined_by_trim(each.base, each.models, [own["density"] for own in each.own])
+        found += distance(ours_here, theirs_here, scale_of(*inputs) + step, undefined)
+        if each.is_cancelling(spoken.method) and not is_rounded:
+            near += nearness(ours_here, theirs_here, *inputs)
     exact = GROUPS[spoken.group] == torch.float32 and spoken.recipe.get("out_dtype")
     if exact and found.differing > MOST_ROUNDED_APART * found.elements:
         problem = f"{found.differing} of {found.elements} bfloat16 results differ"
     depths = [_depth(directory) for directory in (ours, theirs)]
     if depths[0] != depths[1]:
         problem = f"config.json has {depths[0]} layers, mergekit's {depths[1]}"
-    return Compared(spoken, found, problem)
+    return Compared(spoken, found, problem, near)
 
 
 def spoken_problems(results: Iterable[Compared]) -> Iterator[str]:
@@ -92,8 +104,29 @@ def spoken_table(results: Iterable[Compared]) -> str:
     return "\n".join(lines)
 
 
-def _scales(root: Path, spoken: Spoken) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
-    """For every output tensor what the bound is relative to, and which elements are nobody's promise."""
+@dataclass(frozen=True, slots=True)
+class _Tensor:
+    """What meets in one output tensor."""
+
+    name: str
+    """What it is called."""
+    parameters: Mapping[str, Any]
+    """Those of the whole merge."""
+    base: torch.Tensor
+    """The reference's."""
+    models: list[torch.Tensor]
+    """Those that are merged."""
+    own: list[Mapping[str, Any]]
+    """Their parameters."""
+
+    def is_cancelling(self, method: str) -> bool:
+        """Whether it is divided by a sum of weights of both signs."""
+        weights = [each["weight"] for each in self.own] if method == "task_arithmetic" else []
+        return bool(self.parameters.get("normalize")) and cancelled(weights) > 1
+
+
+def _tensors(root: Path, spoken: Spoken) -> Iterator[_Tensor]:
+    """Every output tensor, and what it is made of."""
     recipe = parse_recipe(spoken.placed(root, profile="mergekit"))
     planned = plan_recipe(recipe, PlanOptions(worker_memory_bytes=1 << 40), LocalStore(), {})
     known: dict[str, Tensors] = {}
@@ -111,11 +144,7 @@ def _scales(root: Path, spoken: Spoken) -> Iterator[tuple[str, torch.Tensor, tor
             tensor(checkpoint.uri, own)
             for own, (_, checkpoint) in zip(row.names, row.bound.sources, strict=True)
         ]
-        own: list[Mapping[str, float]] = [dict(each) for each in resolved.models]
-        undefined = torch.zeros(base.shape, dtype=torch.bool)
-        if spoken.method == "ties":
-            undefined = undefined_by_trim(base, models, [each["density"] for each in own])
-        yield row.name, scale_of(spoken.method, resolved.shared, base, models, own), undefined
+        yield _Tensor(row.name, resolved.shared, base, models, list(resolved.models))
 
 
 def _depth(directory: Path) -> int:

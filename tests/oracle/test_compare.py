@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from tests.oracle.cases import DARE, PARITY, with_models
-from tests.oracle.compare import Distance, Mask, distance, mask_of, scale_of, undefined_by_trim
+from tests.oracle.compare import Distance, Mask, cancelled, distance, mask_of, scale_of, undefined_by_trim
+from tests.oracle.exact import Nearness, exact, nearness
 from tests.oracle.report import Results, markdown
 
 pytestmark = pytest.mark.fast
@@ -108,3 +109,38 @@ def test_renaming_models_leaves_the_case_alone() -> None:
 def test_names_are_unique() -> None:
     names = [case.name for case in (*PARITY, *DARE)]
     assert len(set(names)) == len(names)
+
+
+def test_float64_tells_whose_rounding_it_is() -> None:
+    base, near, far = torch.tensor([1.0]), torch.tensor([1.5]), torch.tensor([2.0])
+    own = [{"weight": 1.0}, {"weight": -0.9}]
+    recipe = ("task_arithmetic", {"normalize": True, "lambda": 0.5}, base, [near, far], own)
+    truth, unsure = exact(*recipe)
+    assert truth.item() == pytest.approx(1 + 0.5 * (0.5 - 0.9) / 0.1)
+    assert not unsure.any()
+    off = truth.float() + 3e-5
+    assert scale_of(*recipe, widened=False).item() == pytest.approx(1 + (0.5 + 0.9) / 0.1)
+    assert scale_of(*recipe).item() == pytest.approx(1 + 19 * (0.5 + 0.9) / 0.1)
+    assert nearness(truth.float(), off, *recipe).verdict == "mergekit's"
+    assert nearness(off, truth.float(), *recipe).verdict == "Mergemill's"
+    assert nearness(off, off, *recipe).verdict == "both tools'"
+    assert Nearness().verdict == "not established"
+
+
+def test_weights_that_vanish_widen_nothing() -> None:
+    own = [{"weight": 0.1 + 0.2}, {"weight": -0.3}]
+    tensors = (torch.zeros(1), [torch.ones(1), torch.ones(1)], own)
+    assert scale_of("task_arithmetic", {"normalize": True}, *tensors).item() == pytest.approx(0.6)
+    assert cancelled([0.3, 0.4]) == 1
+
+
+@pytest.mark.parametrize("method", ["multislerp", "karcher", "sce"])
+def test_in_float64_methods_do_what_they_are_known_to(method: str) -> None:
+    one, two = torch.tensor([3.0, 0.0]), torch.tensor([0.0, 1.0])
+    base = torch.zeros(2) if method == "sce" else None
+    truth, _ = exact(method, {}, base, [one, two], [{}, {}])
+    # Two directions at right angles: the one in the middle, at the mean length. SCE: no signs disagree.
+    expected = [3.0, 1.0] if method == "sce" else [math.sqrt(2), math.sqrt(2)]
+    assert truth.tolist() == pytest.approx(expected)
+    with pytest.raises(ValueError, match="float64"):
+        exact("ties", {}, base, [one, two], [{}, {}])

@@ -311,3 +311,50 @@ def test_a_threshold_of_the_whole_model_takes_the_same_parameters_for_all() -> N
     plan, problems = draft_plan(recipe, inputs_of(recipe, made), PlanOptions())
     assert plan is None
     assert problems[0].startswith("parameters: under `trim_scope: model` all tensors are surveyed as one")
+
+
+def test_a_base_that_may_be_there_makes_task_vectors_of_layers() -> None:
+    def listed(*names: str) -> dict[str, Any]:
+        sources = [{"model": f"/{name}", "layer_range": [at, at + 2]} for at, name in enumerate(names)]
+        return {"merge_method": "nuslerp", "slices": [{"sources": sources}]}
+
+    with_base = matched(listed("a", "b", "c") | {"base_model": "/b"}, a=SIX, b=FOUR, c=SIX)
+    weight = "model.layers.1.mlp.down_proj.weight"
+    at = arithmetics(with_base)[weight]
+    assert at.base is not None
+    assert [_named(ref) for ref in at.refs] == [
+        "b:model.layers.2.mlp.down_proj.weight",
+        "a:model.layers.1.mlp.down_proj.weight",
+        "c:model.layers.3.mlp.down_proj.weight",
+    ]
+    assert at.shape == SIX[weight][1]
+    without = arithmetics(matched(listed("a", "c"), a=SIX, c=SIX))[weight]
+    assert (without.base, len(without.models)) == (None, 2)
+    with pytest.raises(RecipeError, match="the base model '/b' is not one of them"):
+        parse_recipe(listed("a", "c") | {"base_model": "/b"})
+    with pytest.raises(RecipeError, match=r"takes 2 model.* besides the base"):
+        parse_recipe(listed("a", "b") | {"base_model": "/b"})
+
+
+def test_profiles_differ_where_any_tensor_of_any_model_says_so() -> None:
+    def said(*densities: Any) -> str:
+        models = [
+            {"model": f"/{name}", "parameters": {"density": density}}
+            for name, density in zip("bc", densities, strict=True)
+        ]
+        recipe = parse_recipe({"merge_method": "ties", "base_model": "/a", "models": models})
+        made = {name: checkpoint(f"file://{name}", SIX) for name in ("/a", "/b", "/c")}
+        plan, problems = draft_plan(recipe, inputs_of(recipe, made), PlanOptions())
+        assert plan is not None and not problems
+        return "\n".join(plan.notices)
+
+    assert "keep_count" not in said(1, 1)
+    for densities in (
+        (0.5, 1),
+        (1, 0.5),
+        (1, [{"filter": "mlp", "value": 0.5}, {"value": 1}]),
+        (1, [1, 0.5]),
+    ):
+        found = said(*densities)
+        assert "mergekit sets" in found and "`keep_count: mergekit`" in found
+        assert found.count("`ties` is not the same everywhere") == 1
