@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import reduce
 from operator import add
@@ -114,9 +114,9 @@ class _Tensor:
     """Those of the whole merge."""
     base: torch.Tensor
     """The reference's."""
-    models: list[torch.Tensor]
+    models: Sequence[torch.Tensor]
     """Those that are merged."""
-    own: list[Mapping[str, Any]]
+    own: Sequence[Mapping[str, Any]]
     """Their parameters."""
 
     def is_cancelling(self, method: str) -> bool:
@@ -144,7 +144,7 @@ def _tensors(root: Path, spoken: Spoken) -> Iterator[_Tensor]:
             tensor(checkpoint.uri, own)
             for own, (_, checkpoint) in zip(row.names, row.bound.sources, strict=True)
         ]
-        yield _Tensor(row.name, resolved.shared, base, models, list(resolved.models))
+        yield _Tensor(row.name, resolved.shared, base, models, resolved.models)
 
 
 def _depth(directory: Path) -> int:
