@@ -23,6 +23,7 @@ from service.retention import Retention
 from service.settings import Settings
 from service.sweepstore import SweepStore
 from workers.errors import (
+    DamagedClaimError,
     ForbiddenError,
     JobNotFoundError,
     JobStoreUnavailableError,
@@ -131,7 +132,7 @@ class Sweeper:
             log.warning("lease lost while an output was swept", job=job, reason=str(error))
         except OutputConflictError:  # its owner clears it in the end
             self._postpone(job)
-        except (StoreError, ForbiddenError) as error:
+        except (StoreError, ForbiddenError, DamagedClaimError) as error:
             log.warning("an output could not be swept; trying again later", job=job, error=str(error))
             self._postpone(job)
         finally:

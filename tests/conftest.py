@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 pytest_plugins = [
@@ -13,3 +14,10 @@ pytest_plugins = [
 ]
 
 torch.set_num_threads(1)  # the machine is shared with Ray's workers; results do not depend on it
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Where tests run in several processes, each file stays in one, and all that need a Ceph gateway share one."""
+    gateways = {item.path for item in items if "rgw" in getattr(item, "fixturenames", ())}
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group("rgw" if item.path in gateways else item.nodeid.partition("::")[0]))

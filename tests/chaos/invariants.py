@@ -15,6 +15,7 @@ HIDDEN = ".mergemill/"
 
 KEYS = re.compile(
     r"jobs(:[a-z]+)?|jobs@[^:]+(:[a-z]+)?|leases|events|queues|once:.*|keys|key:[^:]+(:rate)?|schedulers|scheduler:.*"
+    r"|ended|unswept|sweeper|forgotten:.*"
     r"|job:merge-[0-9a-z]{26}(:(events|writes|parts|surveys|progress))?"
 )
 """What may be in Redis when all jobs have ended, after the namespace; see the tables of keys in ``service/``."""

@@ -36,9 +36,9 @@ class Holding(JobStore):
         signal.signal(signal.SIGCONT, lambda *_: self._woken.set())
 
     def renew(self, lease: Lease) -> None:
-        """Renew the lease; the thread that runs the job waits after its step."""
+        """Renew the lease; what renews it before a change waits after its step."""
         super().renew(lease)
-        if threading.current_thread().name != lease.job or lease.job not in self._steps:
+        if threading.current_thread().name == "leases" or lease.job not in self._steps:
             return
         with self._lock:
             self._seen[lease.job] += 1

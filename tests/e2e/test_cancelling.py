@@ -73,7 +73,6 @@ def test_a_store_that_stalls_holds_up_no_cancel(
     store.go_on()
     if method in {"put_if_absent", "open_upload"}:  # made after the job was over
         assert "could not be cleared away yet" in record.history[-1].detail
-        assert not nothing_at(tmp_path / "out")
     sweeper = Sweeper(bench.settings, bench.jobs, bench.store, "a test")
     assert sweeper.sweep()
     assert nothing_at(tmp_path / "out")

@@ -138,7 +138,7 @@ def test_a_recovered_job_has_its_output_before_anybody_else(
     recovered(bench, tmp_path / "out")
     other = bench.run(submit(bench, models, tmp_path / "out"))
     assert other.error is not None
-    assert f"the output of the unfinished job {lost}" in str(other.error["detail"])
+    assert f"the output of the job {lost}, which goes on" in str(other.error["detail"])
     assert bench.run(lost).state == JobState.SUCCEEDED
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from service import metrics
+from service.claim import Claim
 from service.jobrecord import JobState
 from service.jobs import CancelRequested
 from service.sweeper import Sweeper
@@ -131,7 +132,8 @@ def test_the_claim_of_a_job_that_nobody_knows_is_left_alone(
     assert bench.run(job).state == JobState.SUCCEEDED
     uri = join(f"file://{tmp_path}/out", SHARD)
     bench.store.open_upload(uri, 10, {})
-    claim = b'{"job": "merge-00000000000000000000000000", "shards": [], "plan_digest": "", "uploads": {}}'
+    nobody = "merge-00000000000000000000000000"
+    claim = Claim(job=nobody, recipe={}, plan_digest="0" * 64, shards=()).to_bytes()
     bench.store.put(f"file://{tmp_path}/out/.mergemill/claim.json", claim)
     age(tmp_path / "out", 2 * DAY)
     with SweepStore(bench.settings.redis_url, bench.settings.namespace) as sweeps:

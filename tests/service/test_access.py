@@ -227,6 +227,7 @@ WRITES: dict[str, Callable[[ObjectStore], object]] = {
     "put_part": lambda store: store.put_part(Upload(OUTSIDE, "u"), 1, 0, b""),
     "copy_part": lambda store: store.copy_part(Upload("s3://b/o/1/x", "u"), 1, 0, OUTSIDE, 0, 1, "e"),
     "list_parts": lambda store: store.list_parts(Upload(OUTSIDE, "u")),
+    "uploads_below": lambda store: store.uploads_below(OUTSIDE),
     "list_uploads": lambda store: store.list_uploads(OUTSIDE),
     "complete": lambda store: store.complete(Upload(OUTSIDE, "u"), []),
     "abort": lambda store: store.abort(Upload(OUTSIDE, "u")),

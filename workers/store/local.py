@@ -85,18 +85,17 @@ class LocalStore:
             with self._disk.temporary(path, data) as draft:
                 status = self._disk.own_status(draft)
                 self._keep_metadata(path, status, metadata or {})
-                if overwrite:
-                    old = self._status(path)
+                try:
+                    old = self._status(path) if overwrite else None
                     still()
-                    self._disk.rename(draft, path)
-                    self._forget_metadata(path, old)
-                else:
-                    still()
-                    try:
-                        self._disk.link(draft, path)  # atomic where open(O_EXCL) and write would not be
-                    except FileExistsError:
-                        self._forget_metadata(path, status)
+                    # A link is atomic where open(O_EXCL) and write would not be.
+                    (self._disk.rename if overwrite else self._disk.link)(draft, path)
+                except BaseException as error:  # the file is not there, then
+                    self._forget_metadata(path, status)
+                    if isinstance(error, FileExistsError):
                         raise AlreadyExistsError(f"{uri} is already there") from None
+                    raise
+                self._forget_metadata(path, old)
                 files.sync_directory(path.parent)
             return ObjectInfo(uri, status.st_size, files.etag_of(status), _lower(metadata or {}))
 

@@ -26,6 +26,7 @@ from workers.errors import (
     StoreUnavailableError,
     UploadNotFoundError,
 )
+from workers.redaction import hidden_text
 
 _CONNECTION_ERRORS = (ConnectionError, HTTPClientError, IncompleteReadError)
 _TIMEOUTS = (ReadTimeoutError, ConnectTimeoutError)
@@ -108,21 +109,22 @@ def translated(error: Exception, action: str, uri: str, told: str = "") -> Store
     :param told: how often it was sent, for a failure that another try might have mended.
     """
     what, again = f"cannot {action} {uri}", f" ({told})" if told else ""
+    said = hidden_text(str(error))  # an address may hold a signature
     if isinstance(error, ClientError):
         return _translated_answer(error, what, again)
     if isinstance(error, (NoCredentialsError, PartialCredentialsError, CredentialRetrievalError)):
-        return AccessDeniedError(f"{what}: {error}; {WHERE_CREDENTIALS_ARE}")
+        return AccessDeniedError(f"{what}: {said}; {WHERE_CREDENTIALS_ARE}")
     if isinstance(error, NoRegionError):
         return StoreError(f"{what}: no region is set; set MERGEMILL_STORE__S3_REGION or AWS_DEFAULT_REGION")
     if _is_distrust(error):
         return StoreError(
-            f"{what}: {error}; the store's certificate is not trusted here, name its authority's in AWS_CA_BUNDLE"
+            f"{what}: {said}; the store's certificate is not trusted here, name its authority's in AWS_CA_BUNDLE"
         )
     if isinstance(error, _CONNECTION_ERRORS):
         why = "the connection kept breaking off early: " if isinstance(error, IncompleteReadError) else ""
         advice = "is the endpoint (MERGEMILL_STORE__S3_ENDPOINT_URL) right and up?"
-        return StoreUnavailableError(f"{what}: {why}{error}; {advice}{again}")
-    return StoreError(f"{what}: {error}")
+        return StoreUnavailableError(f"{what}: {why}{said}; {advice}{again}")
+    return StoreError(f"{what}: {said}")
 
 
 def _translated_answer(error: ClientError, what: str, again: str) -> StoreError:
