@@ -144,7 +144,7 @@ def undefined_by_band(
 
 def undefined_by_importance(base: torch.Tensor, model: torch.Tensor) -> torch.Tensor:
     """Elements that Arcee Fusion may take or not as it likes: importances that rounding cannot tell from the least
-    that counts."""
+    that counts, where a row's divergence is as uncertain as float32 makes it."""
     start, end = base.double(), model.double()
     below, above = (torch.log_softmax(x, dim=-1) for x in (start, end))
     divergence = (above.exp() * (above - below)).sum(dim=-1, keepdim=True)
@@ -152,7 +152,7 @@ def undefined_by_importance(base: torch.Tensor, model: torch.Tensor) -> torch.Te
     ordered = score.flatten().sort().values
     low, middle, high = (ordered[int((ordered.numel() - 1) * share)] for share in (0.25, 0.5, 0.75))
     least = middle + 1.5 * (high - low)
-    return (score - least).abs() <= 1e-4 * least
+    return (score - least).abs() <= (1e-4 + 3e-6 / divergence.abs().clamp(min=1e-12)) * least
 
 
 def undefined_by_variance(
