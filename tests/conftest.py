@@ -20,4 +20,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Where tests run in several processes, each file stays in one, and all that need a Ceph gateway share one."""
     gateways = {item.path for item in items if "rgw" in getattr(item, "fixturenames", ())}
     for item in items:
-        item.add_marker(pytest.mark.xdist_group("rgw" if item.path in gateways else item.nodeid.partition("::")[0]))
+        item.add_marker(
+            pytest.mark.xdist_group("rgw" if item.path in gateways else item.nodeid.partition("::")[0])
+        )
