@@ -7,7 +7,7 @@ import os
 import signal
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from service.warden import processes
@@ -21,8 +21,8 @@ class Life:
     """Process id."""
     born: int
     """When it was started, in clock ticks since the machine was."""
-    command: str
-    """The beginning of its command line."""
+    command: str = field(compare=False)
+    """The beginning of its command line, which a process gets only some time after it is born."""
 
     @property
     def is_over(self) -> bool:
