@@ -242,7 +242,7 @@ def test_a_kill_in_the_middle_of_a_part(rig: Rig, shards: int, tmp_path: Path, v
     assert seen["state"] == "succeeded"
 
 
-@pytest.mark.parametrize("victim", ["schedule", "ray driver", "serve"])
+@pytest.mark.parametrize("victim", ["schedule", "ray driver"])
 def test_a_kill_in_the_middle_of_the_commit(rig: Rig, shards: int, tmp_path: Path, victim: str) -> None:
     job = rig.submit(tmp_path / "out")
     with Held(tmp_path / "out", shards, exclusive=0) as held:
