@@ -21,21 +21,18 @@ import socket
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from itertools import pairwise
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 from benchmarks.cases import Recipe, case
-from benchmarks.groups import Entry, family, memory, process_table
 from benchmarks.hollow import PACE_FILE, make_hollow_inputs
 from benchmarks.inputs import SIZES, Inputs, Size, make_inputs
 from benchmarks.stages import profile
+from benchmarks.usage import ROLES, SAMPLE_S, SCHEDULING, Processes, Sample, Watch
 from mergemill.client import Client
 from mergemill.jobs import Job
 from service.plan import PlanOptions
@@ -55,27 +52,7 @@ SHAPES = {
 2 to 23 MB, as models of many experts do: a part is six of them."""
 
 METHOD = "linear"
-SCHEDULING = ("scheduler", "driver")
-"""Our own processes around the workers, but for the API: what decides, and what talks to Ray."""
-ROLES = (*SCHEDULING, "valkey", "ray", "api")
-"""Who uses CPU time beside the workers."""
-
-SAMPLE_S = 0.2
 START_TIMEOUT_S = 120.0
-_TICKS = os.sysconf("SC_CLK_TCK")
-
-Used = Mapping[str, float]
-"""CPU seconds by role."""
-
-
-@dataclass(frozen=True, slots=True)
-class Sample:
-    """What was used so far."""
-
-    at: float
-    """When, in Unix seconds."""
-    cpu_s: Used
-    """User and system time by role."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,14 +87,6 @@ def shape_of(size: Size, parts: int) -> Size:
     without, one = (2 * replace(size, layers=layers).parameters for layers in (0, 1))
     layers = max(1, round((parts * PlanOptions().part_bytes - without) / (one - without)))
     return replace(size, name=f"{size.name}-{layers}-layers", layers=layers)
-
-
-def role_of(command: str) -> str | None:
-    """Who a process below the scheduler is, by its command line; ``None`` for a worker."""
-    for words, role in (("benchmarks.hollow", "scheduler"), ("service.fleet", "driver")):
-        if words in command:  # and the warden, which names what it watches
-            return role
-    return None if command.startswith("ray::") or "default_worker.py" in command else "ray"
 
 
 def seconds_by_phase(history: Sequence[tuple[str, float]]) -> dict[str, float]:
@@ -155,81 +124,6 @@ def part_and_second(fast: Measured, slow: Measured, *roles: str) -> tuple[float,
     seconds = slow.wall_s / slow.parts - fast.wall_s / fast.parts
     second = (slow.used(*roles) / slow.parts - fast.used(*roles) / fast.parts) / seconds
     return (fast.used(*roles) - second * fast.wall_s) / fast.parts, second
-
-
-class Processes:
-    """The processes of a stack: what they used so far, the ended ones included."""
-
-    def __init__(self, roots: Mapping[int, str | None]) -> None:
-        """
-        :param roots: role of each by its id; ``None`` where command lines tell, as they do of all below it.
-        """
-        self._roots = roots
-        self._known = {pid: entry for pid, entry in process_table().items() if pid in roots}
-        self._roles: dict[int, str | None] = {}
-        self._ticks: dict[tuple[int, int], tuple[str, int]] = {}
-
-    def sample(self) -> Sample:
-        """Look at all of them now."""
-        self._known = family(process_table(), self._known)
-        for pid, entry in self._known.items():
-            role = self._role(pid, entry)
-            if role is not None:
-                self._ticks[pid, entry.born] = role, entry.ticks
-        cpu_s = dict.fromkeys(ROLES, 0.0)
-        for role, ticks in self._ticks.values():
-            cpu_s[role] += ticks / _TICKS
-        return Sample(time.time(), cpu_s)
-
-    def forget_peaks(self) -> None:
-        """Let VmHWM of the scheduler and its driver begin anew."""
-        for pid in self._of(*SCHEDULING):
-            Path(f"/proc/{pid}/clear_refs").write_text("5")
-
-    def peaks(self) -> dict[str, int]:
-        """VmHWM of the scheduler and its driver; the biggest, where they are several."""
-        return {role: max(memory(pid).peak for pid in self._of(role)) for role in SCHEDULING}
-
-    def _of(self, *roles: str) -> list[int]:
-        return [pid for pid in self._known if self._roles.get(pid) in roles]
-
-    def _role(self, pid: int, entry: Entry) -> str | None:
-        own = self._roots.get(pid)
-        if own is None:
-            # Read again each time: a worker is the interpreter first, then idle, then a task by its name.
-            with contextlib.suppress(OSError):
-                command = (
-                    Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-                )
-                own = role_of(command)
-        self._roles[pid] = own
-        return own
-
-
-class Watch:
-    """Samples, taken in a ``with`` block."""
-
-    def __init__(self, processes: Processes) -> None:
-        self.samples: list[Sample] = []
-        self._processes = processes
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
-
-    def __enter__(self) -> Self:
-        self.samples.append(self._processes.sample())
-        self._thread.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._stop.set()
-        self._thread.join()
-        self.samples.append(self._processes.sample())
-
-    def _run(self) -> None:
-        while not self._stop.wait(SAMPLE_S):
-            self.samples.append(self._processes.sample())
 
 
 @dataclass(frozen=True, slots=True)

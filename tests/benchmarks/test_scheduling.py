@@ -11,18 +11,16 @@ import pytest
 from benchmarks.hollow import PACE_FILE, make_hollow_inputs, result_of, tasks
 from benchmarks.inputs import SIZES
 from benchmarks.scheduling import (
-    ROLES,
     SHAPES,
     Measured,
-    Sample,
     history_of,
     part_and_second,
     report,
-    role_of,
     seconds_by_phase,
     shape_of,
     used_by_phase,
 )
+from benchmarks.usage import ROLES, Sample, role_of
 from service.plan import Plan, PlanOptions
 from service.planning import plan_recipe
 from service.recipe import parse_recipe

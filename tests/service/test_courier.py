@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from functools import partial
@@ -21,22 +18,19 @@ from service import courier as couriers
 from service import webhookstore
 from service.courier import Courier
 from service.jobrecord import JobState
-from service.jobs import CancelRequested
-from service.jobstore import JobStore, Lease
+from service.jobstore import JobStore
 from service.settings import Settings
 from service.valkey import EmbeddedValkey
 from service.webhook_http import Answer, post
-from service.webhooks import MAX_TRIES, Backoff, Delivery, Try, Webhook
+from service.webhooks import MAX_TRIES, Try
 from service.webhookstore import Claim, WebhookStore
 from tests.servers.receiver import Receiver, closes, status
 from tests.servers.redis_proxy import AnswerLosingProxy
-from tests.service.job_steps import PATHS, TO_RUNNING, fresh, part
+from tests.service.couriers import FAST, SECRET, cancelled, courier, ended, job, until
+from tests.service.job_steps import PATHS, TO_RUNNING, part
 from workers.errors import JobNotFoundError
 
 pytestmark = pytest.mark.valkey
-
-SECRET = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"
-FAST = Backoff(first_s=0.02, factor=1.5, longest_s=0.1)
 
 
 @pytest.fixture
@@ -48,48 +42,6 @@ def store(valkey_url: str, valkey_namespace: str) -> Iterator[WebhookStore]:
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(couriers, "POLL_S", 0.01)
-
-
-def courier(store: WebhookStore, **options: Any) -> Courier:
-    """A courier that may go to loopback, and is in a hurry."""
-    settings = Settings(webhook_allow_private=("127.0.0.1",), webhook_secret=options.pop("secret", None))
-    chosen = {"backoff": FAST, "threads": 2, "post": partial(post, deadline_s=0.5), **options}
-    return Courier(store, settings, **chosen)
-
-
-def job(jobs: JobStore, url: str, *events: str, secret: str = SECRET) -> Lease:
-    """The lease of a job with a webhook."""
-    record = fresh(time.time())
-    jobs.create(record, None, Webhook(url, events or ("succeeded", "failed", "cancelled"), secret))
-    lease = jobs.acquire(record.id, "owner", 60)
-    assert lease is not None
-    return lease
-
-
-def cancelled(jobs: JobStore, url: str, secret: str = SECRET) -> str:
-    """A job that ends at once."""
-    lease = job(jobs, url, secret=secret)
-    jobs.apply(lease.job, CancelRequested())
-    return lease.job
-
-
-def until(condition: Callable[[], Any], seconds: float = 20) -> Any:
-    deadline = time.monotonic() + seconds
-    while not (found := condition()):
-        assert time.monotonic() < deadline, "it never came true"
-        time.sleep(0.01)
-    return found
-
-
-def ended(store: WebhookStore, job: str) -> Delivery:
-    """The job's only delivery, once it has ended."""
-
-    def look() -> Delivery | None:
-        found = store.deliveries(job).deliveries
-        return found[0] if len(found) == 1 and found[0].state != "pending" else None
-
-    found: Delivery = until(look)
-    return found
 
 
 def a_try(claim: Claim) -> Try:
@@ -351,53 +303,3 @@ class TestDelivery:
             *capfd.readouterr(),
         ]
         assert all(SECRET[6:] not in text for text in shown)
-
-
-KILLED = """
-import os, signal, sys
-from types import SimpleNamespace  # for settings, whose import takes seconds
-from service.addresses import Destinations
-from service.courier import Courier
-from service.webhookstore import WebhookStore
-
-settings = SimpleNamespace(webhook_secret=None, webhook_destinations=Destinations.parse(["127.0.0.1"]))
-
-WebhookStore.finish = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
-with WebhookStore(sys.argv[1], sys.argv[2]) as store:
-    with Courier(store, settings, threads=1, claim_s=0.5):
-        signal.pause()
-"""
-
-
-def test_a_courier_that_is_killed_before_it_recorded_is_followed_by_another(
-    job_store: JobStore, store: WebhookStore, valkey_url: str
-) -> None:
-    with Receiver() as receiver:
-        name = cancelled(job_store, receiver.url)
-        killed = subprocess.run(
-            [sys.executable, "-c", KILLED, valkey_url, job_store._namespace], timeout=60, check=False
-        )
-        assert killed.returncode == -9
-        (first,) = receiver.received
-        assert store.deliveries(name).deliveries[0].tries == ()
-        with courier(store):
-            done = ended(store, name)
-        second = receiver.received[1]
-    assert first.headers["webhook-id"] == second.headers["webhook-id"] == done.id
-    assert first.body == second.body
-    assert (done.state, [t.number for t in done.tries], len(receiver.received)) == ("delivered", [2], 2)
-
-
-def test_redis_that_goes_away_is_waited_for(tmp_path: Any) -> None:
-    with EmbeddedValkey(tmp_path) as server, Receiver(status(500)) as receiver:
-        url, port = server.url, server.port
-        with JobStore(url) as jobs, WebhookStore(url) as store:
-            name = cancelled(jobs, receiver.url)
-            with courier(store, backoff=Backoff(first_s=0.5)):
-                until(lambda: store.deliveries(name).deliveries[0].tries)
-                server._process.kill()
-                server._process.wait()
-                with EmbeddedValkey(tmp_path, port):
-                    done = ended(store, name)
-                    assert (done.state, len(done.tries)) == ("delivered", 2)
-    assert json.loads(receiver.received[1].body)["data"]["job"] == name
