@@ -13,6 +13,7 @@ import torch
 from workers.canonical import SURVEY_ELEMENTS
 from workers.kernels import cpu_dtypes as dtypes
 from workers.kernels import cpu_passes as passes
+from workers.kernels import cpu_sums
 from workers.kernels import ranks as ranking
 from workers.kernels.base import Counts, Divisor, Formula, Found, Operands, Sums, Term
 from workers.kernels.cpu_compile import Records, Words
@@ -112,13 +113,13 @@ class FusedKernels:
     def norms(self, operands: Operands, formula: Formula) -> Sums:
         """L1 norms of each term before its drop and after, unscaled: ``[blocks, terms, 2]``."""
         sums = np.empty((_blocks(operands), len(formula.terms), 2), dtype=np.float64)
-        passes.norms(*_run(operands, formula), sums)
+        cpu_sums.norms(*_run(operands, formula), sums)
         return sums
 
     def products(self, operands: Operands) -> Sums:
         """Both squared norms of two models and their dot product: ``[blocks, 3]``."""
         sums = np.empty((_blocks(operands), 3), dtype=np.float64)
-        passes.products(_places(*operands.models), operands.numel, sums)
+        cpu_sums.products(_places(*operands.models), operands.numel, sums)
         return sums
 
 

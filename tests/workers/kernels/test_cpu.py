@@ -27,7 +27,7 @@ from tests.workers.kernels.formulas import (
     operands,
     statistics,
 )
-from workers.kernels import cpu_passes
+from workers.kernels import cpu_passes, cpu_sums
 from workers.kernels.base import Divisor, Election, Formula, Operands, Term
 from workers.kernels.cpu import FusedKernels, prepare
 from workers.kernels.cpu_compile import Kernel
@@ -269,7 +269,8 @@ def test_overflow_is_told_from_bad_input() -> None:
 
 def test_every_kernel_can_be_made_ready_beforehand() -> None:
     prepare()
-    kernels = [kernel for kernel in vars(cpu_passes).values() if isinstance(kernel, Kernel)]
+    found = [value for module in (cpu_passes, cpu_sums) for value in vars(module).values()]
+    kernels = [kernel for kernel in found if isinstance(kernel, Kernel)]
     assert len(kernels) == 10
     assert all(kernel.ready for kernel in kernels)
 
