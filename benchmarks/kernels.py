@@ -1,6 +1,6 @@
 """How fast the compiled kernels are, beside a copy of the bytes that they read and beside the torch reference.
 
-``python -m benchmarks.kernels [elements]``: one thread, a bfloat16 base and three bfloat16 models. Processor
+``python -m benchmarks.kernels [elements [bfloat16|float16|float32]]``: one thread, a base and three models. Processor
 time is taken of each in turn, for several rounds, and the best round is printed: the machine may be busy.
 """
 
@@ -21,6 +21,7 @@ from workers.kernels.torch_kernels import TorchKernels
 
 ELEMENTS = 11_534_336
 """A projection of a Llama block of 1 B parameters: 2048 by 5632."""
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 ROUNDS = 5
 REFERENCE_ROUNDS = 1
 
@@ -47,12 +48,12 @@ class Case:
         self.seconds[what] = min(time.thread_time() - start, self.seconds.get(what, float("inf")))
 
 
-def inputs(numel: int) -> Operands:
+def inputs(numel: int, dtype: torch.dtype = torch.bfloat16) -> Operands:
     """A base with the spread of a trained layer, and fine-tuned models that differ from it by a hundredth."""
     generator = torch.Generator().manual_seed(3)
     base = 0.02 * torch.randn(numel, generator=generator)
-    models = tuple((base + 0.0002 * torch.randn(numel, generator=generator)).bfloat16() for _ in range(3))
-    return Operands(0, base.bfloat16(), models, (11, 12, 13))
+    models = tuple((base + 0.0002 * torch.randn(numel, generator=generator)).to(dtype) for _ in range(3))
+    return Operands(0, base.to(dtype), models, (11, 12, 13))
 
 
 def cases(operands: Operands) -> list[Case]:
@@ -112,11 +113,11 @@ def _thresholds(operands: Operands, formula: Formula) -> tuple[list[int], list[i
     return [value >> 16 for value in bits], bits
 
 
-def main(numel: int) -> None:
+def main(numel: int, name: str) -> None:
     """Time all of them and print a table."""
     torch.set_num_threads(1)
     fused, reference = FusedKernels(), TorchKernels()
-    operands = inputs(numel)
+    operands = inputs(numel, DTYPES[name])
     found = cases(operands)
     source = torch.empty(max(case.nbytes for case in found), dtype=torch.uint8).random_()
     target = torch.zeros_like(source)
@@ -128,7 +129,7 @@ def main(numel: int) -> None:
             case.time("fused", partial(case.call, fused))
             if number <= REFERENCE_ROUNDS:
                 case.time("torch", partial(case.call, reference))
-    lines = [f"{numel:,} elements, bfloat16, one thread, best of {ROUNDS}; copy: of the bytes read"]
+    lines = [f"{numel:,} elements, {name}, one thread, best of {ROUNDS}; copy: of the bytes read"]
     lines.append(
         f"{'kernel':<24}{'ms':>8}{'ns/element':>12}{'Gelem/s':>9}{'GB/s':>8}{'÷ copy':>8}{'torch ÷':>9}"
     )
@@ -143,4 +144,5 @@ def main(numel: int) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]) if len(sys.argv) > 1 else ELEMENTS)
+    wanted = sys.argv[2] if len(sys.argv) > 2 else "bfloat16"
+    main(int(sys.argv[1]) if len(sys.argv) > 1 else ELEMENTS, wanted)

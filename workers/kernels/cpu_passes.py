@@ -71,6 +71,24 @@ def base_tile(places: Records, task_vectors: bool, start: int, rows: Floats, siz
 
 
 @inlined
+def _bare_tile(
+    places: Records,
+    term: np.void,
+    first: int,
+    start: int,
+    size: int,
+    task_vectors: bool,
+    words: Words,
+    rows: Floats,
+) -> Floats:
+    """A term's tile at ``start`` of a run that begins at ``first``: less the base, dropped and rescaled."""
+    less = base_tile(places, task_vectors, start, rows, size)
+    row = rows[TERMS, :size]
+    tiles.sparse(places, term, first, start, less, words, row)
+    return row
+
+
+@inlined
 def threshold_at(term: np.void, element: int, row: Floats, left: Integers, number: int) -> np.uint32:
     """A term's threshold in the tile at ``element``; where the cut falls, what is beyond it is zeroed."""
     threshold = np.uint32(term["threshold"])
@@ -249,9 +267,7 @@ def histogram(
     for number in range(terms.size):
         for start in range(0, numel, TILE):
             size = min(TILE, numel - start)
-            less = base_tile(places, task_vectors, start, rows, size)
-            row = rows[TERMS, :size]
-            tiles.sparse(places, terms[number], first, start, less, words, row)
+            row = _bare_tile(places, terms[number], first, start, size, task_vectors, words, rows)
             if high[number] < 0:
                 tiles.high_bits(row, words[:size])
             else:
@@ -276,9 +292,7 @@ def magnitudes(
     written = 0
     for start in starts:
         size = min(PIECE, numel - start)
-        less = base_tile(places, task_vectors, start, rows, size)
-        row = rows[TERMS, :size]
-        tiles.sparse(places, terms[0], first, start, less, words, row)
+        row = _bare_tile(places, terms[0], first, start, size, task_vectors, words, rows)
         tiles.magnitudes(row, bits[written : written + size])
         written += size
 
@@ -298,9 +312,7 @@ def count_from(
     words = np.zeros(TILE, np.uint32)
     for start in range(0, numel, TILE):
         size = min(TILE, numel - start)
-        less = base_tile(places, task_vectors, start, rows, size)
-        row = rows[TERMS, :size]
-        tiles.sparse(places, terms[0], first, start, less, words, row)
+        row = _bare_tile(places, terms[0], first, start, size, task_vectors, words, rows)
         for number in range(pivots.size):
             counts[number] += tiles.count_from(row, pivots[number])
 
@@ -322,9 +334,7 @@ def window(
     words = np.zeros(TILE, np.uint32)
     for start in range(0, numel, TILE):
         size = min(TILE, numel - start)
-        less = base_tile(places, task_vectors, start, rows, size)
-        row = rows[TERMS, :size]
-        tiles.sparse(places, terms[0], first, start, less, words, row)
+        row = _bare_tile(places, terms[0], first, start, size, task_vectors, words, rows)
         bins = words[: (size + 15) // 16 * 16]
         bins[size:] = OUTSIDE
         above[0] += tiles.window(row, np.uint32(low), np.uint32(shift), np.uint32(table.size), bins)

@@ -14,8 +14,7 @@ import numpy.typing as npt
 
 WINDOW_BITS = 18
 BINS = 1 << WINDOW_BITS
-"""Of a window: 1 MiB of 32-bit counts. A few thousandths of trained weights' differences fit in it, each value in
-a bin of its own."""
+"""Of a window at most: 1 MiB of 32-bit counts."""
 
 VALUE_BITS = 31
 """Of the integers: magnitude bits of float32."""
@@ -28,7 +27,7 @@ _COMMON = 1 / 8
 other, and where values repeat so often, the wanted one is most likely such a one."""
 
 _DEVIATIONS = 3
-"""Of the sample's rank, to each side, that a bracket covers: about 1 in 400 misses."""
+"""Of the sample's rank, to each side, that a bracket covers: of samples drawn independently, 1 in 370 would miss."""
 
 Bits = npt.NDArray[np.uint32]
 

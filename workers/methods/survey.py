@@ -47,15 +47,7 @@ class Tally:
 
 def survey(passes: Sequence[SurveyPass], operands: Operands, kernels: Kernels) -> Facts:
     """All that ``passes`` find out about a whole tensor, of at least one element."""
-    facts: Facts = {}
-    for survey_pass in passes:
-        if survey_pass.needed(facts):
-            found = survey_pass.at_once(kernels, operands, facts)
-            if found is None:
-                summary = survey_pass.accumulate(kernels, operands, facts)
-                found = survey_pass.conclude(survey_pass.combine([summary]), operands.numel, facts)
-            facts |= found
-    return facts
+    return survey_all(passes, [operands], kernels)
 
 
 def survey_all(passes: Sequence[SurveyPass], tensors: Sequence[Operands], kernels: Kernels) -> Facts:
@@ -63,7 +55,12 @@ def survey_all(passes: Sequence[SurveyPass], tensors: Sequence[Operands], kernel
     numel = sum(tensor.numel for tensor in tensors)
     facts: Facts = {}
     for survey_pass in passes:
-        if survey_pass.needed(facts):
+        if not survey_pass.needed(facts):
+            continue
+        found = survey_pass.at_once(kernels, tensors[0], facts) if len(tensors) == 1 else None
+        if found is None:
             summaries = [survey_pass.accumulate(kernels, tensor, facts) for tensor in tensors]
             facts = conclude_pass(survey_pass, summaries, numel, facts)
+        else:
+            facts = facts | found
     return facts
