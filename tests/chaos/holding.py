@@ -85,7 +85,7 @@ def came_back(found: Iterable[Mapping[str, Any]]) -> Iterator[str]:
         for each in own:
             token = each["token"]
             first_end[token] = min(each["ended"], first_end.get(token, each["ended"]))
-        for each in own:
+        for each in sorted(own, key=lambda each: each["began"]):
             since = first_end[each["token"]]
             between = (
                 other

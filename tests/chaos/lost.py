@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
 import redis
+from typer.testing import CliRunner
 
+from mergemill import cli
 from service.jobpages import JobStatus
 from tests.chaos.stack import LEASE_S, NAMESPACE, Stack
 from workers.errors import JobStoreUnavailableError
@@ -25,26 +25,33 @@ NOTHING: Final = "is claimed by no job"
 
 @dataclass(frozen=True, slots=True)
 class Known:
-    """What was known of a job at the moment of the loss."""
+    """What was known of a job at the moment of the loss, and what was recovered."""
 
     status: JobStatus
     """How it stood."""
     recorded: frozenset[str]
     """Its recorded parts."""
+    kept: frozenset[str] | None = None
+    """Those that are recorded again, of a job that was recovered."""
 
 
-def empty(stack: Stack, jobs: Iterable[str]) -> Mapping[str, Known]:
-    """Lose all that Redis knows but the API keys, which an operator would make again; what it knew of these jobs.
+def empty(stack: Stack, outputs: Mapping[str, str]) -> Mapping[str, Known]:
+    """Lose all that Redis knows but the API keys, which an operator would make again, and recover what there is.
 
-    Nobody reaches it meanwhile, and leases that somebody may still believe in run out before it is back.
+    Nobody else reaches it meanwhile, and leases that somebody may still believe in run out before that.
+
+    :param outputs: the outputs of the jobs that are there, by id.
     """
     with stack.without_redis(), redis.Redis.from_url(stack.valkey.url) as client:
         _wait_until_up(stack)
-        known = {job: Known(stack.jobs.status(job), frozenset(stack.jobs.parts(job))) for job in jobs}
+        jobs = stack.jobs
+        known = {job: (jobs.status(job), frozenset(jobs.parts(job))) for job in outputs}
         found: Any = client.keys(f"{NAMESPACE}:*")
         client.delete(*(key for key in found if not key.startswith(f"{NAMESPACE}:key".encode())))
         time.sleep(LEASE_S)
-    return known
+        open_ = {outputs[job] for job, (status, _) in known.items() if not status.record.state.is_terminal}
+        recovered = {job: frozenset(jobs.parts(job)) for output in open_ if (job := _recover(stack, output))}
+    return {job: Known(*each, recovered.get(job)) for job, each in known.items()}
 
 
 def _wait_until_up(stack: Stack) -> None:
@@ -57,21 +64,21 @@ def _wait_until_up(stack: Stack) -> None:
                 raise
 
 
-def recover(stack: Stack, output: str) -> str | None:
+def _recover(stack: Stack, output: str) -> str | None:
     """``mergemill recover OUTPUT``, until it says something; the id of the job that goes on, if one does.
 
     :raises RuntimeError: it never did.
     """
-    command = [sys.executable, "-m", "mergemill", "recover", output, "--key", stack.key_id, "--json"]
+    told = {**stack.environment("recover"), "MERGEMILL_REDIS_URL": stack.valkey.url}
+    env = {name: value for name, value in told.items() if name.startswith(("MERGEMILL_", "AWS_"))}
     deadline = time.monotonic() + RECOVERED_WITHIN_S
     while True:
-        done = subprocess.run(
-            command, capture_output=True, text=True, check=False, env=stack.environment("recover"), timeout=60
-        )
-        if done.returncode == 0:
+        # In this process: what it imports is here already.
+        done = CliRunner().invoke(cli.app, ["recover", output, "--key", stack.key_id, "--json"], env=env)
+        if done.exit_code == 0:
             return str(json.loads(done.stdout)["id"])
         if NOTHING in done.stderr:
             return None
         if time.monotonic() > deadline:
-            raise RuntimeError(f"mergemill recover {output}: {done.stderr[-2000:]}")
+            raise RuntimeError(f"mergemill recover {output}: {done.stderr} {done.exception!r}")
         time.sleep(0.2)

@@ -232,6 +232,7 @@ _LASTS: Mapping[Kind, tuple[float, float]] = {
     Kind.POWER_CUT: (0.2, 4.0),
     Kind.FULL_DISK: (0.5, 3.0),
     **dict.fromkeys(ON_STORE, (0.5, 3.0)),
+    Kind.STORE_EXPIRED: (0.2, 1.0),
 }
 _AFTER: Mapping[Stage, float] = {
     Stage.QUEUED: 0.1,
@@ -288,7 +289,7 @@ def _blows(chance: random.Random, jobs: int, store: str) -> Iterable[Blow]:
             left[kind] -= 1
             fleets -= kind in (*ON_FLEET, Kind.POWER_CUT)
             lasts_s = round(chance.uniform(*_LASTS[kind]), 1) if kind in _LASTS else 0.0
-            if kind == Kind.STORE_EXPIRED and chance.random() < 0.5:
+            if kind == Kind.STORE_EXPIRED and chance.random() < 0.6:
                 lasts_s = 0.0  # others are there before these have run out
             step = chance.randrange(_COMMIT_STEPS) if kind == Kind.PAUSE_COMMIT else 0
             strikes.append(Strike(kind, chance.random() < 0.8, lasts_s, step))

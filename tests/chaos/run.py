@@ -22,7 +22,7 @@ from tests.chaos.disk import Disk, small_disk
 from tests.chaos.holding import came_back, notes
 from tests.chaos.inputs import RECIPES, Undisturbed, put_swapped
 from tests.chaos.invariants import Blown, Outcome
-from tests.chaos.lost import Known, empty, recover
+from tests.chaos.lost import Known, empty
 from tests.chaos.places import Place
 from tests.chaos.plan import ON_DISK, Blow, Fate, Kind, Plan, Stage
 from tests.chaos.processes import below, reap, still_there
@@ -211,30 +211,24 @@ class Run:
         """Lose Redis, and do what an operator does then: recover what had begun, submit again what had not."""
         with self._clients.submitting:  # what is being submitted has its answer, and its client knows of it
             self._look()
-            known = empty(self._stack, [case.id for case in self._cases if case.id and not case.is_gone])
-            goes_on: set[str | None] = set()
+            outputs = {case.id: case.output for case in self._cases if case.id and not case.is_gone}
+            known = empty(self._stack, outputs)
             for case in self._cases:
                 if case.id in known:
-                    case.outcome.lost = True
-                    was = case.outcome.record = known[case.id].status.record
-                    for follower in case.followers:
-                        follower.is_void = True
-                    case.is_gone = was.state.is_terminal
-                    if case.is_gone:
-                        case.reached.setdefault(Stage.ENDED, time.monotonic())
-                    else:
-                        goes_on.add(recover(self._stack, case.output))
-            for case in self._cases:
-                if case.id in known and not case.is_gone:
-                    self._go_on(case, known[case.id], case.id in goes_on)
+                    self._go_on(case, known[case.id])
 
-    def _go_on(self, case: Case, known: Known, is_recovered: bool) -> None:
+    def _go_on(self, case: Case, known: Known) -> None:
         """Have a job go on that was recovered; submit another in its place, unless all was done but for saying so."""
         outcome, was = case.outcome, known.status.record
-        if is_recovered:
-            recorded = frozenset(self._stack.jobs.parts(was.id))
-            lost = len(known.recorded - recorded)
-            outcome.blows.append(Blown(time.time(), recorded, was.parts_total, was.attempt, lost))
+        outcome.lost, outcome.record = True, was
+        for follower in case.followers:
+            follower.is_void = True
+        if was.state.is_terminal:
+            case.is_gone = True
+            case.reached.setdefault(Stage.ENDED, time.monotonic())
+        elif known.kept is not None:
+            lost = len(known.recorded - known.kept)
+            outcome.blows.append(Blown(time.time(), known.kept, was.parts_total, was.attempt, lost))
             self._clients.follow(case)
         elif was.state == JobState.COMMITTING and any(
             name.endswith(".index.json") for name in self._place.digests(case.output)
@@ -244,7 +238,7 @@ class Run:
         else:
             outcome.blows.clear()
             self._clients.submit(case, again=True)
-        self._note(f"job {case.job.number} {was.id} goes on as {case.id}, of which {is_recovered=}")
+        self._note(f"job {case.job.number} {was.id} goes on as {case.id}")
 
     def _look(self) -> None:
         """See how far every job is."""

@@ -20,7 +20,7 @@ SECRET: Final = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"
 DELIVERED_WITHIN_S: Final = 90.0
 """How long the last delivery may take: one that its courier died with is made again after half a minute."""
 
-_BREAKS_OFF_AFTER: Final = 4
+_BREAKS_OFF_AFTER: Final = 8
 """Events after which a follower leaves of its own accord, and comes again."""
 
 
