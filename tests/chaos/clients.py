@@ -107,10 +107,11 @@ class Clients:
             "options": dict(recipe.options),
             "webhook": {"url": self._hook, "secret": SECRET},
         }
-        headers = {"Idempotency-Key": f"{self._seed}-{job.number}{' again' if again else ''}"}
+        headers = {"Idempotency-Key": f"{self._seed}-{job.number}{'-again' if again else ''}"}
         with self._stack.client() as http, self.submitting:
             answer = self._ask(http, "/v1/merges", json=body, headers=headers)
             if answer is None or not answer.is_success:
+                case.id, case.outcome.record = None, None
                 case.outcome.refused = "nobody answered" if answer is None else answer.text
                 return
             case.id = answer.json()["id"]

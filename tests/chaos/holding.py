@@ -14,7 +14,7 @@ _LOOK_S: Final = 0.02
 
 
 class Hold:
-    """A file that tells a scheduler which commit to stop in; whoever comes to that step first takes it.
+    """A file that tells schedulers at which change of a commit to stop; whoever comes there first takes it.
 
     ``watch/sitecustomize.py`` is the other side.
     """
@@ -24,10 +24,10 @@ class Hold:
         """The file."""
         self._taken = path.with_suffix(".taken")
 
-    def ask(self, job: str, step: int) -> None:
-        """Have the process stop that is at this change of the job's commit, from 0."""
+    def ask(self, step: int) -> None:
+        """Have the first process stop that comes to this change of a commit, from 0."""
         fresh = self.path.with_suffix(".new")
-        fresh.write_text(json.dumps({"job": job, "step": step}))
+        fresh.write_text(str(step))
         fresh.replace(self.path)
 
     def taken(self) -> int | None:

@@ -143,7 +143,7 @@ def _conflict(outcome: Outcome) -> set[JobState]:
 
 
 def _words(outcome: Outcome) -> Iterable[str]:
-    if outcome.state != JobState.FAILED:
+    if outcome.state != JobState.FAILED or _conflict(outcome):
         return []
     words = {Fate.NONFINITE: NONFINITE, Fate.POISON: POISON, Fate.SWAPPED: "swapped"}
     return [words[outcome.job.fate]] if outcome.job.fate in words else []

@@ -214,7 +214,7 @@ class Run:
             outputs = {case.id: case.output for case in self._cases if case.id and not case.is_gone}
             known = empty(self._stack, outputs)
             for case in self._cases:
-                if case.id in known:
+                if case.id is not None and case.id in known:
                     self._go_on(case, known[case.id])
 
     def _go_on(self, case: Case, known: Known) -> None:

@@ -23,7 +23,7 @@ from tests.chaos.places import Place
 from tests.chaos.plan import AT_SCHEDULER, ON_STORE, Kind, Strike
 from tests.chaos.processes import Life, below
 from tests.chaos.stack import SCHEDULERS, Stack
-from workers.errors import JobNotFoundError, JobStoreUnavailableError
+from workers.errors import JobStoreUnavailableError
 from workers.store import join
 from workers.store.base import Upload
 
@@ -40,6 +40,8 @@ STORMS = {
 
 COMMIT_WITHIN_S = 30.0
 """How long a commit is waited for that somebody is to be stopped in."""
+IDLE_S = 3.0
+"""But no longer than this after the last job has ended: longer than any pause between two that are submitted."""
 
 
 @dataclass
@@ -106,7 +108,7 @@ class Striker:
             case Kind.PAUSE_SCHEDULER:
                 done = self._pause(stack.pid(at), strike.lasts_s)
             case Kind.PAUSE_COMMIT:
-                done = self._hold(record, strike)
+                done = self._hold(strike)
             case Kind.PARTITION_REDIS:
                 self._last(self._partition, strike.lasts_s)
             case Kind.EMPTY_REDIS:
@@ -164,29 +166,31 @@ class Striker:
         time.sleep(lasts_s)
         resume(pid)
 
-    def _hold(self, record: JobRecord | None, strike: Strike) -> bool:
-        if record is not None and not record.state.is_terminal:
-            self._stack.hold.ask(record.id, strike.step)
-            self._last(self._pause_commit, record.id, strike)
+    def _hold(self, strike: Strike) -> bool:
+        self._stack.hold.ask(strike.step)
+        self._last(self._pause_commit, strike)
         return False  # it counts when it happens
 
-    def _pause_commit(self, job: str, strike: Strike) -> None:
-        """Wait until somebody has stopped at the step of the job's commit; let him go on after a while."""
+    def _pause_commit(self, strike: Strike) -> None:
+        """Wait until somebody has stopped at the step of a commit; let him go on after a while."""
         hold, until = self._stack.hold, time.monotonic() + COMMIT_WITHIN_S
-        while (pid := hold.taken()) is None and time.monotonic() < until and not self._has_ended(job):
+        busy_at = time.monotonic()
+        while (pid := hold.taken()) is None and time.monotonic() < min(until, busy_at + IDLE_S):
+            if self._is_busy():
+                busy_at = time.monotonic()
             wait(until)
         hold.withdraw()
         if pid is not None or (pid := hold.taken()) is not None:
             self.done[str(strike.kind)] += 1
             self._continue(pid, strike.lasts_s)
 
-    def _has_ended(self, job: str) -> bool:
+    def _is_busy(self) -> bool:
+        """Whether any job goes on."""
         try:
-            return self._stack.jobs.get(job).state.is_terminal
+            found = self._stack.jobs.list(20)
         except JobStoreUnavailableError:
-            return False
-        except JobNotFoundError:  # lost
             return True
+        return any(not status.record.state.is_terminal for status in found.statuses)
 
     def _fill(self, lasts_s: float) -> bool:
         disk = self._disk

@@ -134,7 +134,7 @@ for change in range(4):
 
 def test_a_process_stops_at_the_change_that_it_is_told(tmp_path: Path) -> None:
     hold = Hold(tmp_path / "hold.json")
-    hold.ask("j", 2)
+    hold.ask(2)
     root = Path(__file__).parent
     told = {
         "MERGEMILL_CHAOS_OWNERS": str(tmp_path / "owners"),

@@ -4,8 +4,8 @@ A Ray worker writes a line of JSON for each part that it begins to the file that
 ``MERGEMILL_CHAOS_PAUSE_S`` holds each part up, and one that has ``MERGEMILL_CHAOS_POISON`` in it kills its worker.
 
 Whoever has leases writes a line to ``MERGEMILL_CHAOS_OWNERS`` for each thing that was done under one. While there is a
-file ``MERGEMILL_CHAOS_HOLD``, which names a job and a change of its commit, the process that comes to that change takes
-the file away, leaves its id, and stops itself, as by SIGSTOP.
+file ``MERGEMILL_CHAOS_HOLD``, which has the number of a change of a commit, the process that comes to that change first
+takes the file away, leaves its id, and stops itself, as by SIGSTOP.
 """
 
 import functools
@@ -141,11 +141,11 @@ class Hold:
         if what != "renew" or job not in self._committing or threading.current_thread().name == "leases":
             return
         try:
-            asked = json.loads(self._path.read_text())
+            step = int(self._path.read_text())
         except FileNotFoundError:
             return
         self._changes[job] += 1
-        if asked["job"] != job or self._changes[job] <= asked["step"]:
+        if self._changes[job] <= step:
             return
         taken = self._path.with_suffix(".taken")
         try:
