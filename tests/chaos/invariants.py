@@ -21,9 +21,10 @@ KEYS = re.compile(
 """What may be in Redis when all jobs have ended, after the namespace; see the tables of keys in ``service/``."""
 
 
-EXCUSES: Mapping[Kind, str] = {
-    Kind.FULL_DISK: "No space left on device",
-    Kind.STORE_EXPIRED: "the credentials have run out or were withdrawn",
+EXCUSES: Mapping[Kind, tuple[str, ...]] = {
+    Kind.FULL_DISK: ("No space left on device",),
+    # An answer without a body does not say why.
+    Kind.STORE_EXPIRED: ("the credentials have run out or were withdrawn", "check the credentials"),
 }
 """What a job may fail for where it was struck so, in its own words; it is to leave nothing all the same."""
 
@@ -82,7 +83,7 @@ class Outcome:
 
     def is_excused(self, struck: Collection[str]) -> bool:
         """Whether it failed for something that nobody could have gone on after, and says so."""
-        said = (words for kind, words in EXCUSES.items() if str(kind) in struck)
+        said = (words for kind, each in EXCUSES.items() if str(kind) in struck for words in each)
         return self.state == JobState.FAILED and any(words in self.error for words in said)
 
     @property

@@ -46,10 +46,16 @@ def empty(stack: Stack, outputs: Mapping[str, str]) -> Mapping[str, Known]:
         _wait_until_up(stack)
         jobs = stack.jobs
         known = {job: (jobs.status(job), frozenset(jobs.parts(job))) for job in outputs}
+        unswept = {job for job in outputs if client.hexists(f"{NAMESPACE}:job:{job}", "left")}
         found: Any = client.keys(f"{NAMESPACE}:*")
         client.delete(*(key for key in found if not key.startswith(f"{NAMESPACE}:key".encode())))
         time.sleep(LEASE_S)
-        open_ = {outputs[job] for job, (status, _) in known.items() if not status.record.state.is_terminal}
+        # One that could not clear its output away is nobody's now but who goes on with it.
+        open_ = {
+            outputs[job]
+            for job, (status, _) in known.items()
+            if job in unswept or not status.record.state.is_terminal
+        }
         recovered = {job: frozenset(jobs.parts(job)) for output in open_ if (job := _recover(stack, output))}
     return {job: Known(*each, recovered.get(job)) for job, each in known.items()}
 

@@ -223,13 +223,14 @@ class Run:
         outcome.lost, outcome.record = True, was
         for follower in case.followers:
             follower.is_void = True
-        if was.state.is_terminal:
-            case.is_gone = True
-            case.reached.setdefault(Stage.ENDED, time.monotonic())
-        elif known.kept is not None:
+        if known.kept is not None:
             lost = len(known.recorded - known.kept)
             outcome.blows.append(Blown(time.time(), known.kept, was.parts_total, was.attempt, lost))
+            case.reached.pop(Stage.ENDED, None)
             self._clients.follow(case)
+        elif was.state.is_terminal:
+            case.is_gone = True
+            case.reached.setdefault(Stage.ENDED, time.monotonic())
         elif was.state == JobState.COMMITTING and any(
             name.endswith(".index.json") for name in self._place.digests(case.output)
         ):
