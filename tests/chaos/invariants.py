@@ -154,12 +154,14 @@ def rivals(outcomes: Iterable[Outcome], struck: Collection[str] = ()) -> Iterato
     """Of the jobs of one output one succeeds, if one could."""
     of_output: dict[str, list[Outcome]] = defaultdict(list)
     for outcome in outcomes:
-        if outcome.record is not None and not outcome.is_excused(struck):
+        if outcome.record is not None:
             of_output[outcome.record.output].append(outcome)
     for output, group in of_output.items():
         won = [each for each in group if each.state == JobState.SUCCEEDED]
         sure = [each for each in group if each.job.fate in {Fate.PLAIN, Fate.RIVAL}]
-        if len(won) > 1 or (sure and not won and all(each in sure for each in group)):
+        # Who lost to one that failed for an excuse lost all the same.
+        could = all(each in sure and not each.is_excused(struck) for each in group)
+        if len(won) > 1 or (not won and could):
             yield f"{output}: {len(won)} of {[each.name for each in group]} succeeded"
 
 

@@ -230,7 +230,7 @@ _LASTS: Mapping[Kind, tuple[float, float]] = {
     Kind.PAUSE_COMMIT: (4.0, 6.0),
     Kind.PARTITION_REDIS: (0.5, 6.0),
     Kind.POWER_CUT: (0.2, 4.0),
-    Kind.FULL_DISK: (0.5, 3.0),
+    Kind.FULL_DISK: (0.2, 1.0),
     **dict.fromkeys(ON_STORE, (0.5, 3.0)),
     Kind.STORE_EXPIRED: (0.2, 1.0),
 }

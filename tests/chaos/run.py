@@ -121,13 +121,15 @@ class Run:
         ):
             self._note("the stack is up")
             self._stack = stack
-            striker = self._striker = Striker(stack, place, disk, self._plan.seed)
+            striker = self._striker = Striker(stack, place, disk, self._plan.seed, self._note_blow)
             clients = self._clients = Clients(stack, place, self._root, self._plan.seed, receiver.url)
             self._start = time.monotonic()
             try:
                 clients.begin(self._cases)
                 self._strike()
-                striker.wait()
+                while not striker.is_over:
+                    self._look()
+                    time.sleep(0.05)
                 self._wait_for_ends()
                 clients.end(TOLD_WITHIN_S)
             finally:

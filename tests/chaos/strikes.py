@@ -7,7 +7,7 @@ import signal
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -60,14 +60,18 @@ class Striker:
 
     :param place: the store, past every proxy.
     :param disk: what the outputs are on, where it can be filled.
+    :param on_stop: called when a scheduler has stopped itself: nobody knows before when that will be.
     """
 
-    def __init__(self, stack: Stack, place: Place, disk: Disk | None, seed: int) -> None:
+    def __init__(
+        self, stack: Stack, place: Place, disk: Disk | None, seed: int, on_stop: Callable[[], None]
+    ) -> None:
         self.done: Counter[str] = Counter()
         """What was done, by kind; a strike that found nothing to strike counts for nothing."""
         self._stack = stack
         self._place = place
         self._disk = disk
+        self._on_stop = on_stop
         self._seed = seed
         self._lasting: list[threading.Thread] = []
         self._weather = Weather([stack.credentials] if stack.credentials else [])
@@ -83,6 +87,11 @@ class Striker:
         done = self._do(strike, at, record)
         self.done[str(strike.kind)] += done
         return done
+
+    @property
+    def is_over(self) -> bool:
+        """Whether nothing lasts any more."""
+        return not any(thread.is_alive() for thread in self._lasting)
 
     def wait(self) -> None:
         """Wait until nothing lasts any more."""
@@ -181,6 +190,7 @@ class Striker:
             wait(until)
         hold.withdraw()
         if pid is not None or (pid := hold.taken()) is not None:
+            self._on_stop()
             self.done[str(strike.kind)] += 1
             self._continue(pid, strike.lasts_s)
 
