@@ -7,8 +7,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr
 
-from service.jobpages import JobStatus
-from service.jobrecord import JobRecord, JobState
+from service.jobpages import JobStatus, Progress
+from service.jobrecord import JobState
 
 
 class _Model(BaseModel):
@@ -151,25 +151,6 @@ class PlanInfo(_Model):
     """Bytes of all tensors."""
     notices: tuple[str, ...]
     """What the planner wants you to know."""
-
-
-class Progress(_Model):
-    """How far a job is."""
-
-    bytes_done: int
-    """Output bytes in finished parts."""
-    bytes_total: int
-    """Output bytes of all parts."""
-    bytes_read: int
-    """Input bytes read so far."""
-    parts_done: int
-    """Finished parts."""
-    parts_total: int
-    """All parts."""
-    surveys_done: int
-    """Finished survey passes."""
-    surveys_total: int
-    """All survey passes."""
 
 
 class HistoryItem(_Model):
@@ -337,22 +318,6 @@ class MethodInfo(_Model):
 def job_of(status: JobStatus, base: str) -> Job:
     """A job as the outside sees it; ``base`` is the URL path of the merges."""
     record = status.record
-    return _job(
-        record,
-        Progress(
-            bytes_done=status.bytes_done,
-            bytes_total=record.bytes_total,
-            bytes_read=status.bytes_read,
-            parts_done=status.parts_done,
-            parts_total=record.parts_total,
-            surveys_done=status.surveys_done,
-            surveys_total=record.surveys_total,
-        ),
-        base,
-    )
-
-
-def _job(record: JobRecord, progress: Progress, base: str) -> Job:
     here = f"{base}/{record.id}"
     return Job(
         id=record.id,
@@ -366,7 +331,7 @@ def _job(record: JobRecord, progress: Progress, base: str) -> Job:
         created_at=_time(record.created_at),
         updated_at=_time(record.updated_at),
         cancel_requested=record.cancel_requested,
-        progress=progress,
+        progress=status.progress,
         price=record.price,
         notices=record.notices,
         error=record.error,

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
+from time import monotonic
 from typing import Any
 
 from rich.console import Console
@@ -204,18 +204,18 @@ def _bar(console: Console) -> Progress:
 
 def _plain_job(console: Console) -> Callable[[Job], None]:
     state, shown = "", -1
-    told = time.monotonic()
+    told = monotonic()
 
     def show(job: Job) -> None:
         nonlocal state, shown, told
         step = (job.percent or 0) // STEP_PERCENT
         if job.state != state:
             line = f"{job.id} {job.state}"
-        elif step > shown or (time.monotonic() - told > PLAIN_SECONDS and job.percent is not None):
+        elif step > shown or (monotonic() - told > PLAIN_SECONDS and job.percent is not None):
             line = f"{job.id} {state_text(job)} {job.percent} % {_amounts(job)}"
         else:
             return
-        state, shown, told = job.state, step, time.monotonic()
+        state, shown, told = job.state, step, monotonic()
         console.print(line, soft_wrap=True, highlight=False)
 
     return show

@@ -16,10 +16,10 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, Final, Self
+from typing import Final
 
 from service.jobrecord import JobState, created_at_ms
-from service.redis_connection import connect, guarded
+from service.redis_connection import RedisKeys, connect, guarded
 
 TRIES: Final = 1
 """How often a broken connection is tried again: who asks wants to know it now."""
@@ -96,25 +96,14 @@ class View:
         return 0.0 if self.oldest_queued_ms is None else max(0.0, now - self.oldest_queued_ms / 1000)
 
 
-class Deployment:
+class Deployment(RedisKeys):
     """Reads and writes what the table above lists. Safe to share between threads.
 
     Every method raises :class:`JobStoreUnavailableError` soon when Redis cannot be reached.
     """
 
     def __init__(self, url: str, namespace: str = "mergemill") -> None:
-        self._redis = connect(url, TRIES, TIMEOUT_S)
-        self._namespace = namespace
-
-    def close(self) -> None:
-        """Close all connections."""
-        self._redis.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()
+        super().__init__(connect(url, TRIES, TIMEOUT_S), namespace)
 
     @guarded
     def beat(self, beat: Heartbeat) -> None:
@@ -141,12 +130,6 @@ class Deployment:
             created_at_ms(oldest[0]) if oldest else None,
             tuple(_scheduler(text, left_ms) for text, left_ms in found),
         )
-
-    def _key(self, *names: str) -> str:
-        return ":".join((self._namespace, *names))
-
-    def _run(self, script: str, keys: tuple[str, ...], *arguments: str | int) -> Any:
-        return self._redis.register_script(script)(keys=list(keys), args=list(arguments))
 
 
 def _scheduler(text: str, left_ms: int) -> Scheduler:

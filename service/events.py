@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import Final
 
-from service.jobpages import JobStatus
+from service.jobpages import JobStatus, Progress
 from service.jobrecord import JobRecord, JobState
 from service.jobs import TRANSITIONS, event_name_of
 from workers.errors import MalformedRequestError
@@ -41,26 +41,6 @@ _ID = re.compile(r"[0-9]{1,20}-[0-9]{1,20}")
 
 
 @dataclass(frozen=True, slots=True)
-class Amounts:
-    """How far a job was."""
-
-    bytes_done: int = 0
-    """Output bytes in finished parts."""
-    bytes_total: int = 0
-    """Output bytes of all parts."""
-    bytes_read: int = 0
-    """Input bytes read so far."""
-    parts_done: int = 0
-    """Finished parts."""
-    parts_total: int = 0
-    """All parts."""
-    surveys_done: int = 0
-    """Finished survey passes."""
-    surveys_total: int = 0
-    """All survey passes."""
-
-
-@dataclass(frozen=True, slots=True)
 class JobEvent:
     """One thing that happened to a job."""
 
@@ -78,7 +58,7 @@ class JobEvent:
     """When, in Unix seconds."""
     detail: str
     """A few words for people."""
-    progress: Amounts
+    progress: Progress
     """How far the job was then."""
 
     def to_json(self) -> dict[str, JSONValue]:
@@ -120,7 +100,7 @@ def read_event(job: str, id: str, fields: Mapping[str, str]) -> JobEvent:  # noq
         version=int(fields["version"]),
         at=float(entry.get("at", int(id.partition("-")[0]) / 1000)),
         detail=str(entry.get("detail", "")),
-        progress=Amounts(
+        progress=Progress(
             bytes_done=int(fields["bytes_done"]),
             bytes_total=bytes_total,
             bytes_read=int(fields["bytes_read"]),
@@ -144,15 +124,7 @@ def last_event(status: JobStatus) -> JobEvent:
         version=record.version,
         at=record.updated_at,
         detail=record.history[-1].detail,
-        progress=Amounts(
-            bytes_done=status.bytes_done,
-            bytes_total=record.bytes_total,
-            bytes_read=status.bytes_read,
-            parts_done=status.parts_done,
-            parts_total=record.parts_total,
-            surveys_done=status.surveys_done,
-            surveys_total=record.surveys_total,
-        ),
+        progress=status.progress,
     )
 
 

@@ -5,10 +5,36 @@ from __future__ import annotations
 import base64
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
+
+from pydantic import ConfigDict
 
 from service.jobrecord import JOB_ID, JobRecord
 from workers.errors import CursorError
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far a job is."""
+
+    __pydantic_config__: ClassVar = ConfigDict(
+        use_attribute_docstrings=True, json_schema_serialization_defaults_required=True
+    )
+
+    bytes_done: int = 0
+    """Output bytes in finished parts."""
+    bytes_total: int = 0
+    """Output bytes of all parts."""
+    bytes_read: int = 0
+    """Input bytes read so far."""
+    parts_done: int = 0
+    """Finished parts."""
+    parts_total: int = 0
+    """All parts."""
+    surveys_done: int = 0
+    """Finished survey passes."""
+    surveys_total: int = 0
+    """All survey passes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +53,20 @@ class JobStatus:
     """Finished survey passes."""
     owner: str | None = None
     """Who holds the lease, if anybody does."""
+
+    @property
+    def progress(self) -> Progress:
+        """How far it is."""
+        record = self.record
+        return Progress(
+            bytes_done=self.bytes_done,
+            bytes_total=record.bytes_total,
+            bytes_read=self.bytes_read,
+            parts_done=self.parts_done,
+            parts_total=record.parts_total,
+            surveys_done=self.surveys_done,
+            surveys_total=record.surveys_total,
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,10 +16,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Final, Self
+from typing import Final
 
 from service.keys import BURST_S, ApiKey, Limits
-from service.redis_connection import CONNECTION_TRIES, connect, guarded
+from service.redis_connection import CONNECTION_TRIES, RedisKeys, connect, guarded
 from workers.errors import KeyNotFoundError
 
 USED_EVERY_S: Final = 60
@@ -70,25 +70,14 @@ class Admission:
     """Seconds until the next one may."""
 
 
-class KeyStore:
+class KeyStore(RedisKeys):
     """API keys in the Redis that the jobs are in.
 
     Every method raises :class:`JobStoreUnavailableError` when Redis cannot be reached or refuses to work.
     """
 
     def __init__(self, url: str, namespace: str = "mergemill") -> None:
-        self._redis = connect(url, CONNECTION_TRIES)
-        self._namespace = namespace
-
-    def close(self) -> None:
-        """Close all connections."""
-        self._redis.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()
+        super().__init__(connect(url, CONNECTION_TRIES), namespace)
 
     @guarded
     def create(self, key: ApiKey) -> None:
@@ -142,9 +131,3 @@ class KeyStore:
     def _ids(self) -> set[str]:
         found: set[str] = self._redis.smembers(self._key("keys"))  # type: ignore[assignment]
         return found
-
-    def _key(self, *names: str) -> str:
-        return ":".join((self._namespace, *names))
-
-    def _run(self, script: str, keys: tuple[str, ...], *arguments: str | float) -> Any:
-        return self._redis.register_script(script)(keys=list(keys), args=list(arguments))

@@ -1,10 +1,10 @@
-"""Connections to Redis, alike for everything that keeps something there, and its errors as ours."""
+"""Connections to Redis, for everything that keeps something there: its keys, its scripts, and its errors as ours."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import wraps
-from typing import Any, Concatenate, Final, ParamSpec, TypeVar
+from typing import Any, Concatenate, Final, ParamSpec, Self, TypeVar
 
 import redis
 import redis.asyncio
@@ -26,6 +26,30 @@ OLDEST_REDIS: Final = (7, 0)
 _S = TypeVar("_S")
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
+
+
+class RedisKeys:
+    """A connection, and the namespace that its keys are in. A context manager that closes the connection."""
+
+    def __init__(self, connection: redis.Redis, namespace: str) -> None:
+        self._redis = connection
+        self._namespace = namespace
+
+    def close(self) -> None:
+        """Close all connections."""
+        self._redis.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def _key(self, *names: str) -> str:
+        return ":".join((self._namespace, *names))
+
+    def _run(self, script: str, keys: tuple[str, ...], *arguments: str | float) -> Any:
+        return self._redis.register_script(script)(keys=list(keys), args=list(arguments))
 
 
 def connect(url: str, tries: int = CONNECTION_TRIES, timeout_s: float = TIMEOUT_S) -> redis.Redis:

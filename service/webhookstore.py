@@ -19,12 +19,12 @@ from __future__ import annotations
 import json
 import secrets
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import Any
 
 from service import webhookscripts as scripts
 from service.events import JobEvent, read_event
 from service.jobrecord import JOB_ID
-from service.redis_connection import connect, guarded
+from service.redis_connection import RedisKeys, connect, guarded
 from service.webhooks import Delivery, Try, message_id
 from workers.errors import JobNotFoundError
 
@@ -57,32 +57,21 @@ class Deliveries:
     """In the order of the events."""
 
 
-class WebhookStore:
+class WebhookStore(RedisKeys):
     """The durable queue of webhooks. Safe to share between threads.
 
     Every method raises :class:`~workers.errors.JobStoreUnavailableError` when Redis cannot be reached.
     """
 
     def __init__(self, url: str, namespace: str = "mergemill") -> None:
-        self._redis = connect(url)
-        self._namespace = namespace
-
-    def close(self) -> None:
-        """Close all connections."""
-        self._redis.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()
+        super().__init__(connect(url), namespace)
 
     @guarded
     def claim(self, ttl_s: float) -> Claim | None:
         """Take what has been due for longest; ``None`` when nothing is. After ``ttl_s`` others may take it, too."""
         nonce = secrets.token_hex(8)
         keys = (self._key("webhooks"), self._claim(nonce), self._key("job"))
-        found: Any = self._redis.register_script(scripts.CLAIM)(keys=keys, args=[round(ttl_s * 1000)])
+        found: Any = self._run(scripts.CLAIM, keys, round(ttl_s * 1000))
         if found is None:
             return None
         job, event, fields, number, url, secret = found
@@ -98,7 +87,7 @@ class WebhookStore:
         keys = (self._key("webhooks"), self._claim(claim.nonce), self._key("job", job))
         pause = round(pause_s * 1000)
         args = (job, event, claim.nonce, done.to_json(), outcome, pause)
-        self._redis.register_script(scripts.FINISH)(keys=keys, args=args)
+        self._run(scripts.FINISH, keys, *args)
 
     @guarded
     def deliveries(self, job: str) -> Deliveries:
@@ -136,9 +125,6 @@ class WebhookStore:
                 for name, score in zip(ids, due, strict=True)
             ),
         )
-
-    def _key(self, *names: str) -> str:
-        return ":".join((self._namespace, *names))
 
     def _claim(self, nonce: str) -> str:
         return self._key("webhooks", "claim", nonce)

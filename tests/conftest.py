@@ -16,6 +16,7 @@ pytest_plugins = [
 torch.set_num_threads(1)  # the machine is shared with Ray's workers; results do not depend on it
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Where tests run in several processes, each file stays in one, and all that need a Ceph gateway share one."""
     gateways = {item.path for item in items if "rgw" in getattr(item, "fixturenames", ())}

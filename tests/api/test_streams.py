@@ -9,7 +9,8 @@ import pytest
 
 from api.streams import Streams
 from service.eventlog import EventLog, Look
-from service.events import Amounts, JobEvent
+from service.events import JobEvent
+from service.jobpages import Progress
 from service.jobrecord import JobState
 from workers.errors import JobStoreUnavailableError
 
@@ -32,7 +33,7 @@ class Log:
         if self.failures:
             self.failures -= 1
             raise JobStoreUnavailableError("gone")
-        self.events.append(JobEvent("1-0", "job", "succeeded", JobState.SUCCEEDED, 2, 0.0, "", Amounts()))
+        self.events.append(JobEvent("1-0", "job", "succeeded", JobState.SUCCEEDED, 2, 0.0, "", Progress()))
         return "1-0"
 
     async def news(self, after: str) -> tuple[str, frozenset[str]]:

@@ -55,15 +55,13 @@ def main() -> int:
             plan = make_plan(seed, arguments.store, tuple(RECIPES))
             directory = kept / str(seed)
             directory.mkdir()
-            run = Run(plan, directory, kept, where, undisturbed)
-            result = run.run()
+            result = Run(plan, directory, kept, where, undisturbed).run()
             results.append(result)
             _tell(result, directory)
             if arguments.json is not None:
                 add(arguments.json, result)
             if not result.wrong:
                 shutil.rmtree(directory, ignore_errors=True)
-            run.clean()
     say(summary(results))
     red = [result for result in results if result.wrong]
     if not red:

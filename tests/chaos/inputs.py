@@ -21,6 +21,7 @@ from service.recipe import parse_recipe
 from service.runner import JobRunner
 from service.settings import Settings
 from service.work import Tools
+from tests.chaos.known import header_of, put_known
 from tests.checkpoints import Tensors, fine_tune, llama_config, llama_tensors, write_checkpoint
 from tests.e2e.bench import LocalDriver
 from workers.store import StoreSettings, join, open_stores
@@ -91,8 +92,11 @@ def digests(store: ObjectStore, prefix: str) -> dict[str, str]:
     }
 
 
-def write_models(store: ObjectStore, root: str) -> None:
-    """Write every model below ``root``."""
+def write_models(store: ObjectStore, root: str, known: bool) -> None:
+    """Write every model below ``root``.
+
+    :param known: whether with the digests of their blocks.
+    """
     small = llama_tensors(0, **_SMALL_SHAPE)
     wide = llama_tensors(1, **_WIDE_SHAPE)
     nan = {name: tensor.clone() for name, tensor in small.items()}
@@ -109,15 +113,30 @@ def write_models(store: ObjectStore, root: str) -> None:
         "wide-one": (fine_tune(wide, 4, 0.1), _WIDE_SHAPE),
     }
     for name, (tensors, shape) in models.items():
-        put_model(store, join(root, "models", name), tensors, shape)
+        put_model(store, join(root, "models", name), tensors, shape, known)
 
 
-def put_model(store: ObjectStore, uri: str, tensors: Tensors, shape: dict[str, Any]) -> None:
+def put_model(
+    store: ObjectStore, uri: str, tensors: Tensors, shape: dict[str, Any], known: bool = False
+) -> None:
     """Write one model to a store."""
     with tempfile.TemporaryDirectory() as made:
         directory = write_checkpoint(Path(made), tensors, llama_config(**shape), shard_bytes=2 * MIB)
+        if known:
+            put_known(store, uri, directory)
+            return
         for path in sorted(directory.iterdir()):
             store.put(join(uri, path.name), path.read_bytes())
+
+
+def data_begins(store: ObjectStore, root: str) -> dict[str, int]:
+    """Where the tensors begin in each weight file of the models below ``root``, by the key of the object."""
+    found = (info.uri for info in store.list(join(root, "models") + "/"))
+    return {
+        uri.removeprefix("s3://").partition("/")[2]: header_of(read_bytes(store, uri)).data_start
+        for uri in found
+        if uri.endswith(".safetensors")
+    }
 
 
 def put_swapped(store: ObjectStore, uri: str, seed: int) -> None:

@@ -15,10 +15,18 @@ HIDDEN = ".mergemill/"
 
 KEYS = re.compile(
     r"jobs(:[a-z]+)?|jobs@[^:]+(:[a-z]+)?|leases|events|queues|once:.*|keys|key:[^:]+(:rate)?|schedulers|scheduler:.*"
-    r"|ended|unswept|sweeper|forgotten:.*"
-    r"|job:merge-[0-9a-z]{26}(:(events|writes|parts|surveys|progress))?"
+    r"|ended|unswept|sweeper|forgotten:.*|webhooks:claim:.*"
+    r"|job:merge-[0-9a-z]{26}(:(events|writes|parts|surveys|progress|webhook|deliveries|tries))?"
 )
 """What may be in Redis when all jobs have ended, after the namespace; see the tables of keys in ``service/``."""
+
+
+EXCUSES: Mapping[Kind, tuple[str, ...]] = {
+    Kind.FULL_DISK: ("No space left on device",),
+    # An answer without a body does not say why.
+    Kind.STORE_EXPIRED: ("the credentials have run out or were withdrawn", "check the credentials"),
+}
+"""What a job may fail for where it was struck so, in its own words; it is to leave nothing all the same."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +41,8 @@ class Blown:
     """How many it has."""
     attempt: int
     """How often its planning had begun."""
+    lost: int = 0
+    """How many parts had been recorded, and were not any more."""
 
 
 @dataclass(slots=True)
@@ -53,6 +63,8 @@ class Outcome:
     """Ids of the parts that workers began, each as often as they did."""
     blows: list[Blown] = field(default_factory=list)
     """How it stood at each blow while it was running."""
+    lost: bool = False
+    """Whether Redis was emptied when it was there: a cancel of it may be forgotten, or done."""
 
     @property
     def name(self) -> str:
@@ -63,6 +75,16 @@ class Outcome:
     def state(self) -> JobState | None:
         """Its state."""
         return self.record.state if self.record else None
+
+    @property
+    def was_recovered(self) -> bool:
+        """Whether it was made again from what lay at its output."""
+        return self.record is not None and any(entry.event == "recovered" for entry in self.record.history)
+
+    def is_excused(self, struck: Collection[str]) -> bool:
+        """Whether it failed for something that nobody could have gone on after, and says so."""
+        said = (words for kind, each in EXCUSES.items() if str(kind) in struck for words in each)
+        return self.state == JobState.FAILED and any(words in self.error for words in said)
 
     @property
     def error(self) -> str:
@@ -85,10 +107,11 @@ def ends(outcome: Outcome, struck: Collection[str]) -> Iterator[str]:
         yield f"{name} ended as {ended}"
     if outcome.told != record.state:
         yield f"{name} is {record.state}, and the API says {outcome.told}"
-    if record.state not in _allowed(outcome):
+    excused = outcome.is_excused(struck)
+    if record.state not in _allowed(outcome) and not excused:
         yield f"{name} is {record.state}: {outcome.error}"
     for word in _words(outcome):
-        if word not in outcome.error:
+        if word not in outcome.error and not excused:
             yield f"{name}: {word} is not in the error {outcome.error}"
     restarts = [entry for entry in record.history if entry.event == "restarted"]
     if (
@@ -101,6 +124,8 @@ def ends(outcome: Outcome, struck: Collection[str]) -> Iterator[str]:
 
 def _allowed(outcome: Outcome) -> set[JobState]:
     match outcome.job.fate:
+        case Fate.CANCELLED if outcome.lost:
+            return {JobState.CANCELLED, JobState.SUCCEEDED}
         case Fate.CANCELLED if outcome.cancelled == 202:
             return {JobState.CANCELLED}
         case Fate.NONFINITE | Fate.POISON:
@@ -119,13 +144,13 @@ def _conflict(outcome: Outcome) -> set[JobState]:
 
 
 def _words(outcome: Outcome) -> Iterable[str]:
-    if outcome.state != JobState.FAILED:
+    if outcome.state != JobState.FAILED or _conflict(outcome):
         return []
     words = {Fate.NONFINITE: NONFINITE, Fate.POISON: POISON, Fate.SWAPPED: "swapped"}
     return [words[outcome.job.fate]] if outcome.job.fate in words else []
 
 
-def rivals(outcomes: Iterable[Outcome]) -> Iterator[str]:
+def rivals(outcomes: Iterable[Outcome], struck: Collection[str] = ()) -> Iterator[str]:
     """Of the jobs of one output one succeeds, if one could."""
     of_output: dict[str, list[Outcome]] = defaultdict(list)
     for outcome in outcomes:
@@ -134,7 +159,9 @@ def rivals(outcomes: Iterable[Outcome]) -> Iterator[str]:
     for output, group in of_output.items():
         won = [each for each in group if each.state == JobState.SUCCEEDED]
         sure = [each for each in group if each.job.fate in {Fate.PLAIN, Fate.RIVAL}]
-        if len(won) > 1 or (sure and not won and all(each in sure for each in group)):
+        # Who lost to one that failed for an excuse lost all the same.
+        could = all(each in sure and not each.is_excused(struck) for each in group)
+        if len(won) > 1 or (not won and could):
             yield f"{output}: {len(won)} of {[each.name for each in group]} succeeded"
 
 
@@ -184,7 +211,7 @@ def repeated(outcome: Outcome, in_flight: int, restarts_allowed: bool) -> Iterat
         if count > 1 + unrecorded:
             yield f"{outcome.name}: part {part} was made {count} times, and {unrecorded} blows came before its record"
     repeats = sum(times.values()) - len(times)
-    spent = sum(min(in_flight, blow.total - len(blow.recorded)) for blow in outcome.blows)
+    spent = sum(min(in_flight, blow.total - len(blow.recorded)) + blow.lost for blow in outcome.blows)
     if repeats > spent:
         yield f"{outcome.name}: {repeats} parts were made again, and at most {spent} were in flight when blows came"
 

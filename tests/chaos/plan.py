@@ -41,15 +41,20 @@ class Kind(StrEnum):
     KILL_GCS = "kill -9 of Ray's control process"
     KILL_REDIS = "kill -9 of Redis"
     PAUSE_SCHEDULER = "a scheduler stopped past its lease, then continued"
+    PAUSE_COMMIT = "a scheduler stopped past its lease at a step of a commit, then continued"
     PARTITION_REDIS = "Redis out of reach"
+    EMPTY_REDIS = "Redis back empty, and `mergemill recover`"
     POWER_CUT = "kill -9 of everything, and a cold start"
     LOSE_UPLOAD = "an upload aborted behind the job's back"
+    FULL_DISK = "a full disk"
     STORE_ERRORS = "500 and 503 SlowDown from the store"
     STORE_RESETS = "connections to the store reset"
     STORE_TRUNCATED = "bodies from the store cut short"
     STORE_FLIPS = "bits flipped on the way to the store"
+    STORE_READ_FLIPS = "bits flipped on the way from the store"
     STORE_LOST_ANSWERS = "answers of the store lost after it acted"
     STORE_SLOW = "a store that stalls"
+    STORE_EXPIRED = "credentials of the store that run out"
 
 
 class Fate(StrEnum):
@@ -74,10 +79,27 @@ ON_STORE = (
     Kind.STORE_RESETS,
     Kind.STORE_TRUNCATED,
     Kind.STORE_FLIPS,
+    Kind.STORE_READ_FLIPS,
     Kind.STORE_LOST_ANSWERS,
     Kind.STORE_SLOW,
+    Kind.STORE_EXPIRED,
 )
 """What a proxy before an S3 server does; a directory has none."""
+
+ON_DISK = (Kind.FULL_DISK,)
+"""What only a directory has."""
+
+ONCE = (
+    Kind.POWER_CUT,
+    Kind.EMPTY_REDIS,
+    Kind.PAUSE_SCHEDULER,
+    Kind.PAUSE_COMMIT,
+    Kind.LOSE_UPLOAD,
+    Kind.FULL_DISK,
+    Kind.STORE_READ_FLIPS,
+    Kind.STORE_EXPIRED,
+)
+"""What comes once in a run at most; everything else twice."""
 
 ON_FLEET = (Kind.KILL_DRIVER, Kind.KILL_WARDEN, Kind.KILL_RAYLET, Kind.KILL_GCS)
 """What ends a scheduler's local Ray: two of them at one scheduler in a run are enough."""
@@ -112,11 +134,14 @@ class Job:
     """What is special about it."""
     cancel: When | None = None
     """When it is cancelled, if it is."""
+    deleted: bool = False
+    """Whether it is deleted when all have ended."""
 
     def __str__(self) -> str:
         special = "" if self.fate == Fate.PLAIN else f", {self.fate}"
         cancelled = f", cancelled {self.cancel}" if self.cancel else ""
-        return f"job {self.number}: {self.recipe} at {self.at_s:.1f} s{special}{cancelled}"
+        deleted = ", deleted in the end" if self.deleted else ""
+        return f"job {self.number}: {self.recipe} at {self.at_s:.1f} s{special}{cancelled}{deleted}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,11 +154,15 @@ class Strike:
     """To the scheduler that has the job at that moment, or to the other one."""
     lasts_s: float
     """How long, where it lasts."""
+    step: int = 0
+    """At which change of a commit, from 0, where it waits for one."""
 
     def __str__(self) -> str:
         whose = {True: " (owner)", False: " (other)"}[self.owner]
-        return f"{self.kind}{whose if self.kind in AT_SCHEDULER else ''}" + (
-            f" for {self.lasts_s:.1f} s" if self.lasts_s else ""
+        return (
+            f"{self.kind}{whose if self.kind in AT_SCHEDULER else ''}"
+            + (f" for {self.lasts_s:.1f} s" if self.lasts_s else "")
+            + (f", at change {self.step}" if self.kind == Kind.PAUSE_COMMIT else "")
         )
 
 
@@ -183,7 +212,11 @@ class Plan:
 AT_SCHEDULER = (Kind.KILL_SCHEDULER, Kind.PAUSE_SCHEDULER, Kind.KILL_WORKER, *ON_FLEET)
 """What is done to one scheduler or to its Ray."""
 
-_WEIGHTS: Mapping[Kind, int] = {kind: 1 if kind in ON_STORE else 2 for kind in Kind}
+_WEIGHTS: Mapping[Kind, int] = {
+    **{kind: 1 if kind in ON_STORE else 2 for kind in Kind},
+    Kind.PAUSE_COMMIT: 3,
+    Kind.EMPTY_REDIS: 1,
+}
 _FATES: Mapping[Fate, int] = {
     Fate.PLAIN: 10,
     Fate.CANCELLED: 4,
@@ -194,9 +227,12 @@ _FATES: Mapping[Fate, int] = {
 }
 _LASTS: Mapping[Kind, tuple[float, float]] = {
     Kind.PAUSE_SCHEDULER: (4.0, 6.0),  # leases last three
+    Kind.PAUSE_COMMIT: (4.0, 6.0),
     Kind.PARTITION_REDIS: (0.5, 6.0),
     Kind.POWER_CUT: (0.2, 4.0),
+    Kind.FULL_DISK: (0.2, 1.0),
     **dict.fromkeys(ON_STORE, (0.5, 3.0)),
+    Kind.STORE_EXPIRED: (0.2, 1.0),
 }
 _AFTER: Mapping[Stage, float] = {
     Stage.QUEUED: 0.1,
@@ -206,6 +242,8 @@ _AFTER: Mapping[Stage, float] = {
     Stage.COMMITTING: 0.15,
 }
 """Longest delay after a stage, in seconds: about as long as it takes."""
+_COMMIT_STEPS = 24
+"""As many changes as most commits make, and more than some."""
 
 
 def make_plan(seed: int, store: str, recipes: Sequence[str]) -> Plan:
@@ -231,13 +269,12 @@ def _jobs(chance: random.Random, recipes: Sequence[str]) -> Iterable[Job]:
         cancel = None
         if fate == Fate.CANCELLED:
             cancel = _moment(chance, number)
-        yield Job(number, chance.choice(recipes), round(at_s, 1), fate, cancel)
+        yield Job(number, chance.choice(recipes), round(at_s, 1), fate, cancel, chance.random() < 0.2)
 
 
 def _blows(chance: random.Random, jobs: int, store: str) -> Iterable[Blow]:
-    kinds = [kind for kind in Kind if store == "s3" or kind not in ON_STORE]
-    left = Counter(dict.fromkeys(kinds, 2))
-    left[Kind.POWER_CUT] = left[Kind.PAUSE_SCHEDULER] = left[Kind.LOSE_UPLOAD] = 1
+    kinds = [kind for kind in Kind if kind not in (ON_DISK if store == "s3" else ON_STORE)]
+    left = Counter({kind: 1 if kind in ONCE else 2 for kind in kinds})
     fleets = 3  # each takes a new Ray some seconds, which is most of what a run takes
     for _ in range(chance.randint(2, 5)):
         strikes: list[Strike] = []
@@ -252,7 +289,10 @@ def _blows(chance: random.Random, jobs: int, store: str) -> Iterable[Blow]:
             left[kind] -= 1
             fleets -= kind in (*ON_FLEET, Kind.POWER_CUT)
             lasts_s = round(chance.uniform(*_LASTS[kind]), 1) if kind in _LASTS else 0.0
-            strikes.append(Strike(kind, chance.random() < 0.8, lasts_s))
+            if kind == Kind.STORE_EXPIRED and chance.random() < 0.6:
+                lasts_s = 0.0  # others are there before these have run out
+            step = chance.randrange(_COMMIT_STEPS) if kind == Kind.PAUSE_COMMIT else 0
+            strikes.append(Strike(kind, chance.random() < 0.8, lasts_s, step))
         # What is everywhere at once comes last: nothing is left to be struck after it.
         strikes.sort(key=lambda strike: strike.kind == Kind.POWER_CUT)
         yield Blow(_moment(chance, chance.randrange(jobs)), tuple(strikes))

@@ -30,6 +30,7 @@ def add(path: Path, result: Result) -> None:
         "states": result.states,
         "parts": result.parts,
         "repeats": result.repeats,
+        "told": result.told,
         "seconds": result.seconds,
     }
     path.write_text(json.dumps([*known, run], indent=1) + "\n")
@@ -50,6 +51,7 @@ def table(runs: Iterable[dict[str, Any]]) -> str:
         own = stores[run["store"]]
         own.update(run["injected"])
         own.update({f"jobs {state}": count for state, count in run["states"].items()})
+        own.update({f"told {what}": count for what, count in run.get("told", {}).items()})
         own.update(runs=1, green=not run["wrong"], parts=run["parts"], repeats=run["repeats"])
     rows = [("runs", "runs"), ("green", "of them green")]
     rows += [(str(kind), str(kind)) for kind in (*Kind, *(fate for fate in Fate if fate != Fate.PLAIN))]
@@ -57,6 +59,8 @@ def table(runs: Iterable[dict[str, Any]]) -> str:
     rows += [(what, f"requests that met `{what.removeprefix('requests: ')}`") for what in requests]
     ends = sorted({what for own in stores.values() for what in own if what.startswith("jobs ")})
     rows += [(what, what) for what in ends]
+    heard = sorted({what for own in stores.values() for what in own if what.startswith("told ")})
+    rows += [(what, what.removeprefix("told ")) for what in heard]
     rows += [("parts", "parts made"), ("repeats", "parts made again, all in flight at a kill")]
     lines = ["| what | on `file://` | on Ceph RGW |", "|---|---:|---:|"]
     lines += [f"| {text} | {stores['files'][key]} | {stores['s3'][key]} |" for key, text in rows]

@@ -3,40 +3,35 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
-import threading
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import httpx
 import redis
 
 from service.jobpages import JobStatus
 from service.jobrecord import JobState
-from tests.chaos import invariants
-from tests.chaos.inputs import (
-    NONFINITE_RECIPE,
-    POISON_RECIPE,
-    RECIPES,
-    SMALL,
-    Recipe,
-    Undisturbed,
-    put_swapped,
-)
+from tests.chaos import invariants, told
+from tests.chaos.clients import SWAPPED_RECIPE, Case, Clients, delete
+from tests.chaos.disk import Disk, small_disk
+from tests.chaos.holding import came_back, notes
+from tests.chaos.inputs import RECIPES, Undisturbed, put_swapped
 from tests.chaos.invariants import Blown, Outcome
+from tests.chaos.lost import Known, empty
 from tests.chaos.places import Place
-from tests.chaos.plan import STAGES, Blow, Fate, Job, Kind, Plan, Stage, When
+from tests.chaos.plan import ON_DISK, Blow, Fate, Kind, Plan, Stage
 from tests.chaos.processes import below, reap, still_there
-from tests.chaos.stack import LEASE_S, NAMESPACE, PARTS_IN_FLIGHT, Stack
+from tests.chaos.stack import NAMESPACE, PARTS_IN_FLIGHT, Stack
 from tests.chaos.strikes import Striker
+from tests.servers.receiver import Receiver, status
 from workers.errors import JobStoreUnavailableError, MergemillError
 from workers.store import join
+from workers.store.uris import to_path
 
 STRIKE_WITHIN_S = 45.0
 """How long after the last job was submitted blows wait for their moments: then they come at once."""
@@ -45,7 +40,11 @@ END_WITHIN_S = 150.0
 GONE_WITHIN_S = 20.0
 """How long what was killed, or below it, may be there afterwards."""
 
-SWAPPED_RECIPE = Recipe("linear", ("base", "swapped"), SMALL, {}, {})
+TOLD_WITHIN_S = 20.0
+"""How long a client may take to hear of the last end."""
+DELETED_WITHIN_S = 75.0
+SWEPT_WITHIN_S = 75.0
+"""How long a sweep, or the lease of one that was killed, may be waited for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,22 +63,10 @@ class Result:
     """Parts that were made."""
     repeats: int
     """How many of them had been begun before."""
+    told: dict[str, int]
+    """What was told of them: events that were followed, how often followers came again, webhooks, deletions."""
     seconds: float
     """How long it took."""
-
-
-@dataclass
-class _Case:
-    """A job on its way."""
-
-    job: Job
-    output: str
-    outcome: Outcome
-    id: str | None = None
-    status: JobStatus | None = None
-    owner: str | None = None
-    thread: threading.Thread | None = None
-    reached: dict[Stage, float] = field(default_factory=dict)
 
 
 class Run:
@@ -98,45 +85,62 @@ class Run:
         self._place = place
         self._undisturbed = undisturbed
         self._root = join(place.root, "runs", f"{plan.seed}")
-        self._over = threading.Event()
+        self._told: Counter[str] = Counter()
         outputs: list[str] = []
         self._cases = []
         for job in plan.jobs:
             outputs.append(outputs[-1] if job.fate == Fate.RIVAL else join(self._root, f"out-{job.number}"))
-            self._cases.append(_Case(job, outputs[-1], Outcome(job, None)))
+            self._cases.append(Case(job, outputs[-1], Outcome(job, None)))
 
     def run(self) -> Result:
-        """Do it all, and look."""
+        """Do it all, and look; nothing is left at the place."""
+        with contextlib.ExitStack() as stack:
+            disk = None
+            if any(strike.kind in ON_DISK for blow in self._plan.blows for strike in blow.strikes):
+                disk = stack.enter_context(small_disk(Path(to_path(self._root))))
+                if disk is None:
+                    self._note("no file system may be mounted here, so none will be full")
+            stack.callback(self._clean)
+            return self._run(disk)
+
+    def _run(self, disk: Disk | None) -> Result:
         began, before = time.monotonic(), {life.pid for life in below(os.getpid())}
         if any(job.fate == Fate.SWAPPED for job in self._plan.jobs):
             for version in ("swapped-old", "swapped"):
                 put_swapped(self._place.store, join(self._root, version), self._plan.seed)
             put_swapped(self._place.store, join(self._root, "swapped-new"), self._plan.seed + 1)
         wrong: list[str] = []
+        refused = self._plan.seed % 2
         self._note(str(self._plan))
-        with Stack(self._directory, self._scratch, self._place.settings, self._plan.part_pause_s) as stack:
+        place = self._place
+        with (
+            Receiver(*[status(500)] * refused) as receiver,
+            Stack(
+                self._directory, self._scratch, place.settings, place.keys, self._plan.part_pause_s
+            ) as stack,
+        ):
             self._note("the stack is up")
             self._stack = stack
-            striker = self._striker = Striker(stack, self._place.store, self._plan.seed)
+            striker = self._striker = Striker(stack, place, disk, self._plan.seed, self._note_blow)
+            clients = self._clients = Clients(stack, place, self._root, self._plan.seed, receiver.url)
             self._start = time.monotonic()
             try:
-                for case in self._cases:
-                    case.thread = threading.Thread(target=self._be_client, args=(case,))
-                    case.thread.start()
+                clients.begin(self._cases)
                 self._strike()
-                striker.wait()
+                while not striker.is_over:
+                    self._look()
+                    time.sleep(0.05)
                 self._wait_for_ends()
+                clients.end(TOLD_WITHIN_S)
             finally:
                 striker.wait()
-                self._over.set()
-                for case in self._cases:
-                    if case.thread is not None:
-                        case.thread.join()
+                clients.end()
             injected = dict(+striker.done)
             if stack.s3 is not None:
                 injected |= {f"requests: {kind}": count for kind, count in stack.s3.injected.items()}
             self._gather()
-            wrong += self._redis_keys()
+            wrong += self._check_told(receiver, refused)
+            wrong += self._left()
             self._note("the stack is stopped")
         left = [life for life in below(os.getpid()) if life.pid not in before]
         wrong += [f"still runs: {life}" for life in still_there([*stack.doomed, *left], GONE_WITHIN_S)]
@@ -156,57 +160,9 @@ class Run:
             dict(states),
             sum(len(set(each)) for each in made),
             sum(len(each) - len(set(each)) for each in made),
+            dict(self._told),
             round(time.monotonic() - began, 1),
         )
-
-    # The clients of the API
-
-    def _be_client(self, case: _Case) -> None:
-        """Submit a job until it is accepted or refused; cancel it at its moment."""
-        job = case.job
-        self._sleep_until(self._start + job.at_s)
-        recipe = {
-            Fate.NONFINITE: NONFINITE_RECIPE,
-            Fate.POISON: POISON_RECIPE,
-            Fate.SWAPPED: SWAPPED_RECIPE,
-        }.get(job.fate, RECIPES[job.recipe])
-        document = recipe.at(self._place.root, swapped=join(self._root, "swapped"))
-        body = {"recipe": document, "output": case.output, "options": dict(recipe.options)}
-        headers = {"Idempotency-Key": f"{self._plan.seed}-{job.number}"}
-        with self._stack.client() as http:
-            answer = self._ask(http, "/v1/merges", json=body, headers=headers)
-            if answer is None or not answer.is_success:
-                case.outcome.refused = "nobody answered" if answer is None else answer.text
-                return
-            case.id = answer.json()["id"]
-            if job.cancel is not None and self._sleep_until_moment(job.cancel):
-                answer = self._ask(http, f"/v1/merges/{case.id}/cancel")
-                case.outcome.cancelled = None if answer is None else answer.status_code
-            if job.fate == Fate.SWAPPED and self._sleep_until_moment(When(job.number, Stage.RUNNING, 0.2)):
-                put_swapped(self._place.store, join(self._root, "swapped"), self._plan.seed + 1)
-
-    def _ask(self, http: httpx.Client, path: str, **content: Any) -> httpx.Response | None:
-        """POST until somebody answers who could do something about it."""
-        while not self._over.is_set():
-            try:
-                answer = http.post(path, **content)
-            except httpx.HTTPError:  # it was killed, and is started again
-                self._over.wait(0.05)
-                continue
-            if answer.status_code < 500 and answer.status_code != 429:
-                return answer
-            self._over.wait(0.1)
-        return None
-
-    def _sleep_until(self, moment: float) -> None:
-        self._over.wait(max(0.0, moment - time.monotonic()))
-
-    def _sleep_until_moment(self, when: When) -> bool:
-        """Whether it came before all was over."""
-        while not self._over.wait(0.01):
-            if self._has_come(when):
-                return True
-        return False
 
     # What is done to the stack
 
@@ -215,7 +171,11 @@ class Run:
         latest = self._start + max(job.at_s for job in self._plan.jobs) + STRIKE_WITHIN_S
         while blows:
             self._look()
-            due = [blow for blow in blows if self._has_come(blow.when) or time.monotonic() > latest]
+            due = [
+                blow
+                for blow in blows
+                if self._cases[blow.when.job].has_come(blow.when) or time.monotonic() > latest
+            ]
             for blow in due:
                 blows.remove(blow)
                 self._blow(blow)
@@ -226,6 +186,8 @@ class Run:
         self._note_blow()
         for strike in blow.strikes:
             record, owner = (status.record, status.owner) if status else (None, None)
+            if strike.kind == Kind.EMPTY_REDIS:
+                self._empty_redis()
             done = self._striker.strike(strike, record, owner)
             self._note(f"{blow.when}: {strike}{'' if done else ', which found nothing to strike'}")
 
@@ -236,28 +198,55 @@ class Run:
     def _note_blow(self) -> None:
         """Keep how the jobs stand before anything is done."""
         for case in self._cases:
-            if case.id is not None and Stage.ENDED not in case.reached:
+            if case.is_open and case.id is not None:
                 with contextlib.suppress(JobStoreUnavailableError):
                     self._keep(case, case.id)
 
-    def _keep(self, case: _Case, job: str) -> None:
+    def _keep(self, case: Case, job: str) -> None:
         """Keep how a job stands: what is recorded now must not be made again."""
         recorded = frozenset(self._stack.jobs.parts(job))
         record = self._stack.jobs.get(job)
         if record.state == JobState.RUNNING:
             case.outcome.blows.append(Blown(time.time(), recorded, record.parts_total, record.attempt))
 
-    def _has_come(self, when: When) -> bool:
-        case = self._cases[when.job]
-        found = [case.reached[stage] for stage in STAGES[STAGES.index(when.stage) :] if stage in case.reached]
-        if case.outcome.refused is not None:
-            return True
-        return bool(found) and time.monotonic() >= min(found) + when.delay_s
+    def _empty_redis(self) -> None:
+        """Lose Redis, and do what an operator does then: recover what had begun, submit again what had not."""
+        with self._clients.submitting:  # what is being submitted has its answer, and its client knows of it
+            self._look()
+            outputs = {case.id: case.output for case in self._cases if case.id and not case.is_gone}
+            known = empty(self._stack, outputs)
+            for case in self._cases:
+                if case.id is not None and case.id in known:
+                    self._go_on(case, known[case.id])
+
+    def _go_on(self, case: Case, known: Known) -> None:
+        """Have a job go on that was recovered; submit another in its place, unless all was done but for saying so."""
+        outcome, was = case.outcome, known.status.record
+        outcome.lost, outcome.record = True, was
+        for follower in case.followers:
+            follower.is_void = True
+        if known.kept is not None:
+            lost = len(known.recorded - known.kept)
+            outcome.blows.append(Blown(time.time(), known.kept, was.parts_total, was.attempt, lost))
+            case.reached.pop(Stage.ENDED, None)
+            self._clients.follow(case)
+        elif was.state.is_terminal:
+            case.is_gone = True
+            case.reached.setdefault(Stage.ENDED, time.monotonic())
+        elif was.state == JobState.COMMITTING and any(
+            name.endswith(".index.json") for name in self._place.digests(case.output)
+        ):
+            outcome.record = was.model_copy(update={"state": JobState.SUCCEEDED})
+            case.is_gone, case.reached[Stage.ENDED] = True, time.monotonic()
+        else:
+            outcome.blows.clear()
+            self._clients.submit(case, again=True)
+        self._note(f"job {case.job.number} {was.id} goes on as {case.id}")
 
     def _look(self) -> None:
         """See how far every job is."""
         for case in self._cases:
-            if case.id is not None and Stage.ENDED not in case.reached:
+            if case.is_open and case.id is not None:
                 with contextlib.suppress(JobStoreUnavailableError):
                     case.status = self._stack.jobs.status(case.id)
                     if case.status.owner not in {case.owner, None}:
@@ -276,44 +265,82 @@ class Run:
             if all(case.outcome.refused or Stage.ENDED in case.reached for case in self._cases):
                 break
             time.sleep(0.05)
-        # A cancel may be on its way to a job that has ended.
-        for case in self._cases:
-            if case.thread is not None:
-                case.thread.join(max(0.0, deadline - time.monotonic()))
 
     # What holds at the end
 
     def _gather(self) -> None:
         begun = defaultdict(list)
-        if self._stack.witness.exists():
-            for line in self._stack.witness.read_text().splitlines():
-                note = json.loads(line)
-                begun[note["job"]].append(note["part"])
+        for note in notes(self._stack.witness):
+            begun[note["job"]].append(note["part"])
         with self._stack.client() as http:
             for case in self._cases:
+                outcome = case.outcome
                 if case.id is not None:
-                    case.outcome.record = self._stack.jobs.get(case.id)
-                    case.outcome.begun = begun[case.id]
-                    case.outcome.told = http.get(f"/v1/merges/{case.id}").json().get("state", "")
+                    outcome.begun = begun[case.id]
+                if case.is_gone:
+                    outcome.told = str(outcome.state)
+                elif case.id is not None:
+                    outcome.record = self._stack.jobs.get(case.id)
+                    outcome.told = http.get(f"/v1/merges/{case.id}").json().get("state", "")
 
-    def _redis_keys(self) -> list[str]:
-        """What is wrong with the keys in Redis, when what expires has had the time to."""
-        deadline = time.monotonic() + LEASE_S + 3.0
+    def _check_told(self, receiver: Receiver, refused: int) -> Iterator[str]:
+        """What is wrong with what clients heard, and with what they had deleted."""
+        with self._stack.client() as http, redis.Redis.from_url(self._stack.valkey.url) as client:
+            heard = [case for case in self._cases if case.id is not None and not case.is_gone]
+            for case in heard:
+                follower, found = case.followers[-1], client.xrange(f"{NAMESPACE}:job:{case.id}:events")
+                entries: Any = found
+                written = [(key.decode(), fields[b"event"].decode()) for key, fields in entries]
+                yield from told.events(
+                    case.outcome.name, [(each.id, each.event) for each in follower.heard], written
+                )
+                self._told["events followed"] += len(follower.heard)
+                self._told["times that a follower came again"] += follower.again
+            # A job that is recovered has nobody any more who wants to be told: that was in Redis alone.
+            states = {
+                case.id: str(case.outcome.state)
+                for case in heard
+                if case.id is not None and not (case.outcome.was_recovered)
+            }
+            was_lost = any(case.outcome.lost for case in self._cases)
+            yield from told.wait_for_deliveries(states, receiver, 0 if was_lost else refused)
+            self._told["webhooks received"] = len(receiver.received)
+            for case in heard:
+                state = case.outcome.state
+                if case.job.deleted and case.id is not None and state is not None and state.is_terminal:
+                    if (problem := delete(http, case.id, DELETED_WITHIN_S)) is not None:
+                        yield problem
+                        continue
+                    case.is_gone = True
+                    self._told["jobs deleted"] += 1
+                    if client.keys(f"{NAMESPACE}:job:{case.id}*"):
+                        yield f"{case.outcome.name} was deleted, and Redis has keys of it"
+
+    def _left(self) -> list[str]:
+        """What is left in Redis and at outputs, when what expires or is swept has had the time to."""
+        deadline = time.monotonic() + SWEPT_WITHIN_S
         with redis.Redis.from_url(self._stack.valkey.url, decode_responses=True) as client:
             while True:
                 found = [key.removeprefix(f"{NAMESPACE}:") for key in client.scan_iter(f"{NAMESPACE}:*")]
                 wrong = list(invariants.keys(found))
+                wrong += [f"an upload is left: {upload}" for upload in self._place.uploads(self._root)]
+                wrong += [
+                    f"{case.outcome.name} is not swept"
+                    for case in self._cases
+                    if client.hexists(f"{NAMESPACE}:job:{case.id}", "left")
+                ]
                 if not wrong or time.monotonic() > deadline:
                     break
                 time.sleep(0.1)
             known = client.zcard(f"{NAMESPACE}:jobs")
-        if known != (accepted := sum(case.id is not None for case in self._cases)):
+        accepted = sum(case.id is not None and not case.is_gone for case in self._cases)
+        if known != accepted:
             wrong.append(f"Redis has {known} jobs, and {accepted} were accepted")
         return wrong
 
     def _check(self, struck: dict[str, int]) -> Iterator[str]:
         outcomes = [case.outcome for case in self._cases]
-        late = str(Kind.PAUSE_SCHEDULER) in struck
+        late = bool({str(Kind.PAUSE_SCHEDULER), str(Kind.PAUSE_COMMIT)} & {*struck})
         for case in self._cases:
             outcome = case.outcome
             yield from invariants.ends(outcome, struck)
@@ -329,10 +356,10 @@ class Run:
                 yield from invariants.content(outcome, there, self._wanted(case), others, late)
             void = str(Kind.LOSE_UPLOAD) in struck or str(Kind.STORE_LOST_ANSWERS) in struck
             yield from invariants.repeated(outcome, PARTS_IN_FLIGHT, void)
-        yield from invariants.rivals(outcomes)
-        yield from (f"an upload is left: {upload}" for upload in self._place.uploads(self._root))
+        yield from invariants.rivals(outcomes, struck)
+        yield from came_back(notes(self._directory / "owners.jsonl"))
 
-    def _wanted(self, case: _Case) -> list[dict[str, str]]:
+    def _wanted(self, case: Case) -> list[dict[str, str]]:
         """What may be at the output of a job that succeeded."""
         if case.outcome.state != JobState.SUCCEEDED:
             return []
@@ -345,7 +372,7 @@ class Run:
             made.append({name: own if name.endswith(".safetensors") else "" for name, own in found.items()})
         return made
 
-    def clean(self) -> None:
+    def _clean(self) -> None:
         """Remove what the run left at its place."""
         with contextlib.suppress(MergemillError):
             for info in list(self._place.store.list(self._root + "/")):

@@ -23,7 +23,9 @@ from mergemill.credentials import BearerAuth
 from service.jobstore import JobStore
 from service.valkey import EmbeddedValkey
 from tests.chaos import inputs
+from tests.chaos.credentials import Credentials, Key
 from tests.chaos.fault_proxy import FaultProxy
+from tests.chaos.holding import Hold
 from tests.chaos.processes import Life, below, kill, life_of
 from tests.chaos.tcp_proxy import TcpProxy
 from tests.servers.keys import make_key
@@ -48,15 +50,27 @@ class Stack:
     :param directory: where all of it is kept.
     :param scratch: where Ray keeps its sockets, which takes a short path.
     :param store: how the store is reached without a proxy.
+    :param keys: those that open it, where it takes some.
     :param part_pause_s: how long each part is held up.
     """
 
     def __init__(
-        self, directory: Path, scratch: Path, store: StoreSettings, part_pause_s: float = 0.0
+        self,
+        directory: Path,
+        scratch: Path,
+        store: StoreSettings,
+        keys: tuple[Key, ...] = (),
+        part_pause_s: float = 0.0,
     ) -> None:
         self.directory = directory
         self.witness = directory / "parts.jsonl"
         """A line for each part that a worker began."""
+        self.owners = directory / "owners.jsonl"
+        """A line for each thing that was done under a lease, by whoever."""
+        self.hold = Hold(directory / "hold.json")
+        """Where a scheduler is told to stop itself."""
+        self.credentials = Credentials(directory / "credentials", keys) if keys else None
+        """What opens the store to the stack."""
         self.doomed: list[Life] = []
         """What ran below something that was killed, and has to be gone soon."""
         self._held = threading.Event()
@@ -65,6 +79,7 @@ class Stack:
         self._failure: BaseException | None = None
         self._store, self._pause_s, self._scratch = store, part_pause_s, scratch
         self._lock = threading.RLock()
+        self._redis_away = 0
         with contextlib.ExitStack() as stack:
             self._listener = stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=128))
             self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
@@ -73,7 +88,9 @@ class Stack:
             """What stands before the store."""
             if store.s3_endpoint_url is not None:
                 self.s3 = stack.enter_context(
-                    FaultProxy(store.s3_endpoint_url, journal=directory / "store-faults.jsonl")
+                    FaultProxy(
+                        store.s3_endpoint_url, self.credentials, journal=directory / "store-faults.jsonl"
+                    )
                 )
             # Linux ties the children to the thread that starts them.
             self._thread = threading.Thread(target=self._supervise, name="supervisor", daemon=True)
@@ -101,6 +118,25 @@ class Stack:
     def client(self) -> httpx.Client:
         """A client of the API, with a key for everything."""
         return httpx.Client(base_url=self.url, timeout=10.0, auth=BearerAuth(self.url, self.key))
+
+    @property
+    def key_id(self) -> str:
+        """What that key is called."""
+        return self.key.split("_")[1]
+
+    @contextlib.contextmanager
+    def without_redis(self) -> Iterator[None]:
+        """Nobody but who goes past the proxy reaches Redis while the block runs, whoever else says so."""
+        with self._lock:
+            self._redis_away += 1
+            self.redis.partition()
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._redis_away -= 1
+                if not self._redis_away:
+                    self.redis.heal()
 
     def pid(self, name: str) -> int | None:
         """Process id of ``serve`` or of a scheduler, while it runs."""
@@ -164,7 +200,7 @@ class Stack:
             "serve": Child(
                 "serve",
                 ["serve", "--fd", str(fd)],
-                self._environment("serve"),
+                self.environment("serve"),
                 self.directory / "serve.log",
                 [fd],
             )
@@ -172,11 +208,11 @@ class Stack:
         for name in SCHEDULERS:
             command = ["schedule", "--ready-file", str(self._ready_file(name))]
             log_path = self.directory / f"{name}.log"
-            self._children[name] = Child(name, command, self._environment(name), log_path)
+            self._children[name] = Child(name, command, self.environment(name), log_path)
         for child in self._children.values():
             child.start()
 
-    def _environment(self, name: str) -> dict[str, str]:
+    def environment(self, name: str) -> dict[str, str]:
         at = urlsplit(self.valkey.url)
         through = at._replace(netloc=at.netloc.replace(f":{at.port}", f":{self.redis.port}"))
         store = self._store
@@ -195,13 +231,15 @@ class Stack:
             "chaos_witness": self.witness,
             "chaos_pause_s": self._pause_s,
             "chaos_poison": inputs.POISON,
+            "chaos_owners": self.owners,
+            "chaos_hold": self.hold.path,
+            "webhook_allow_private": '["127.0.0.1"]',
+            "sweep_seconds": 1.0,
         }
-        if self.s3 is not None and store.s3_secret_access_key is not None:
+        if self.s3 is not None:
             settings |= {
                 "store__s3_endpoint_url": self.s3.url,
                 "store__s3_region": store.s3_region,
-                "store__s3_access_key_id": store.s3_access_key_id,
-                "store__s3_secret_access_key": store.s3_secret_access_key.get_secret_value(),
                 "store__s3_addressing_style": store.s3_addressing_style,
                 "store__s3_checksums": store.s3_checksums,
                 "store__s3_read_timeout_s": 5.0,
@@ -213,8 +251,10 @@ class Stack:
         kept = {
             key: value
             for key, value in os.environ.items()
-            if not key.startswith(("MERGEMILL_", "RAY_", "OTEL_"))
+            if not key.startswith(("MERGEMILL_", "RAY_", "OTEL_", "AWS_"))
         }
+        if self.credentials is not None:
+            kept["AWS_SHARED_CREDENTIALS_FILE"] = str(self.credentials.path)
         return {**kept, **own, "PYTHONPATH": f"{_WATCH}{os.pathsep}{root}", "RAY_USAGE_STATS_ENABLED": "0"}
 
     def _ready_file(self, name: str) -> Path:

@@ -90,6 +90,34 @@ def test_two_winners_and_none() -> None:
     assert said(invariants.rivals([won, lost])) == ""
     assert "2 of" in said(invariants.rivals([won, won]))
     assert "0 of" in said(invariants.rivals([lost, lost]))
+    full = outcome(FAILED, error="cannot write: No space left on device; free some space")
+    assert "0 of" in said(invariants.rivals([full, lost], []))
+    assert said(invariants.rivals([full, lost], [str(Kind.FULL_DISK)])) == ""
+
+
+def test_what_a_job_may_fail_for_where_it_was_struck_so_and_nowhere_else() -> None:
+    full = outcome(FAILED, Fate.POISON, error="cannot write: No space left on device; free some space")
+    assert said(invariants.ends(full, [str(Kind.FULL_DISK)])) == ""
+    assert "is not in the error" in said(invariants.ends(full, [str(Kind.STORE_EXPIRED)]))
+    over = outcome(
+        FAILED, error="403 ExpiredToken; the credentials have run out or were withdrawn: renew them"
+    )
+    assert said(invariants.ends(over, [str(Kind.STORE_EXPIRED)])) == ""
+    assert "is failed" in said(invariants.ends(over, [str(Kind.FULL_DISK)]))
+
+
+def test_a_cancel_may_be_forgotten_with_redis_and_by_nobody_else() -> None:
+    forgotten = outcome(SUCCEEDED, Fate.CANCELLED, cancelled=202, lost=True)
+    assert said(invariants.ends(forgotten, [])) == ""
+
+
+def test_parts_that_redis_lost_may_be_made_again() -> None:
+    blows = [Blown(1.0, frozenset("ab"), 9, 1), Blown(2.0, frozenset("a"), 9, 1, lost=1)]
+    made = outcome(SUCCEEDED, begun=list("abcdbcd"), blows=blows)
+    assert said(invariants.repeated(made, 2, restarts_allowed=False)) == ""
+    assert "part a was made 2 times" in said(
+        invariants.repeated(outcome(SUCCEEDED, begun=list("aba"), blows=blows), 2, restarts_allowed=False)
+    )
 
 
 @pytest.fixture

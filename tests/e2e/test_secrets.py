@@ -13,12 +13,12 @@ import pytest
 import redis
 import structlog
 import torch
-from moto.server import ThreadedMotoServer
 
 from service import logs
 from service.driver import Driver
 from service.valkey import EmbeddedValkey
 from tests.checkpoints import fine_tune, llama_tensors, write_checkpoint
+from tests.servers.moto import running_moto
 from tests.servers.rgw_fixtures import client_of, make_bucket
 from tests.servers.service import RunningService, running_service
 from workers.store import StoreSettings, open_stores
@@ -29,21 +29,13 @@ SECRETS = {"key": "marked-secret-key-5f3a", "token": "marked-session-token-9c1e"
 @pytest.fixture
 def settings() -> Iterator[StoreSettings]:
     """A store that wants marked credentials."""
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    try:
-        yield StoreSettings(
-            s3_endpoint_url=f"http://{host}:{port}",
-            s3_region="us-east-1",
-            s3_access_key_id="AKIAMARKED",
-            s3_secret_access_key=SECRETS["key"],
-            s3_session_token=SECRETS["token"],
-            s3_addressing_style="path",
-            s3_retry_wait_s=0.01,
-        )
-    finally:
-        server.stop()
+    marked = {
+        "s3_access_key_id": "AKIAMARKED",
+        "s3_secret_access_key": SECRETS["key"],
+        "s3_session_token": SECRETS["token"],
+    }
+    with running_moto(**marked) as settings:
+        yield settings
 
 
 @pytest.fixture

@@ -15,7 +15,8 @@ from standardwebhooks import Webhook as Verifier
 from standardwebhooks import WebhookVerificationError
 
 from service.addresses import Destinations
-from service.events import Amounts, JobEvent
+from service.events import JobEvent
+from service.jobpages import Progress
 from service.jobrecord import JobState
 from service.settings import Settings
 from service.webhooks import (
@@ -37,7 +38,7 @@ quick = settings(max_examples=50, deadline=None)
 
 SECRET = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"
 JOB = "merge-0" + "0" * 25
-EVENT = JobEvent("1-0", JOB, "failed", JobState.FAILED, 3, 1.5, 'é "quoted"', Amounts(parts_total=3))
+EVENT = JobEvent("1-0", JOB, "failed", JobState.FAILED, 3, 1.5, 'é "quoted"', Progress(parts_total=3))
 
 
 class TestSignature:
@@ -50,7 +51,7 @@ class TestSignature:
     @given(st.binary(min_size=24, max_size=64), st.text(max_size=50))
     def test_another_implementation_verifies_it(self, key: bytes, detail: str) -> None:
         secret = "whsec_" + base64.b64encode(key).decode()
-        event = JobEvent("1-0", JOB, "failed", JobState.FAILED, 3, 1.5, detail, Amounts())
+        event = JobEvent("1-0", JOB, "failed", JobState.FAILED, 3, 1.5, detail, Progress())
         now, name, body = int(time.time()), message_id(JOB, "1-0"), message(event)
         headers = {
             "webhook-id": name,

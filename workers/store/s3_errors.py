@@ -77,9 +77,10 @@ def retry_after_s(error: BaseException) -> float:
 def is_expired(error: BaseException) -> bool:
     """Whether other credentials may help: these have run out, or are not known (any more).
 
-    Where an answer has no body, S3 says no more than that the request was bad.
+    Where an answer has no body, S3 says no more than that the request was bad (they have run out), or forbidden (they
+    were withdrawn, or may not).
     """
-    bodiless = code_of(error) == str(_BAD_REQUEST) and status_of(error) == _BAD_REQUEST
+    bodiless = status_of(error) in {_BAD_REQUEST, _FORBIDDEN} and code_of(error) == str(status_of(error))
     return code_of(error) in _EXPIRED_CODES or bodiless
 
 

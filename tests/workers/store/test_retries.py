@@ -206,6 +206,18 @@ class TestCredentials:
             read_range(store, URI, 0, 10, "e1")
         assert self.keys(server) == ["BAD"]
 
+    def test_an_answer_without_a_body_may_mean_that_they_were_withdrawn(
+        self, store: S3Store, server: FaultyServer, file: Path
+    ) -> None:
+        server.restart(Answer(403), Answer(200, headers={"ETag": '"e1"'}, length=10))
+        with pytest.raises(AccessDeniedError, match="check the credentials"):
+            store.head(URI)
+        assert set(self.keys(server)) == {"OLD"}
+        server.restart(Answer(403), Answer(200, headers={"ETag": '"e1"'}, length=10))
+        self.write(file, "NEW")
+        assert store.head(URI).etag == "e1"
+        assert list(dict.fromkeys(self.keys(server))) == ["OLD", "NEW"]
+
     def test_those_that_have_not_changed_fail_at_once(self, server: FaultyServer) -> None:
         store = S3Store(settings_for(server.url))
         server.restart(error(403, "ExpiredToken"))
