@@ -14,6 +14,7 @@ from service.checkpoint import StoredTensor
 from service.matching import OutputTensor
 from service.price import DESCRIPTIONS, MIN_PART_BYTES, description_bytes, merge_bytes
 from workers.binding import bind, whole_of
+from workers.sources import SOURCE, Source, TensorRef
 from workers.task import (
     BLOCK_BYTES,
     DTYPE_BYTES,
@@ -21,7 +22,6 @@ from workers.task import (
     Arithmetic,
     CopyPiece,
     MergePiece,
-    ModelInput,
     Piece,
     Survey,
     continues,
@@ -138,10 +138,7 @@ def pieces_of(
     if passes and fits(limits.whole_bytes, limits.held_bytes):
         return [alone], None
     step = _step(whole, tensor.dtype, limits)
-    runs = [
-        slice_arithmetic(whole, first, min(first + step, whole.numel))
-        for first in range(0, whole.numel, step)
-    ]
+    runs = list(_runs(whole, step))
     if len(runs) == 1:  # smaller than the grain: it cannot be split, and is whole after all
         return [alone], None
     survey = None
@@ -175,27 +172,17 @@ def _with_others(whole: Arithmetic) -> bool:
     return bound.parameters.survey_scope == "model" and bool(bound.passes)
 
 
-def slice_arithmetic(whole: Arithmetic, first: int, last: int) -> Arithmetic:
-    """The run of elements ``[first, last)`` of an arithmetic over a whole tensor."""
-    return Arithmetic(
-        whole.name,
-        whole.method,
-        whole.parameters,
-        None if whole.base is None else whole.base.elements(first, last),
-        tuple(ModelInput(m.index, m.ref.elements(first, last), m.parameters) for m in whole.models),
-        whole.seed,
-        whole.numel,
-        first,
-        last,
-        whole.shape,
-    )
-
-
 def arithmetic_json(arithmetic: Arithmetic) -> object:
     """JSON that identifies an arithmetic."""
-    refs = [[r.uri, r.etag, r.start, r.end, r.dtype] for r in arithmetic.refs]
+    sources = [_source_json(source) for source in arithmetic.sources]
     models = [[model.index, model.parameters] for model in arithmetic.models]
-    return [arithmetic.name, arithmetic.method, arithmetic.parameters, models, refs, arithmetic.seed]
+    return [arithmetic.name, arithmetic.method, arithmetic.parameters, models, sources, arithmetic.seed]
+
+
+def _source_json(source: Source) -> object:
+    if isinstance(source, TensorRef):
+        return [source.uri, source.etag, source.start, source.end, source.dtype]
+    return SOURCE.dump_python(source, mode="json")
 
 
 def pack(
@@ -246,7 +233,29 @@ def _step(whole: Arithmetic, dtype: str, limits: Limits) -> int:
     each = max(1, merge_bytes(whole, width) // whole.numel)
     wanted = min(limits.part_bytes // width, limits.packed_bytes // each)
     least = math.ceil(MIN_PART_BYTES / width / GRAIN_ELEMENTS) * GRAIN_ELEMENTS
-    return max(least, wanted // GRAIN_ELEMENTS * GRAIN_ELEMENTS)
+    step = max(least, wanted // GRAIN_ELEMENTS * GRAIN_ELEMENTS)
+    while step > least and not _fits(whole, dtype, step, limits):
+        step = max(least, step // 2 // GRAIN_ELEMENTS * GRAIN_ELEMENTS)
+    return step
+
+
+def _fits(whole: Arithmetic, dtype: str, step: int, limits: Limits) -> bool:
+    """Whether every run of ``step`` elements can be held, and reads few enough ranges.
+
+    Plain operands are as many bytes and ranges in every run. Of others, some are needed in each: an adapter's A.
+    """
+    if whole.is_plain:
+        return True
+    for run in _runs(whole, step):
+        piece = MergePiece("merge", run, dtype, None)
+        if held_by(piece) > limits.packed_bytes or len(run.refs) > PART_REFS:
+            return False
+    return True
+
+
+def _runs(whole: Arithmetic, step: int) -> Iterator[Arithmetic]:
+    for first in range(0, whole.numel, step):
+        yield whole.elements(first, min(first + step, whole.numel))
 
 
 def _copies(tensor: OutputTensor, source: StoredTensor, most: int) -> Iterator[CopyPiece]:

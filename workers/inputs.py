@@ -11,19 +11,23 @@ from typing import Final
 import torch
 
 from workers.errors import CorruptReadError
-from workers.kernels.base import Operands
 from workers.kernels.reference import TORCH_DTYPES
-from workers.random import mask_key
 from workers.ranges import Arrangement
 from workers.store.base import ObjectStore
 from workers.store.retries import RETRIES
-from workers.task import BLOCK_BYTES, DTYPE_BYTES, Arithmetic, TensorRef
+from workers.task import BLOCK_BYTES, DTYPE_BYTES, TensorRef
 
 COPY_BYTES = 1 << 20
 """How much is copied at a time of elements that are not aligned."""
 
 READ_THREADS = 4
 """Ranges read at once; more gain nothing on one worker's share of the network."""
+
+SHORT_BYTES = 256 << 10
+"""A range below it is waited for rather than read: rows of an embedding that were gathered, or tiny tensors."""
+
+SHORT_READ_THREADS = 16
+"""Ranges read at once where most are short."""
 
 
 Known = Mapping[tuple[str, int, int], bytes]
@@ -73,7 +77,9 @@ class Inputs:
         if count == 1:
             read(0)
         elif count:
-            with ThreadPoolExecutor(min(READ_THREADS, count), thread_name_prefix="read") as pool:
+            short = sum(run.nbytes < SHORT_BYTES for run, _ in self._arrangement.runs)
+            threads = SHORT_READ_THREADS if 2 * short > count else READ_THREADS
+            with ThreadPoolExecutor(min(threads, count), thread_name_prefix="read") as pool:
                 list(pool.map(read, range(count)))
         for ref, digests in self._known:
             self._check(store, ref, digests)
@@ -109,16 +115,6 @@ class Inputs:
     def release(self) -> None:
         """Let go of the bytes: whoever asks for them now is wrong."""
         self._view = memoryview(b"")
-
-    def operands(self, arithmetic: Arithmetic) -> Operands:
-        """What an arithmetic over one or more elements computes with; shares the bytes."""
-        keys = (mask_key(arithmetic.seed, model.index, arithmetic.name) for model in arithmetic.models)
-        return Operands(
-            first=arithmetic.first,
-            base=None if arithmetic.base is None else self.tensor(arithmetic.base),
-            models=tuple(self.tensor(model.ref) for model in arithmetic.models),
-            mask_keys=tuple(keys),
-        )
 
 
 def aligned(view: memoryview, dtype: str) -> Iterator[torch.Tensor]:
