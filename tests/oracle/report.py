@@ -8,6 +8,7 @@ from functools import reduce
 from operator import add
 
 from service.plan import SEMANTICS_VERSION
+from tests.oracle.architectures import Opened, architecture_table
 from tests.oracle.cases import Case
 from tests.oracle.compare import Distance, Mask
 from tests.oracle.exact import Nearness
@@ -65,6 +66,19 @@ bfloat16 inputs often lies in the very middle.
 |---|---|---:|---:|---:|---:|---:|
 {spoken}
 
+## Other architectures
+
+Models that transformers builds from its config classes, with three layers, and one real checkpoint; of each two
+fine-tunes with other random weights. Merged are their mean (`linear`) and, of layers 0 and 1 of one and 1 and 2
+of the other, a model of four layers (`passthrough` of `slices`). *Same* means that transformers opens what
+Mergemill wrote with no missing, unexpected or mismatched key, and that every parameter, every field of
+config.json and the logits, all finite, are bit for bit those that transformers itself gives when it averages or
+moves the parameters of the models as it opens them.
+
+| class | | parameters | mean | slices |
+|---|---|---:|---|---|
+{architectures}
+
 ## Where the bound is wider
 
 It is ten times as wide for `multislerp`, twice for `karcher` and four times for `sce`; and for `task_arithmetic` with
@@ -114,6 +128,8 @@ class Results:
     """Masks, by case, tool and rescale factor."""
     spoken: Sequence[Compared] = ()
     """Random recipes in all of the language."""
+    opened: Sequence[Opened] = ()
+    """Merges of other architectures."""
     exact: MutableMapping[str, Nearness] = field(default_factory=dict)
     """How far both tools are from float64 where the bound is wider, by method."""
 
@@ -163,6 +179,7 @@ def markdown(results: Results, opened: int, problems: Sequence[str]) -> str:
         exceptions="\n".join(f"- `{method}`: {reason}." for method, reason in EXCEPTIONS.items()),
         languages=len(results.spoken),
         spoken=spoken_table(results.spoken),
+        architectures=architecture_table(results.opened),
         exact="\n".join(_exact(method, found) for method, found in results.exact.items()),
         rounded="\n".join(_rounded(case, distance) for case, distance in results.rounded.items()),
         dare="\n".join(
