@@ -113,7 +113,7 @@ class _Left:
         if instead is None:
             return {"sources": [{"model": self.model, "layer_range": _NO_LAYERS}]}
         ranges = [source.get("layer_range") if isinstance(source, Mapping) else None for source in sources]
-        are_known = all(map(_is_range, ranges)) and len({last - first for first, last in ranges}) == 1
+        are_known = len(counts := set(map(_count, ranges))) == 1 and None not in counts
         kept: dict[str, Any] = {
             "sources": [
                 {"model": _name(source) or instead, "layer_range": layers if are_known else _NO_LAYERS}
@@ -219,8 +219,13 @@ def _is_name(value: Any) -> bool:
     return isinstance(value, str) and _fits(ModelEntry, model=value)
 
 
-def _is_range(value: Any) -> bool:
-    return _fits(SourceEntry, model="any", layer_range=value)
+def _count(layer_range: Any) -> int | None:
+    """How many layers a range has; ``None`` when it is none."""
+    try:
+        first, last = SourceEntry(model="any", layer_range=layer_range).layer_range
+    except ValidationError:
+        return None
+    return last - first
 
 
 def _fits(kind: type[Frozen], **fields: Any) -> bool:
