@@ -62,6 +62,7 @@ def main() -> int:
             opened = open_merges(bench)
         results = Results(
             versions=reply["versions"],
+            opened=opened,
             parity={case: total(bench.compare(case)) for case in (*PARITY, *METHOD_CASES)},
             rounded={case: total(bench.compare(case)) for case in ROUNDED},
             dare={
@@ -76,7 +77,6 @@ def main() -> int:
                 compare_spoken(bench.root / "inputs", each, _ours(bench, each), _theirs(bench, each))
                 for each in recipes
             ],
-            opened=opened,
         )
         results.exact.update(
             {
@@ -94,9 +94,9 @@ def main() -> int:
         )
         loaded = reply["loaded"]
         problems = [
+            *(each.problem for each in opened if each.problem),
             *results.problems(),
             *spoken_problems(results.spoken),
-            *(each.problem for each in opened if each.problem),
             *(problem for case in (*PARITY, *ROUNDED) for problem in bench.checkpoint_problems(case)),
             *(problem for case in METHOD_CASES for problem in bench.checkpoint_problems(case)),
             *(f"{Path(made).name}: {found['problem']}" for made, found in loaded.items() if found["problem"]),

@@ -29,6 +29,19 @@ some in shards.
 
 {outcome}
 
+## Other architectures
+
+Models that transformers builds from its config classes, with three layers, and one real checkpoint; of each two
+fine-tunes with other random weights. Merged are their mean (`linear`) and, of layers 0 and 1 of one and 1 and 2
+of the other, a model of four layers (`passthrough` of `slices`). *Same* means that transformers opens what
+Mergemill wrote with no missing, unexpected or mismatched key, and that every parameter, every field of
+config.json and the logits, all finite, are bit for bit those that transformers itself gives when it averages or
+moves the parameters of the models as it opens them.
+
+| class | | parameters | mean | slices |
+|---|---|---:|---|---|
+{architectures}
+
 ## The same recipe, the same numbers
 
 Both run the same YAML with `dtype: float32`; ours adds `profile: mergekit`. Every element has to be within
@@ -65,19 +78,6 @@ bfloat16 inputs often lies in the very middle.
 | | | recipes | elements | same bits | beyond the bound | worst |
 |---|---|---:|---:|---:|---:|---:|
 {spoken}
-
-## Other architectures
-
-Models that transformers builds from its config classes, with three layers, and one real checkpoint; of each two
-fine-tunes with other random weights. Merged are their mean (`linear`) and, of layers 0 and 1 of one and 1 and 2
-of the other, a model of four layers (`passthrough` of `slices`). *Same* means that transformers opens what
-Mergemill wrote with no missing, unexpected or mismatched key, and that every parameter, every field of
-config.json and the logits, all finite, are bit for bit those that transformers itself gives when it averages or
-moves the parameters of the models as it opens them.
-
-| class | | parameters | mean | slices |
-|---|---|---:|---|---|
-{architectures}
 
 ## Where the bound is wider
 
@@ -126,10 +126,10 @@ class Results:
     """Cases for information."""
     dare: MutableMapping[tuple[Case, str, str], Mask]
     """Masks, by case, tool and rescale factor."""
-    spoken: Sequence[Compared] = ()
-    """Random recipes in all of the language."""
     opened: Sequence[Opened] = ()
     """Merges of other architectures."""
+    spoken: Sequence[Compared] = ()
+    """Random recipes in all of the language."""
     exact: MutableMapping[str, Nearness] = field(default_factory=dict)
     """How far both tools are from float64 where the bound is wider, by method."""
 
@@ -169,6 +169,7 @@ def markdown(results: Results, opened: int, problems: Sequence[str]) -> str:
     return WORDS.format(
         semantics=SEMANTICS_VERSION,
         versions=tools,
+        architectures=architecture_table(results.opened),
         outcome=outcome,
         sigmas=SIGMAS,
         parity="\n".join(
@@ -179,7 +180,6 @@ def markdown(results: Results, opened: int, problems: Sequence[str]) -> str:
         exceptions="\n".join(f"- `{method}`: {reason}." for method, reason in EXCEPTIONS.items()),
         languages=len(results.spoken),
         spoken=spoken_table(results.spoken),
-        architectures=architecture_table(results.opened),
         exact="\n".join(_exact(method, found) for method, found in results.exact.items()),
         rounded="\n".join(_rounded(case, distance) for case, distance in results.rounded.items()),
         dare="\n".join(
