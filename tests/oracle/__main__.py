@@ -59,10 +59,9 @@ def main() -> int:
             )
         with console.status("Merging with mergekit, opening with transformers"):
             reply = ask(bench, recipes)
-            opened = open_merges(bench)
         results = Results(
             versions=reply["versions"],
-            opened=opened,
+            opened=open_merges(bench),
             parity={case: total(bench.compare(case)) for case in (*PARITY, *METHOD_CASES)},
             rounded={case: total(bench.compare(case)) for case in ROUNDED},
             dare={
@@ -94,7 +93,7 @@ def main() -> int:
         )
         loaded = reply["loaded"]
         problems = [
-            *(each.problem for each in opened if each.problem),
+            *(each.problem for each in results.opened if each.problem),
             *results.problems(),
             *spoken_problems(results.spoken),
             *(problem for case in (*PARITY, *ROUNDED) for problem in bench.checkpoint_problems(case)),
