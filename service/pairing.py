@@ -101,7 +101,7 @@ class Pairing:
 
 def pair(recipe: Recipe, inputs: Inputs) -> Pairing:
     """Pair the tensors of a recipe's models."""
-    regions = recipe.regions
+    regions, main = recipe.regions, recipe.reference
     modules, problems = modules_of(regions, inputs.reference.tensors.keys())
     found = Pairing(problems=problems)
     known: dict[int, Stacks] = {}
@@ -112,7 +112,7 @@ def pair(recipe: Recipe, inputs: Inputs) -> Pairing:
         return known[id(checkpoint)]
 
     for number, region in enumerate(regions):
-        bounds = [_bound(stretch, recipe, inputs) for stretch in region.stretches]
+        bounds = [_bound(stretch, main, inputs) for stretch in region.stretches]
         names = _NamesOf(modules, number)
         if region.is_sliced:
             _Sliced(region, bounds, names, recipe, inputs, found, stacks).pair()
@@ -135,9 +135,10 @@ class _NamesOf:
         return self._known[id(checkpoint)]
 
 
-def _bound(stretch: Stretch, recipe: Recipe, inputs: Inputs) -> Bound:
+def _bound(stretch: Stretch, main: str, inputs: Inputs) -> Bound:
+    """Find a stretch's checkpoints; ``main`` is the name of the recipe's reference."""
     against = stretch.reference
-    if against == recipe.reference:
+    if against == main:
         reference, against = inputs.reference, inputs.compared_with or against
     else:
         reference = inputs.models[against]
@@ -233,7 +234,7 @@ class _Sliced:
         fewer = replace(last.stretch, sources=last.stretch.sources[:most])
         if last.stretch.base_source is not None and fewer.base_source is None:
             return last  # mergekit refuses this
-        return _bound(fewer, self.recipe, self.inputs)
+        return _bound(fewer, self.recipe.reference, self.inputs)
 
     def _chosen(self) -> str | None:
         """The stack that the slices' ranges of layers are of."""

@@ -16,6 +16,7 @@ import torch
 from rich.console import Console
 
 from tests.checkpoints import llama_tensors, write_checkpoint
+from tests.oracle.architectures import Opened, outputs, read_reply, write_request
 from tests.oracle.bench import Bench
 from tests.oracle.cases import DARE, PARITY, ROUNDED, write_inputs
 from tests.oracle.compare import SLACK
@@ -45,6 +46,8 @@ def main() -> int:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(prefix="mergemill-oracle-") as directory:
         bench = Bench(Path(directory).resolve())
+        with console.status("Building models of every architecture with transformers"):
+            foreign(bench, "foreign_models.py", "make", bench.root / "models")
         with console.status("Merging with Mergemill"):
             merge(bench, in_process=options.in_process)
             write_language_inputs(bench.root / "inputs")
@@ -58,6 +61,7 @@ def main() -> int:
             reply = ask(bench, recipes)
         results = Results(
             versions=reply["versions"],
+            opened=open_merges(bench),
             parity={case: total(bench.compare(case)) for case in (*PARITY, *METHOD_CASES)},
             rounded={case: total(bench.compare(case)) for case in ROUNDED},
             dare={
@@ -89,6 +93,7 @@ def main() -> int:
         )
         loaded = reply["loaded"]
         problems = [
+            *(each.problem for each in results.opened if each.problem),
             *results.problems(),
             *spoken_problems(results.spoken),
             *(problem for case in (*PARITY, *ROUNDED) for problem in bench.checkpoint_problems(case)),
@@ -112,7 +117,7 @@ def merge(bench: Bench, *, in_process: bool) -> None:
         bench.ours(case, profile): bench.recipe(case, **({"profile": profile} if profile else {}))
         for case in (*PARITY, *ROUNDED, *DARE, *METHOD_CASES, *DELLA_MASKS)
         for profile in (FACTORS if case in DARE else ("mergekit",))
-    }
+    } | outputs(bench.root / "models", bench.root / "ours")
     if in_process:
         merge_in_process(jobs)
         return
@@ -142,14 +147,30 @@ def ask(bench: Bench, recipes: Sequence[Spoken]) -> dict[str, Any]:
     request, reply = bench.root / "request.json", bench.root / "reply.json"
     opened = [str(bench.ours(case)) for case in (*PARITY, *ROUNDED)]
     request.write_text(json.dumps({"merge": merges, "load": opened}))
+    foreign(bench, "foreign.py", request, reply)
+    found: dict[str, Any] = json.loads(reply.read_text())
+    return found
+
+
+def open_merges(bench: Bench) -> list[Opened]:
+    """Have transformers open the merges of every architecture."""
+    models, request, reply = (bench.root / name for name in ("models", "open.json", "opened.json"))
+    write_request(models, bench.root / "ours", request)
+    foreign(bench, "foreign_models.py", "open", request, reply)
+    return read_reply(models, reply)
+
+
+def foreign(bench: Bench, program: str, *arguments: str | Path) -> None:
+    """Run one of the programs of the other tools' side, in their environment.
+
+    :raises RuntimeError: it failed; with the end of what it said.
+    """
     python = os.environ.get("MERGEMILL_ORACLE_PYTHON", ".venv-oracle/bin/python")
     offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_HOME": str(bench.root / "hub")}
-    command = [python, str(Path(__file__).with_name("foreign.py")), str(request), str(reply)]
+    command = [python, str(Path(__file__).with_name(program)), *map(str, arguments)]
     ran = subprocess.run(command, check=False, env=os.environ | offline, capture_output=True, text=True)
     if ran.returncode:
         raise RuntimeError(f"{command[0]} failed:\n{ran.stderr[-4000:]}")
-    found: dict[str, Any] = json.loads(reply.read_text())
-    return found
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from functools import reduce
 from operator import add
 
 from service.plan import SEMANTICS_VERSION
+from tests.oracle.architectures import Opened, architecture_table
 from tests.oracle.cases import Case
 from tests.oracle.compare import Distance, Mask
 from tests.oracle.exact import Nearness
@@ -27,6 +28,19 @@ all on CPU, on Llama-shaped checkpoints of two layers with random weights: a bas
 some in shards.
 
 {outcome}
+
+## Other architectures
+
+Models that transformers builds from its config classes, with three layers, and one real checkpoint; of each two
+fine-tunes with other random weights. Merged are their mean (`linear`) and, of layers 0 and 1 of one and 1 and 2
+of the other, a model of four layers (`passthrough` of `slices`). *Same* means that transformers opens what
+Mergemill wrote with no missing, unexpected or mismatched key, and that every parameter, every field of
+config.json and the logits, all finite, are bit for bit those that transformers itself gives when it averages or
+moves the parameters of the models as it opens them.
+
+| class | | parameters | mean | slices |
+|---|---|---:|---|---|
+{architectures}
 
 ## The same recipe, the same numbers
 
@@ -112,6 +126,8 @@ class Results:
     """Cases for information."""
     dare: MutableMapping[tuple[Case, str, str], Mask]
     """Masks, by case, tool and rescale factor."""
+    opened: Sequence[Opened] = ()
+    """Merges of other architectures."""
     spoken: Sequence[Compared] = ()
     """Random recipes in all of the language."""
     exact: MutableMapping[str, Nearness] = field(default_factory=dict)
@@ -153,6 +169,7 @@ def markdown(results: Results, opened: int, problems: Sequence[str]) -> str:
     return WORDS.format(
         semantics=SEMANTICS_VERSION,
         versions=tools,
+        architectures=architecture_table(results.opened),
         outcome=outcome,
         sigmas=SIGMAS,
         parity="\n".join(

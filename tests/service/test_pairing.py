@@ -9,7 +9,8 @@ import pytest
 
 from service.matching import Match, match
 from service.plan import PlanOptions, draft_plan, make_plan
-from service.recipe import parse_recipe
+from service.recipe import Region, language, parse_recipe
+from service.recipe.regions import region_of
 from tests.service.headers import Spec, checkpoint, inputs_of, llama
 from workers.errors import RecipeError
 from workers.task import Arithmetic, TensorRef
@@ -358,3 +359,17 @@ def test_profiles_differ_where_any_tensor_of_any_model_says_so() -> None:
         found = said(*densities)
         assert "mergekit sets" in found and "`keep_count: mergekit`" in found
         assert found.count("`ties` is not the same everywhere") == 1
+
+
+def test_many_slices_are_not_read_for_each_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    value = sliced(*[("a", number % 6, number % 6 + 1) for number in range(200)])
+    read: list[str] = []
+
+    def counting(*arguments: Any) -> Region:
+        read.append(arguments[1])
+        return region_of(*arguments)
+
+    monkeypatch.setattr(language, "region_of", counting)
+    found = matched(value, a=SIX)
+    assert (len(found.tensors), found.problems) == (3 + 9 * 200, ())
+    assert len(read) < 20
