@@ -65,12 +65,15 @@ def model_card(planned: Planned, version: str) -> str:
     recipe = planned.recipe
     method = get_method(recipe.merge_method)
     names = recipe.names
-    shown = _without_paths(names)
+    shown = _without_paths(recipe.places)
+    shown |= {
+        name: "+".join(shown[place] for place in both if place) for name, both in recipe.adapted.items()
+    }
     config = planned.inputs.reference.config or {}
     front: dict[str, Any] = {"tags": ["mergemill", "merge"]}
     if config.get("architectures") or config.get("model_type"):
         front = {"library_name": "transformers", **front}
-    hub = [name.partition("@")[0] for name in names if is_hub_name(name)]
+    hub = [model.partition("@")[0] for model, _ in recipe.adapted.values() if is_hub_name(model)]
     if hub:
         front["base_model"] = list(dict.fromkeys(hub))
     source = f" ({_paper_link(method.paper)})"
@@ -165,6 +168,9 @@ def manifest(
     """``mergemill.json``: all that is needed to make the same bytes again, and to check them."""
     recipe = planned.recipe
     checkpoints = {c.uri: c for c in (planned.inputs.reference, *planned.inputs.models.values())}
+    adapters = {
+        own.uri: dict(own.pins) for c in planned.inputs.models.values() if (own := c.adapter) is not None
+    }
     return {
         "mergemill": version,
         "semantics_version": planned.plan.semantics_version,
@@ -172,7 +178,7 @@ def manifest(
         "recipe": recipe.to_json(),
         "seed": recipe.seed,
         "models": dict(planned.uris),
-        "inputs": {uri: dict(checkpoint.pins) for uri, checkpoint in checkpoints.items()},
+        "inputs": {uri: dict(checkpoint.pins) for uri, checkpoint in checkpoints.items()} | adapters,
         "notices": list(planned.plan.notices),
         "nonfinite": dict(nonfinite),
         "files": [{"name": file.name, "size": file.size, "digest": file.digest} for file in files],

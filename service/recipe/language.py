@@ -6,7 +6,7 @@ Mergemill does not serve yet are refused by name, never ignored.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 import yaml
@@ -26,7 +26,7 @@ from service.recipe.entries import (
     SliceEntry,
 )
 from service.recipe.regions import DEFAULT_MODULES, Region, Section, region_of
-from service.recipe_names import with_names
+from service.recipe_names import split_adapter, with_names
 from workers.errors import RecipeError
 from workers.methods import METHODS, get_method
 from workers.task import canonical_json
@@ -148,6 +148,24 @@ class Recipe(Frozen):
         return list(dict.fromkeys(listed))
 
     @property
+    def adapted(self) -> dict[str, tuple[str, str | None]]:
+        """The names of every model and of its adapter, where it has one, by what :attr:`names` calls it."""
+        found = {name: split_adapter(name) for name in self.names}
+        return found | {entry.name: entry.places for entry in self._entries() if entry.adapter is not None}
+
+    @property
+    def places(self) -> list[str]:
+        """The name of every model and adapter by itself, once."""
+        return list(dict.fromkeys(place for pair in self.adapted.values() for place in pair if place))
+
+    def _entries(self) -> Iterator[ModelEntry]:
+        holders: tuple[Recipe | ModuleEntry, ...] = (self, *(self.modules or {}).values())
+        for holder in holders:
+            yield from holder.models or ()
+            for each in holder.slices or ():
+                yield from each.sources
+
+    @property
     def most_inputs(self) -> int:
         """Most models that one tensor is made of, the base not counted."""
         return max(len(stretch.merged) for region in self.regions for stretch in region.stretches)
@@ -163,8 +181,16 @@ class Recipe(Frozen):
         return self.model_dump(mode="json", exclude_defaults=True)
 
     def to_yaml(self, names: Mapping[str, str] | None = None) -> str:
-        """The recipe as YAML, as it goes to the model card; ``names`` is what to call its models there."""
-        called = with_names(self.to_json(), lambda place, name: (names or {}).get(name, name))
+        """The recipe as YAML, as it goes to the model card; ``names`` is what to call its models and
+        adapters there."""
+        shown = names or {}
+
+        def called_there(_: str, name: Any) -> Any:
+            if name in shown:
+                return shown[name]
+            return "+".join(shown.get(part, part) for part in split_adapter(name) if part is not None)
+
+        called = with_names(self.to_json(), called_there)
         return yaml.safe_dump(called, sort_keys=False, allow_unicode=True)
 
     def canonical(self) -> str:
