@@ -137,6 +137,8 @@ class _Matcher:
                 return False
             if of is output or (one.method, output.shape) != (two.method, of.shape):
                 return False
+            if output.name not in self.owners or of.name not in self.owners:
+                return False  # kept as it is, whatever the method
             owners, others = self.owners[output.name], self.owners[of.name]
             return len(owners) == len(others) and all(
                 (checkpoint is other and checkpoint.is_tied) or source == same
