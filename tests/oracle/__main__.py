@@ -16,6 +16,7 @@ import torch
 from rich.console import Console
 
 from tests.checkpoints import llama_tensors, write_checkpoint
+from tests.oracle.adapters import compare_adapters
 from tests.oracle.bench import Bench
 from tests.oracle.cases import DARE, PARITY, ROUNDED, write_inputs
 from tests.oracle.compare import SLACK
@@ -56,8 +57,11 @@ def main() -> int:
             )
         with console.status("Merging with mergekit, opening with transformers"):
             reply = ask(bench, recipes)
+        with console.status("Merging adapters with PEFT, mergekit and Mergemill"):
+            adapters, misfits = compare_adapters(bench.root / "adapters")
         results = Results(
             versions=reply["versions"],
+            adapters=adapters,
             parity={case: total(bench.compare(case)) for case in (*PARITY, *METHOD_CASES)},
             rounded={case: total(bench.compare(case)) for case in ROUNDED},
             dare={
@@ -90,6 +94,7 @@ def main() -> int:
         loaded = reply["loaded"]
         problems = [
             *results.problems(),
+            *misfits,
             *spoken_problems(results.spoken),
             *(problem for case in (*PARITY, *ROUNDED) for problem in bench.checkpoint_problems(case)),
             *(problem for case in METHOD_CASES for problem in bench.checkpoint_problems(case)),
@@ -99,9 +104,8 @@ def main() -> int:
     options.output.write_text(markdown(results, len(loaded), problems))
     for problem in problems:
         console.print(f"[red]✗[/red] {problem}")
-    console.print(
-        f"{len(results.parity) + len(recipes)} recipes compared, {len(problems)} problems: {options.output}"
-    )
+    count = len(results.parity) + len(recipes) + len(adapters)
+    console.print(f"{count} recipes compared, {len(problems)} problems: {options.output}")
     return 1 if problems else 0
 
 
