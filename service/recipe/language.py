@@ -29,10 +29,14 @@ from service.recipe.regions import DEFAULT_MODULES, Region, Section, region_of
 from service.recipe_names import split_adapter, with_names
 from workers.errors import RecipeError
 from workers.methods import METHODS, get_method
+from workers.methods.common import ADDING_METHODS
 from workers.task import canonical_json
 
 DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 """The recipe's dtype names, and safetensors' names for them."""
+
+MAX_RANK = 1 << 14
+"""Highest rank of an adapter that is made."""
 
 Profile = Literal["paper", "mergekit"]
 
@@ -56,6 +60,10 @@ class Recipe(Frozen):
     """Output dtype when `out_dtype` is not set. The arithmetic is always float32."""
     out_dtype: Literal["float32", "float16", "bfloat16"] | None = None
     """Dtype of the merged weights; each tensor keeps the base's (or first model's) when neither is set."""
+    output_kind: Literal["model", "adapter"] = "model"
+    """What is written: the merged model, or a LoRA adapter that makes it of the base model."""
+    rank: int | None = Field(default=None, ge=1, le=MAX_RANK, strict=True)
+    """Highest rank of that adapter's factors; without it they are the models' own, put together."""
     tokenizer_source: str | None = None
     """Whose tokenizer files to copy: `base`, or one of the recipe's models. The base's by default."""
     profile: Profile | None = None
@@ -90,8 +98,27 @@ class Recipe(Frozen):
             method = get_method(self.merge_method)
         except RecipeError as error:
             return [*error.problems, *problems]
+        problems += self._adapter_problems()
         stretches = [stretch for region in self.regions for stretch in region.stretches]
         return [*problems, *stretch_problems(method, self.profile, stretches)]
+
+    def _adapter_problems(self) -> list[str]:
+        """What does not go together with an adapter as the output."""
+        if self.output_kind == "model":
+            return [] if self.rank is None else ["rank: is that of an adapter; set `output_kind: adapter`"]
+        problems = []
+        if self.base_model is None or split_adapter(self.base_model)[1] is not None:
+            problems.append(
+                "base_model: an adapter needs the model that it lies on, without an adapter of its own"
+            )
+        if self.models is None:
+            problems.append("models: an adapter is made of whole models, not of slices or modules")
+        if self.merge_method not in ADDING_METHODS:
+            problems.append(
+                f"merge_method: what `{self.merge_method}` makes is no sum of what the models add to the base; use "
+                f"{' or '.join(map('`{}`'.format, ADDING_METHODS))}, or merge to a model and make an adapter of that"
+            )
+        return problems
 
     def _name_problems(self) -> list[str]:
         """What refers to a model that is not there."""

@@ -86,6 +86,36 @@ RECIPES: dict[str, dict[str, Any]] = {
 """What mergekit merges, too, in float32; models are named by their directories."""
 
 
+OUTPUTS: dict[str, dict[str, Any]] = {
+    "two adapters as one": {
+        "merge_method": "task_arithmetic",
+        "base_model": "all-linear/base",
+        "models": [
+            {"model": "all-linear/base+attention/adapter", "parameters": {"weight": 0.7}},
+            {"model": "all-linear/base+patterns/adapter", "parameters": {"weight": -0.4}},
+        ],
+    },
+    "two of GPT-2 as one": {
+        "merge_method": "linear",
+        "base_model": "gpt2/base",
+        "models": [{"model": "gpt2/base+gpt2/adapter"}, {"model": "gpt2/base+gpt2-embeddings/adapter"}],
+    },
+    "taken from a fine-tune": {
+        "merge_method": "task_arithmetic",
+        "base_model": "all-linear/base",
+        "models": [{"model": "all-linear/merged"}],
+        "rank": 32,
+    },
+    "taken from GPT-2": {
+        "merge_method": "task_arithmetic",
+        "base_model": "gpt2/base",
+        "models": [{"model": "gpt2/merged"}],
+        "rank": 32,
+    },
+}
+"""What we make adapters of, of ranks that leave nothing out: PEFT merges each into its base, as we do."""
+
+
 @dataclass(frozen=True, slots=True)
 class Merged:
     """How far one checkpoint of ours is from the other tool's."""
@@ -107,17 +137,8 @@ class Merged:
 def compare_adapters(root: Path) -> tuple[list[Merged], list[str]]:
     """Have PEFT make and merge, mergekit merge, and do the same; everything that is not as it has to be."""
     root.mkdir(parents=True)
-    request = root / "request.json"
     recipes = {name: placed(recipe, root / "float32") for name, recipe in RECIPES.items()}
-    request.write_text(
-        json.dumps({"root": str(root), "lora": LORA, "cases": CASES, "dtypes": DTYPES, "recipes": recipes})
-    )
-    python = os.environ.get("MERGEMILL_ORACLE_PYTHON", ".venv-oracle/bin/python")
-    offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_HOME": str(root / "hub")}
-    command = [python, str(Path(__file__).with_name("foreign_adapters.py")), str(request)]
-    ran = subprocess.run(command, check=False, env=os.environ | offline, capture_output=True, text=True)
-    if ran.returncode:
-        raise RuntimeError(f"{command[0]} failed:\n{ran.stderr[-4000:]}")
+    _ask(root, {"lora": LORA, "cases": CASES, "dtypes": DTYPES, "recipes": recipes, "loads": []})
     jobs = {
         root / dtype / case / "ours": {
             "merge_method": "passthrough",
@@ -129,7 +150,15 @@ def compare_adapters(root: Path) -> tuple[list[Merged], list[str]]:
         for case in CASES
     }
     jobs |= {root / "ours" / name: recipe | {"profile": "mergekit"} for name, recipe in recipes.items()}
+    outputs = {name: placed(recipe, root / "float32") for name, recipe in OUTPUTS.items()}
+    jobs |= {root / "full" / name: {**recipe, "rank": None} for name, recipe in outputs.items()}
     merge_in_process(jobs)
+    made = {root / "made" / name: {**recipe, "output_kind": "adapter"} for name, recipe in outputs.items()}
+    merge_in_process(made)
+    loads = [
+        [outputs[place.name]["base_model"], str(place), str(root / "loaded" / place.name)] for place in made
+    ]
+    _ask(root, {"cases": {}, "dtypes": [], "recipes": {}, "loads": loads})
     found = [
         _compared(
             f"{case}, {dtype}",
@@ -142,7 +171,20 @@ def compare_adapters(root: Path) -> tuple[list[Merged], list[str]]:
         for case in CASES
     ]
     found += [_compared(name, "mergekit", root / "theirs" / name, root / "ours" / name) for name in RECIPES]
+    found += [_compared(name, "PEFT", root / "loaded" / name, root / "full" / name) for name in OUTPUTS]
     return found, list(_problems(found))
+
+
+def _ask(root: Path, wanted: dict[str, Any]) -> None:
+    """Have the other tools do something, in their environment."""
+    request = root / "request.json"
+    request.write_text(json.dumps({"root": str(root), **wanted}))
+    python = os.environ.get("MERGEMILL_ORACLE_PYTHON", ".venv-oracle/bin/python")
+    offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_HOME": str(root / "hub")}
+    command = [python, str(Path(__file__).with_name("foreign_adapters.py")), str(request)]
+    ran = subprocess.run(command, check=False, env=os.environ | offline, capture_output=True, text=True)
+    if ran.returncode:
+        raise RuntimeError(f"{command[0]} failed:\n{ran.stderr[-4000:]}")
 
 
 def placed(recipe: dict[str, Any], root: Path) -> dict[str, Any]:

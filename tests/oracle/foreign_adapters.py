@@ -1,7 +1,8 @@
 """PEFT's and mergekit's side of adapters. Runs in their environment, and imports nothing of ours.
 
 ``python foreign_adapters.py REQUEST`` writes, for each case and dtype, ``base``, ``adapter`` and ``merged`` below
-``root/<dtype>/<case>``, and what mergekit makes of each recipe to ``root/theirs/<recipe>``. An error ends it.
+``root/<dtype>/<case>``, what mergekit makes of each recipe to ``root/theirs/<recipe>``, and what PEFT makes of each
+base and adapter in ``loads`` to the place beside them. An error ends it.
 """
 
 import json
@@ -14,7 +15,7 @@ import transformers
 from mergekit.config import MergeConfiguration
 from mergekit.merge import MergeOptions, run_merge
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 
 def model(kind: str) -> torch.nn.Module:
@@ -54,6 +55,9 @@ def main(request_path: str) -> None:
     for dtype in request["dtypes"]:
         for name, (kind, config) in request["cases"].items():
             make(root / dtype / name, kind, request["lora"] | config, dtype)
+    for base, adapter, output in request["loads"]:
+        fresh = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+        PeftModel.from_pretrained(fresh, adapter).merge_and_unload().save_pretrained(output)
     for name, recipe in request["recipes"].items():
         options = MergeOptions(
             copy_tokenizer=False,

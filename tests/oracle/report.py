@@ -92,7 +92,8 @@ rounds once. *Different* is the share of elements whose bfloat16 results are not
 
 PEFT makes random adapters on small Llama- and GPT-2-shaped models, in float32 and bfloat16, and merges each
 into its model by `merge_and_unload`; Mergemill does by `passthrough` over `model+adapter`. Then mergekit runs
-recipes over such models in float32. An element may be 10⁻⁶ of its tensor's largest apart, in bfloat16 one
+recipes over such models in float32; and PEFT merges adapters that Mergemill made, which has to give what
+Mergemill merges itself. An element may be 10⁻⁶ of its tensor's largest apart, in bfloat16 one
 step, and fewer than one in a thousand may differ there. Of embeddings in bfloat16 more do: there PEFT rounds
 the product of the factors before it adds it, which it does for no other layer; Mergemill never does.
 
