@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from service.recipe_names import with_names
+from service.recipe_names import split_adapter, with_names
 from service.yaml_text import load_documents
 from workers.errors import RecipeError
 
@@ -32,8 +32,9 @@ def read(text: str) -> dict[str, Any]:
 def localise(recipe: Mapping[str, Any], directory: Path) -> dict[str, Any]:
     """The recipe with every local directory that it names as an absolute ``file://`` URI.
 
-    A name that is a directory, seen from ``directory``, means that directory; hub names and URIs stay. The
-    same name is written the same way everywhere, so that `tokenizer_source` still names its model.
+    A name that is a directory, seen from ``directory``, means that directory; hub names and URIs stay. Of
+    ``model+adapter`` that goes for both. The same name is written the same way everywhere, so that `tokenizer_source`
+    still names its model.
 
     :raises RecipeError: names that can only be paths, and lead nowhere.
     """
@@ -43,7 +44,7 @@ def localise(recipe: Mapping[str, Any], directory: Path) -> dict[str, Any]:
         if not isinstance(value, str):
             return value  # the service says what is wrong with it
         try:
-            return local_uri(value, directory)
+            return "+".join(local_uri(part, directory) for part in _parts(value, directory))
         except RecipeError as error:
             problems.extend(f"{field}: {problem}" for problem in error.problems)
             return value
@@ -52,6 +53,16 @@ def localise(recipe: Mapping[str, Any], directory: Path) -> dict[str, Any]:
     if problems:
         raise RecipeError(*dict.fromkeys(problems))
     return changed
+
+
+def _parts(name: str, directory: Path) -> list[str]:
+    """A model's name and its adapter's; a directory that has a ``+`` in its own name is one."""
+    if "+" not in name or ("://" not in name and (directory / Path(name).expanduser()).is_dir()):
+        return [name]
+    try:
+        return [part for part in split_adapter(name) if part is not None]
+    except ValueError:
+        return [name]  # the service says what is wrong with it
 
 
 def local_uri(name: str, directory: Path) -> str:
@@ -82,7 +93,7 @@ def hub_name_hint(recipe: Mapping[str, Any], problems: Sequence[str], directory:
 
     def note(field: str, value: Any) -> Any:
         if isinstance(value, str):
-            names[value] = None
+            names.update(dict.fromkeys(_parts(value, directory)))
         return value
 
     with_names(recipe, note)

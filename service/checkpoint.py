@@ -12,6 +12,7 @@ from typing import Any
 from workers.errors import HeaderError
 from workers.json_text import most_values
 from workers.safetensors_format import MAX_TENSORS, Header, clip, unique
+from workers.sources import Change, LowRank, Source
 from workers.store.base import ObjectInfo
 from workers.store.uris import join
 from workers.task import MERGEABLE_DTYPES, TensorRef
@@ -71,6 +72,16 @@ class StoredTensor:
     """Sizes of its dimensions."""
     ref: TensorRef
     """Where its bytes are."""
+    changes: tuple[Change, ...] = ()
+    """What an adapter adds to it."""
+
+    @property
+    def source(self) -> Source:
+        """Its elements: stored, or computed as they are read."""
+        if not self.changes:
+            return self.ref
+        rows = self.shape[0]
+        return LowRank("low_rank", self.ref, self.changes, (rows, self.numel // rows), 0)
 
     @property
     def dtype(self) -> str:
@@ -86,6 +97,16 @@ class StoredTensor:
     def is_float(self) -> bool:
         """Whether arithmetic can be done on it."""
         return self.dtype in MERGEABLE_DTYPES
+
+
+@dataclass(frozen=True, slots=True)
+class Laid:
+    """The adapter that lies on top of a checkpoint."""
+
+    uri: str
+    """The directory or prefix that holds it."""
+    pins: Mapping[str, str]
+    """ETags of its files, by URI."""
 
 
 @dataclass(frozen=True)
@@ -106,6 +127,9 @@ class Checkpoint:
     """SHA-256 of the integer and boolean tensors, where they had to be compared."""
     blocks: Mapping[TensorRef, bytes] = field(default_factory=dict, repr=False)
     """SHA-256 of each MiB of each tensor, one after the other, where they are known before it is read."""
+
+    adapter: Laid | None = None
+    """The adapter whose changes and replacements :attr:`tensors` has."""
 
     @property
     def is_tied(self) -> bool:

@@ -15,6 +15,8 @@ from pathlib import Path
 
 import structlog
 
+from service.adapters.reading import CONFIG as ADAPTER_CONFIG
+from service.adapters.reading import WEIGHTS as ADAPTER_WEIGHTS
 from service.checkpoint import (
     CONFIG_FILE,
     INDEX_FILE,
@@ -65,8 +67,11 @@ class Output:
         """What makes the output a checkpoint already, or what is left of one, or None."""
         if (name := self._loadable()) is not None:
             return name
-        names = (file_name(info.uri) for info in self.store.list(self.uri + "/model", beside=True))
-        return next((name for name in names if name.endswith(".safetensors")), None)
+        for prefix in ("model", "adapter_"):
+            names = (file_name(info.uri) for info in self.store.list(f"{self.uri}/{prefix}", beside=True))
+            if found := [name for name in names if name.endswith(".safetensors") or name == ADAPTER_CONFIG]:
+                return found[0]
+        return None
 
     def claim(
         self,
@@ -140,12 +145,14 @@ class Output:
         """
         return self.store.list_parts(self.upload(shard, uploads))
 
-    def make_room(self) -> None:
+    def make_room(self, shards: Container[str] = ()) -> None:
         """Before the first completion of an overwrite: take away what would make a mixture loadable.
 
         An index of the same text goes as well: it is the old checkpoint's, whose shards have the same names.
+
+        :param shards: what is completed; before an adapter's weights its config goes, too.
         """
-        for name in (INDEX_FILE, SINGLE_FILE):
+        for name in (INDEX_FILE, SINGLE_FILE, *((ADAPTER_CONFIG,) if ADAPTER_WEIGHTS in shards else ())):
             with self._owned():
                 self.store.delete(join(self.uri, name))
 
@@ -345,7 +352,8 @@ def output_problems(store: ObjectStore, uri: str, overwrite: bool) -> list[str]:
 
 def _is_written(name: str) -> bool:
     """Whether a job writes files of this name."""
-    return is_shard(name) or is_copied(name) or name in {CARD, CONFIG_FILE, MANIFEST_FILE}
+    files = {CARD, CONFIG_FILE, MANIFEST_FILE, ADAPTER_CONFIG, ADAPTER_WEIGHTS}
+    return is_shard(name) or is_copied(name) or name in files
 
 
 def _taken(uri: str, there: str) -> str:

@@ -21,6 +21,7 @@ from workers.task import (
     SURVEY_ELEMENTS,
     Arithmetic,
     CopyPiece,
+    FactorsPiece,
     MergePiece,
     Piece,
     Survey,
@@ -222,6 +223,8 @@ def held_by(piece: Piece) -> int:
     """Bytes that a task holds for a piece: its inputs, its output and its description."""
     if isinstance(piece, MergePiece):
         held = merge_bytes(piece.arithmetic, DTYPE_BYTES[piece.dtype])
+    elif isinstance(piece, FactorsPiece):
+        held = piece.nbytes + sum(ref.nbytes for ref in piece.refs)
     else:
         held = 2 * piece.nbytes if isinstance(piece, CopyPiece) else piece.nbytes
     return held + DESCRIPTIONS * description_bytes(piece)

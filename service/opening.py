@@ -8,8 +8,12 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
+from service.adapters.config import MAX_CONFIG_BYTES as MAX_ADAPTER_CONFIG_BYTES
+from service.adapters.config import MAX_CONFIG_VALUES as MAX_ADAPTER_CONFIG_VALUES
+from service.adapters.config import read_config
+from service.adapters.reading import CONFIG, WEIGHTS, Adapter, told_apart
 from service.checkpoint import (
     CONFIG_FILE,
     INDEX_FILE,
@@ -39,7 +43,7 @@ from workers.errors import (
     StoreUnavailableError,
 )
 from workers.json_text import load
-from workers.safetensors_format import LENGTH_BYTES, clip, header_length, parse
+from workers.safetensors_format import LENGTH_BYTES, clip, header_length, parse, unique
 from workers.store.base import ObjectInfo, ObjectStore
 from workers.store.uris import join, scheme, to_path
 from workers.store.uris import name as base_name
@@ -111,6 +115,44 @@ def open_checkpoint(store: ObjectStore, uri: str) -> Checkpoint:
     weights = [info for info in infos if info is not None]
     blocks = blocks_of(store, files.get(MANIFEST_FILE), weights, found)
     return Checkpoint(uri, found, config, small, {info.uri: info.etag for info in weights}, blocks=blocks)
+
+
+def open_adapter(store: ObjectStore, uri: str) -> Adapter:
+    """Read an adapter's config and header.
+
+    :raises PlanError: it is missing, malformed, or no plain LoRA; lists what was wrong.
+    :raises StoreUnavailableError: the store is out of reach.
+    """
+    where = join(uri, WEIGHTS)
+    try:
+        settings = store.head(join(uri, CONFIG))
+        text = _read(store, settings, MAX_ADAPTER_CONFIG_BYTES)
+        config, problems = read_config(_object(settings.uri, text, MAX_ADAPTER_CONFIG_VALUES, unique))
+        try:
+            info = store.head(where)
+        except ObjectNotFoundError as error:
+            raise HeaderError(
+                f"{where} does not exist: only safetensors is read (pickles never are); convert the adapter first"
+            ) from error
+        if (length := _header_length(store, info)) > MAX_HEADERS_BYTES:
+            raise HeaderError(
+                f"{where}: its header has {length} bytes, more than the {MAX_HEADERS_BYTES} that are read"
+            )
+        tensors = _read_header(store, info, length)
+    except StoreUnavailableError:
+        raise
+    except ObjectNotFoundError as error:
+        raise PlanError(f"{uri}: no adapter here: {CONFIG} does not exist") from error
+    except HeaderError as error:
+        raise PlanError(str(error)) from error
+    except StoreError as error:
+        raise PlanError(f"{uri}: {error}") from error
+    if config is None:
+        raise PlanError(*(f"{settings.uri}: {problem}" for problem in problems))
+    adapter, problems = told_apart(uri, config, tensors, (settings, info))
+    if problems:
+        raise PlanError(*(f"{where}: {problem}" for problem in problems))
+    return adapter
 
 
 def _files(store: ObjectStore, uri: str) -> dict[str, ObjectInfo]:
@@ -187,19 +229,23 @@ def _read_header(store: ObjectStore, info: ObjectInfo, length: int) -> dict[str,
     return tensors_of(info.uri, info.etag, header)
 
 
-def _read_json(store: ObjectStore, uri: str, name: str) -> dict[str, object] | None:
+def _read_json(store: ObjectStore, uri: str, name: str) -> dict[str, Any] | None:
     try:
         info = store.head(join(uri, name))
     except ObjectNotFoundError:
         return None
+    return _object(info.uri, _read(store, info, MAX_CONFIG_BYTES), MAX_CONFIG_VALUES)
+
+
+def _object(
+    uri: str, text: bytes, limit: int, object_of: Callable[[list[tuple[str, Any]]], Any] | None = None
+) -> dict[str, Any]:
     try:
-        document = load(_read(store, info, MAX_CONFIG_BYTES), MAX_CONFIG_VALUES)
-    except HeaderError:
-        raise
-    except ValueError as error:
-        raise HeaderError(f"{info.uri} is not valid JSON: {clip(str(error))}") from error
+        document = load(text, limit, object_of)
+    except ValueError as error:  # a HeaderError, too, when a key is there twice
+        raise HeaderError(f"{uri} is not valid JSON: {clip(str(error))}") from error
     if not isinstance(document, dict):
-        raise HeaderError(f"{info.uri} is not a JSON object")
+        raise HeaderError(f"{uri} is not a JSON object")
     return document
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
+from service.adapters.output import WEIGHTS, Drafted, draft
 from service.layout import (
     PART_REFS,
     Limits,
@@ -131,6 +132,13 @@ def draft_plan(
         problems.append(f"{inputs.reference.uri} holds no tensors")
     if not matched.tensors:
         return None, tuple(problems)
+    if recipe.output_kind == "adapter":
+        drafted = draft(recipe, inputs.reference, matched.tensors)
+        problems += drafted.problems
+        if not drafted.pieces:
+            return None, tuple(problems)
+        plan = _adapter(drafted, matched, options, baseline_bytes)
+        return plan, (*problems, *_excesses(plan, options, baseline_bytes))
     if differing := survey_problem(matched.tensors):
         return None, (*problems, differing)
     plan = _laid_out(recipe, inputs, matched, options, baseline_bytes)
@@ -190,6 +198,32 @@ def _laid_out(
         notices=notices,
         price=price(parts, surveys, len(shards), baseline_bytes, options.worker_memory_bytes),
         digest=digest([SEMANTICS_VERSION, files, part_ids, survey_ids, weight_map]),
+    )
+
+
+def _adapter(drafted: Drafted, matched: Match, options: PlanOptions, baseline_bytes: int) -> Plan:
+    """The plan of an adapter: one file, in which each piece makes both factors of one weight."""
+    header = drafted.header
+    pieces: list[Piece] = [header, *drafted.pieces]
+    most = max(len(piece.refs) for piece in drafted.pieces)
+    limits = _limits(options, most, baseline_bytes)
+    size = sum(piece.nbytes for piece in pieces)
+    fitted = replace(limits, part_bytes=max(limits.part_bytes, -(-size // (MAX_PARTS // 2 - 1))))
+    parts = tuple(_parts(WEIGHTS, pieces, fitted, options))
+    weight_map = {name: WEIGHTS for piece in drafted.pieces for name in piece.names}
+    weight_map = dict(sorted(weight_map.items()))
+    part_ids = tuple(part_id(part) for part in parts)
+    return Plan(
+        semantics_version=SEMANTICS_VERSION,
+        shards=(Shard(WEIGHTS, size, header.text, len(parts)),),
+        parts=parts,
+        part_ids=part_ids,
+        surveys=(),
+        weight_map=weight_map,
+        total_size=sum(piece.nbytes for piece in drafted.pieces),
+        notices=(*matched.notices, *drafted.notices),
+        price=price(parts, [], 1, baseline_bytes, options.worker_memory_bytes),
+        digest=digest([SEMANTICS_VERSION, [[WEIGHTS, size]], part_ids, [], weight_map]),
     )
 
 

@@ -10,12 +10,14 @@ import os
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TypeVar
 from urllib.parse import quote
 
+from service.adapters.fitting import adapted
 from service.checkpoint import MAX_COPIED_BYTES, Checkpoint, copied_files
 from service.matching import needs_digest
-from service.opening import content_digest, open_checkpoint, parallel
+from service.opening import content_digest, open_adapter, open_checkpoint, parallel
 from service.pairing import Inputs
 from service.plan import Plan, PlanOptions, draft_plan
 from service.price import BASELINE_BYTES, Price
@@ -44,7 +46,7 @@ class Planned:
     plan: Plan
     """The plan."""
     uris: Mapping[str, str]
-    """Where each model named in the recipe is."""
+    """Where each model and adapter named in the recipe is."""
     tokenizer: Checkpoint
     """Whose tokenizer files go to the output."""
 
@@ -175,15 +177,25 @@ def examine(
             away.append(str(error))
         return None
 
-    names = recipe.names
-    resolved = {name: attempt(lambda name=name: resolve_model(name, model_roots)) for name in names}  # type: ignore[misc]
+    def look(opening: Callable[[ObjectStore, str], T], places: Iterable[str]) -> dict[str, T | None]:
+        distinct = list(dict.fromkeys(places))
+        tried = parallel(lambda uri: attempt(lambda: opening(store, uri)), distinct)
+        return dict(zip(distinct, tried, strict=True))
+
+    names, parts = recipe.names, recipe.adapted
+    resolved = {name: attempt(lambda name=name: resolve_model(name, model_roots)) for name in recipe.places}  # type: ignore[misc]
     uris = {name: uri for name, uri in resolved.items() if uri is not None}
     if output is not None:
         problems.extend(overlap(output, uris.values()))
-    distinct = list(dict.fromkeys(uris.values()))
-    tried = parallel(lambda uri: attempt(lambda: open_checkpoint(store, uri)), distinct)
-    by_uri = dict(zip(distinct, tried, strict=True))
-    opened = {name: found for name, uri in uris.items() if (found := by_uri[uri]) is not None}
+    by_uri = look(open_checkpoint, [uris[model] for model, _ in parts.values() if model in uris])
+    adapters = look(open_adapter, [uris[each] for _, each in parts.values() if each in uris])
+    opened: dict[str, Checkpoint] = {}
+    for name, (model, adapter) in parts.items():
+        if (found := by_uri.get(uris.get(model, ""))) is None:
+            continue
+        opened[name] = found
+        if adapter is not None and (own := adapters.get(uris.get(adapter, ""))) is not None:
+            opened[name] = attempt(partial(adapted, found, own)) or found
     plan = None
     if opened:
         nearest = next(name for name in names if name in opened)

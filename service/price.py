@@ -26,6 +26,7 @@ from workers.task import (
     DTYPE_BYTES,
     SURVEY_ELEMENTS,
     Arithmetic,
+    FactorsPiece,
     HeaderPiece,
     MergePiece,
     Part,
@@ -262,6 +263,7 @@ def _input_bytes(parts: Sequence[Part], loads: Sequence[_Load]) -> int:
 def _part_load(part: Part) -> _Load:
     arrangement = Arrangement(part.reads)
     merges = part.arithmetics
+    factors = [piece.workspace_bytes for piece in part.pieces if isinstance(piece, FactorsPiece)]
     steps = part.nbytes // BLOCK_BYTES * STEP_BYTES_PER_INPUT + sum(map(_steps_bytes, merges))
     return _Load(
         label=part_label(part),
@@ -270,7 +272,7 @@ def _part_load(part: Part) -> _Load:
         inputs=padded(arrangement.nbytes) + padded(part.scratch_bytes),
         output=0 if part.source else padded(part.lead + part.nbytes),
         workspace=workspace_bytes(max(map(_operands, merges), default=1))
-        + max(map(whole_bytes, merges), default=0),
+        + max([*map(whole_bytes, merges), *factors], default=0),
         description=steps + sum(map(description_bytes, part.pieces)),
         device=max(
             (

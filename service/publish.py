@@ -6,6 +6,8 @@ import json
 from collections.abc import Iterator, Mapping
 from importlib.metadata import version
 
+from service.adapters.output import errors
+from service.adapters.reading import CONFIG as ADAPTER_CONFIG
 from service.checkpoint import INDEX_FILE, copied_files
 from service.commit import Output
 from service.planning import Planned
@@ -14,6 +16,7 @@ from service.sidecars import (
     CONFIG,
     MANIFEST,
     OutputFile,
+    adapter_config_json,
     config_json,
     manifest,
     model_card,
@@ -45,7 +48,8 @@ def publish(
         for where, count in result.nonfinite.items():
             nonfinite[where] = nonfinite.get(where, 0) + count
     index = text_file(INDEX_FILE, plan.index.encode())
-    document = manifest(planned, blocks, [*files, index], nonfinite, version("mergemill"))
+    adapter = errors(results.values()) if planned.recipe.output_kind == "adapter" else None
+    document = manifest(planned, blocks, [*files, index], nonfinite, version("mergemill"), adapter)
     data = json.dumps(document, indent=2, ensure_ascii=False, sort_keys=True).encode() + b"\n"
     output.put(MANIFEST, data, plan.digest)
     files.append(text_file(MANIFEST, data))
@@ -76,6 +80,9 @@ def published(output: Output, plan_digest: str) -> list[OutputFile] | None:
 def _small_files(planned: Planned, output: Output) -> Iterator[tuple[str, bytes]]:
     """Card and config, and the reference's other files with the tokenizer of the chosen model, one at a time."""
     yield CARD, model_card(planned, version("mergemill")).encode()
+    if planned.recipe.output_kind == "adapter":  # its config makes it loadable, and comes last
+        yield ADAPTER_CONFIG, adapter_config_json(planned).encode()
+        return
     if (config := config_json(planned)) is not None:
         yield CONFIG, config.encode()
     for name, info in copied_files(planned.inputs.reference, planned.tokenizer).items():

@@ -2,8 +2,40 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
+
+_PLACE = r"(?:[sS]3://|[fF][iI][lL][eE]://|/)"
+_BEFORE_PLACE = re.compile(rf"\+(?={_PLACE})")
+_URI = re.compile(r"[A-Za-z0-9]+://")
+
+
+def split_adapter(name: str) -> tuple[str, str | None]:
+    """A model's name as it is written, told apart: the model, and the LoRA adapter on top of it where it has one.
+
+    As in mergekit, ``+`` comes between the two. Within an ``s3://`` or ``file://`` URI it may be part of a name, and
+    so counts only before another place.
+
+    >>> split_adapter("org/base@main+org/lora")
+    ('org/base@main', 'org/lora')
+    >>> split_adapter("s3://bucket/a+b")
+    ('s3://bucket/a+b', None)
+    >>> split_adapter("s3://bucket/a+b+s3://bucket/lora")
+    ('s3://bucket/a+b', 's3://bucket/lora')
+
+    :raises ValueError: there is more than one adapter, or nothing on one side.
+    """
+    parts: list[str] = []
+    for part in _BEFORE_PLACE.split(name):
+        parts += [part] if _URI.match(part) else part.split("+")
+    if len(parts) == 1:
+        return name, None
+    if len(parts) > 2 or not all(parts):
+        raise ValueError(
+            f"{name!r}: one adapter is written `model+adapter`; in the path of a file:// URI, `+` itself is %2B"
+        )
+    return parts[0], parts[1]
 
 
 def with_names(data: Mapping[str, Any], rename: Callable[[str, Any], Any]) -> dict[str, Any]:
@@ -37,7 +69,7 @@ def _lists_renamed(data: dict[str, Any], path: str, rename: Callable[[str, Any],
 
 
 def _entry_renamed(entry: dict[str, Any], path: str, rename: Callable[[str, Any], Any]) -> dict[str, Any]:
-    for field in ("model", "base_model"):
+    for field in ("model", "adapter", "base_model"):
         if entry.get(field) is not None:
             entry[field] = rename(f"{path}{field}", entry[field])
     return _lists_renamed(entry, path, rename)

@@ -272,9 +272,8 @@ class JobRunner:
         )
 
     def _claim_of(self, planned: Planned) -> Claim:
-        pins = {c.uri: dict(c.pins) for c in (planned.inputs.reference, *planned.inputs.models.values())}
         shards = tuple(shard.name for shard in planned.plan.shards)
-        return Claim.of(self.record, self._facts(planned), planned.recipe.seed, pins, shards)
+        return Claim.of(self.record, self._facts(planned), planned.recipe.seed, planned.inputs.pins, shards)
 
     def _open(self, planned: Planned) -> None:
         self._apply(self._facts(planned))
@@ -309,7 +308,7 @@ class JobRunner:
         plan = planned.plan
         results = self.tools.jobs.parts(self.record.id)
         if self._options.overwrite and not self.record.completed_shards:
-            self._output.make_room()
+            self._output.make_room({shard.name for shard in plan.shards})
         for shard in plan.shards:
             if shard.name not in self.record.completed_shards:
                 self._output.complete(shard, self.record.uploads, plan.digest)

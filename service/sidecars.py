@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from service.adapters.output import adapter_config
 from service.checkpoint import MANIFEST_FILE
 from service.depth import with_depths
 from service.known_digests import written
@@ -60,17 +61,29 @@ def config_json(planned: Planned) -> str | None:
     return json.dumps(corrected, indent=2, ensure_ascii=False) + "\n"
 
 
+def adapter_config_json(planned: Planned) -> str:
+    """The adapter_config.json of an adapter; its base model is called what the card calls it."""
+    recipe, base = planned.recipe, planned.inputs.reference
+    shown = _without_paths(recipe.places)
+    return adapter_config(recipe, base, shown[recipe.reference], planned.plan.parts)
+
+
 def model_card(planned: Planned, version: str) -> str:
     """A Hugging Face model card: front matter, the method, the inputs, the recipe."""
     recipe = planned.recipe
     method = get_method(recipe.merge_method)
     names = recipe.names
-    shown = _without_paths(names)
+    shown = _without_paths(recipe.places)
+    shown |= {
+        name: "+".join(shown[place] for place in both if place) for name, both in recipe.adapted.items()
+    }
     config = planned.inputs.reference.config or {}
     front: dict[str, Any] = {"tags": ["mergemill", "merge"]}
     if config.get("architectures") or config.get("model_type"):
         front = {"library_name": "transformers", **front}
-    hub = [name.partition("@")[0] for name in names if is_hub_name(name)]
+    if recipe.output_kind == "adapter":
+        front = {**front, "library_name": "peft", "tags": [*front["tags"], "lora"]}
+    hub = [model.partition("@")[0] for model, _ in recipe.adapted.values() if is_hub_name(model)]
     if hub:
         front["base_model"] = list(dict.fromkeys(hub))
     source = f" ({_paper_link(method.paper)})"
@@ -78,7 +91,7 @@ def model_card(planned: Planned, version: str) -> str:
         "---",
         yaml.safe_dump(front, sort_keys=False).strip(),
         "---",
-        "# Merged model",
+        "# Merged adapter" if recipe.output_kind == "adapter" else "# Merged model",
         "",
         f"Merged by [Mergemill](https://github.com/mergemill/mergemill) {version} with `{method.name}`{source}.",
         "",
@@ -161,10 +174,14 @@ def manifest(
     files: Iterable[OutputFile],
     nonfinite: Mapping[str, int],
     version: str,
+    adapter: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """``mergemill.json``: all that is needed to make the same bytes again, and to check them."""
+    """``mergemill.json``: all that is needed to make the same bytes again, and to check them.
+
+    :param adapter: how far an adapter is from what it stands for, where the output is one.
+    """
     recipe = planned.recipe
-    checkpoints = {c.uri: c for c in (planned.inputs.reference, *planned.inputs.models.values())}
+    told = {} if adapter is None else {"adapter": dict(adapter)}
     return {
         "mergemill": version,
         "semantics_version": planned.plan.semantics_version,
@@ -172,13 +189,13 @@ def manifest(
         "recipe": recipe.to_json(),
         "seed": recipe.seed,
         "models": dict(planned.uris),
-        "inputs": {uri: dict(checkpoint.pins) for uri, checkpoint in checkpoints.items()},
+        "inputs": planned.inputs.pins,
         "notices": list(planned.plan.notices),
         "nonfinite": dict(nonfinite),
         "files": [{"name": file.name, "size": file.size, "digest": file.digest} for file in files],
         "tensors": {name: tensor_digest(own) for name, own in blocks.items()},
         "blocks": written(blocks),
-    }
+    } | told
 
 
 def text_file(name: str, data: bytes) -> OutputFile:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 MAX_DEPTH = 64
@@ -14,15 +15,17 @@ def most_values(text: bytes) -> int:
     return 1 + text.count(b",") + text.count(b"[") + text.count(b"{")
 
 
-def load(text: bytes, limit: int) -> Any:
+def load(text: bytes, limit: int, object_of: Callable[[list[tuple[str, Any]]], Any] | None = None) -> Any:
     """A document of at most ``limit`` values, no deeper than :data:`MAX_DEPTH`, that can be written again.
 
+    :param object_of: makes an object of its keys and values, in their order; where it is not given the last of equal
+        keys wins.
     :raises ValueError: it is not, or is not JSON.
     """
     if (count := most_values(text)) > limit:
         raise ValueError(f"it holds up to {count} values, more than the {limit} that are read")
     try:
-        document = json.loads(text)
+        document = json.loads(text, object_pairs_hook=object_of)
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
     level = [document]

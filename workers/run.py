@@ -19,7 +19,7 @@ from workers.arena import Arena, padded
 from workers.binding import bind
 from workers.errors import ObjectChangedError, StoreError, TruncatedReadError, UploadNotFoundError
 from workers.inputs import Inputs, Known, aligned
-from workers.kernels import kernels_of, pin_of
+from workers.kernels import factoring, kernels_of, pin_of
 from workers.kernels.base import Operands
 from workers.kernels.reference import TORCH_DTYPES, round_to
 from workers.methods.base import Summary, Tensors, Whole
@@ -36,6 +36,7 @@ from workers.task import (
     MERGEABLE_DTYPES,
     PART_RESULT,
     CopyPiece,
+    FactorsPiece,
     Facts,
     HeaderPiece,
     MergePiece,
@@ -43,6 +44,7 @@ from workers.task import (
     PartResult,
     SurveyTask,
     TensorDigest,
+    TensorRef,
     part_id,
 )
 
@@ -108,6 +110,7 @@ class PartRun(Task):
         self._digests: list[TensorDigest] = []
         self._uploaded: UploadedPart | None = None
         self._retries: dict[str, int] = {}
+        self._left_out: dict[str, tuple[float, float]] = {}
 
     def merge(self) -> None:
         """See :meth:`Task.merge`."""
@@ -122,6 +125,8 @@ class PartRun(Task):
                 try:
                     if isinstance(piece, CopyPiece):
                         self._copy(piece, target)
+                    elif isinstance(piece, FactorsPiece):
+                        self._factor(piece, target)
                     else:
                         self._merge(piece, target)
                 except Exception as error:  # a defect: whoever reads of it can act on the tensor alone
@@ -182,6 +187,7 @@ class PartRun(Task):
             peak_bytes=peak_bytes(),
             seconds=self._seconds,
             retries=self._retries,
+            left_out=self._left_out,
         )
 
     @property
@@ -229,15 +235,53 @@ class PartRun(Task):
         bad |= torch.isinf(out) & torch.isfinite(merged)
         self._problems.add_overflow(piece, int(torch.count_nonzero(bad)))
 
+    def _factor(self, piece: FactorsPiece, target: memoryview) -> None:
+        """Find an adapter's factors of one weight: here, whatever the device."""
+        out, into = piece.shape
+        for ref in dict.fromkeys(piece.refs):
+            found = kernels_of("cpu").nonfinite(Operands(0, None, (self._inputs.tensor(ref),), ()))
+            self._problems.add(piece.name, ref, *found)
+
+        def weight(ref: TensorRef) -> torch.Tensor:
+            x = self._inputs.tensor(ref)
+            return x.view(into, out).T if piece.transposed else x.view(out, into)
+
+        pairs = [
+            (self._inputs.tensor(c.a).view(-1, into), self._inputs.tensor(c.b).view(out, -1), c.scale)
+            for c in piece.changes
+        ]
+        if piece.base is not None:
+            models = [(weight(ref), coefficient) for ref, coefficient in piece.models]
+            made = factoring.decomposed(factoring.dense(weight(piece.base), models, pairs), piece.rank)
+        else:
+            a, b = factoring.stacked(pairs)
+            made = factoring.kept(a, b) if piece.is_exact else factoring.truncated(a, b, piece.rank)
+        self._left_out[piece.name] = made.lost, made.total
+        start = 0
+        for factor, (name, nbytes) in zip((made.a, made.b), piece.outputs, strict=True):
+            rounded = torch.frombuffer(target[start : start + nbytes], dtype=TORCH_DTYPES[piece.dtype])
+            rounded.copy_(round_to(factor.to(torch.float32).reshape(-1), rounded.dtype))
+            self._problems.add_made(name, piece.dtype, int(torch.count_nonzero(~torch.isfinite(rounded))))
+            start += nbytes
+
     def _digest(self) -> None:
         position = 0
         for piece in self._part.pieces:
-            view = self._output[position : position + piece.nbytes]
-            position += piece.nbytes
-            if not isinstance(piece, HeaderPiece):
-                blocks = (view[start : start + BLOCK_BYTES] for start in range(0, len(view), BLOCK_BYTES))
+            if isinstance(piece, HeaderPiece):
+                position += piece.nbytes
+                continue
+            first = 0 if isinstance(piece, FactorsPiece) else piece.offset // BLOCK_BYTES
+            for name, nbytes in _tensors_of(piece):
+                view = self._output[position : position + nbytes]
+                position += nbytes
+                blocks = (view[start : start + BLOCK_BYTES] for start in range(0, nbytes, BLOCK_BYTES))
                 hashes = tuple(hashlib.sha256(block).hexdigest() for block in blocks)
-                self._digests.append(TensorDigest(piece.name, piece.offset // BLOCK_BYTES, hashes))
+                self._digests.append(TensorDigest(name, first, hashes))
+
+
+def _tensors_of(piece: CopyPiece | MergePiece | FactorsPiece) -> tuple[tuple[str, int], ...]:
+    """The tensors that a piece makes some or all of: their names, and how many bytes of each."""
+    return piece.outputs if isinstance(piece, FactorsPiece) else ((piece.name, piece.nbytes),)
 
 
 def run_tasks(makers: Sequence[Callable[[], Task]]) -> Generator[tuple[int, Task | Exception]]:

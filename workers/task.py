@@ -24,6 +24,7 @@ from workers.canonical import (
     JSONValue,
     canonical_json,
 )
+from workers.factors import FactorsPiece
 from workers.scratch import most_scratch_bytes
 from workers.sources import Arithmetic, ModelInput, TensorRef, refs_of
 
@@ -38,6 +39,7 @@ __all__ = [
     "SURVEY_TASK",
     "Arithmetic",
     "CopyPiece",
+    "FactorsPiece",
     "Facts",
     "HeaderPiece",
     "JSONValue",
@@ -138,14 +140,14 @@ class MergePiece:
         return self.arithmetic.refs
 
 
-def continues(one: HeaderPiece | CopyPiece | MergePiece, two: HeaderPiece | CopyPiece | MergePiece) -> bool:
+Piece = Annotated[HeaderPiece | CopyPiece | MergePiece | FactorsPiece, Field(discriminator="kind")]
+
+
+def continues(one: Piece, two: Piece) -> bool:
     """Whether two pieces copy bytes of one object that follow each other."""
     if not isinstance(one, CopyPiece) or not isinstance(two, CopyPiece):
         return False
     return (one.ref.uri, one.ref.etag, one.ref.end) == (two.ref.uri, two.ref.etag, two.ref.start)
-
-
-Piece = Annotated[HeaderPiece | CopyPiece | MergePiece, Field(discriminator="kind")]
 
 
 @dataclass(frozen=True, slots=True)
@@ -298,6 +300,8 @@ class PartResult:
     """Wall seconds by stage: read, merge, digest, write; waiting is not counted."""
     retries: dict[str, int] = field(default_factory=dict)
     """Requests to the store that the worker sent again since the part that it told about before, by cause."""
+    left_out: dict[str, tuple[float, float]] = field(default_factory=dict)
+    """Of each adapter's weight, by the name of its A: squared norms of what its factors leave out, and of the whole."""
 
 
 PART = TypeAdapter(Part)

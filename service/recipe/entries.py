@@ -6,6 +6,8 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from service.recipe_names import split_adapter
+
 MAX_MODELS = 64
 """Most models of a recipe, and of one list in it."""
 
@@ -19,9 +21,14 @@ MAX_LAYER = 1 << 16
 """Highest number of a layer."""
 
 
-def _no_adapter(value: str) -> str:
-    if "+" in value and not value.startswith(("s3://", "file://", "/")):
-        raise ValueError(f"{value!r}: LoRA adapters (`model+adapter`) are not supported yet")
+def _told_apart(value: str) -> str:
+    split_adapter(value)
+    return value
+
+
+def _without_adapter(value: str) -> str:
+    if split_adapter(value)[1] is not None:
+        raise ValueError(f"{value!r} has an adapter of its own; name the adapter's place alone")
     return value
 
 
@@ -31,8 +38,12 @@ def _ordered(value: tuple[int, int]) -> tuple[int, int]:
     return value
 
 
-ModelName = Annotated[str, Field(min_length=1, max_length=2048), AfterValidator(_no_adapter)]
-"""`s3://bucket/prefix`, `file:///dir`, an absolute path, or a hub name that `model_roots` maps."""
+ModelName = Annotated[str, Field(min_length=1, max_length=2048), AfterValidator(_told_apart)]
+"""`s3://bucket/prefix`, `file:///dir`, an absolute path, or a hub name that `model_roots` maps; or two of these with a
+`+` between them: a model and the LoRA adapter on top of it."""
+
+AdapterName = Annotated[str, Field(min_length=1, max_length=2048), AfterValidator(_without_adapter)]
+"""Where an adapter is, as a model's name says it."""
 
 ParameterValues = Annotated[dict[str, Any], BeforeValidator(lambda value: {} if value is None else value)]
 """Parameters by name; nothing after the colon, as in many a recipe, is none."""
@@ -57,8 +68,26 @@ class ModelEntry(Frozen):
 
     model: ModelName
     """Where the model is."""
+    adapter: AdapterName | None = None
+    """Where the LoRA adapter on top of it is, when `model` does not say so itself."""
     parameters: ParameterValues = Field(default_factory=dict)
     """The model's own parameters."""
+
+    @model_validator(mode="after")
+    def _one_adapter(self) -> ModelEntry:
+        if self.adapter is not None and split_adapter(self.model)[1] is not None:
+            raise ValueError(f"adapter: {self.model!r} has one already; a model has one of the two")
+        return self
+
+    @property
+    def name(self) -> str:
+        """What the model is called throughout the recipe, its adapter included."""
+        return self.model if self.adapter is None else f"{self.model}+{self.adapter}"
+
+    @property
+    def places(self) -> tuple[str, str | None]:
+        """The names of the model and of its adapter, by themselves."""
+        return (self.model, self.adapter) if self.adapter is not None else split_adapter(self.model)
 
 
 class SourceEntry(ModelEntry):

@@ -6,7 +6,7 @@ Mergemill does not serve yet are refused by name, never ignored.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 import yaml
@@ -26,13 +26,17 @@ from service.recipe.entries import (
     SliceEntry,
 )
 from service.recipe.regions import DEFAULT_MODULES, Region, Section, region_of
-from service.recipe_names import with_names
+from service.recipe_names import split_adapter, with_names
 from workers.errors import RecipeError
 from workers.methods import METHODS, get_method
+from workers.methods.common import ADDING_METHODS
 from workers.task import canonical_json
 
 DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 """The recipe's dtype names, and safetensors' names for them."""
+
+MAX_RANK = 1 << 14
+"""Highest rank of an adapter that is made."""
 
 Profile = Literal["paper", "mergekit"]
 
@@ -56,6 +60,10 @@ class Recipe(Frozen):
     """Output dtype when `out_dtype` is not set. The arithmetic is always float32."""
     out_dtype: Literal["float32", "float16", "bfloat16"] | None = None
     """Dtype of the merged weights; each tensor keeps the base's (or first model's) when neither is set."""
+    output_kind: Literal["model", "adapter"] = "model"
+    """What is written: the merged model, or a LoRA adapter that makes it of the base model."""
+    rank: int | None = Field(default=None, ge=1, le=MAX_RANK, strict=True)
+    """Highest rank of that adapter's factors; without it they are the models' own, put together."""
     tokenizer_source: str | None = None
     """Whose tokenizer files to copy: `base`, or one of the recipe's models. The base's by default."""
     profile: Profile | None = None
@@ -90,8 +98,27 @@ class Recipe(Frozen):
             method = get_method(self.merge_method)
         except RecipeError as error:
             return [*error.problems, *problems]
+        problems += self._adapter_problems()
         stretches = [stretch for region in self.regions for stretch in region.stretches]
         return [*problems, *stretch_problems(method, self.profile, stretches)]
+
+    def _adapter_problems(self) -> list[str]:
+        """What does not go together with an adapter as the output."""
+        if self.output_kind == "model":
+            return [] if self.rank is None else ["rank: is that of an adapter; set `output_kind: adapter`"]
+        problems = []
+        if self.base_model is None or split_adapter(self.base_model)[1] is not None:
+            problems.append(
+                "base_model: an adapter needs the model that it lies on, without an adapter of its own"
+            )
+        if self.models is None:
+            problems.append("models: an adapter is made of whole models, not of slices or modules")
+        if self.merge_method not in ADDING_METHODS:
+            problems.append(
+                f"merge_method: what `{self.merge_method}` makes is no sum of what the models add to the base; use "
+                f"{' or '.join(map('`{}`'.format, ADDING_METHODS))}, or merge to a model and make an adapter of that"
+            )
+        return problems
 
     def _name_problems(self) -> list[str]:
         """What refers to a model that is not there."""
@@ -148,6 +175,24 @@ class Recipe(Frozen):
         return list(dict.fromkeys(listed))
 
     @property
+    def adapted(self) -> dict[str, tuple[str, str | None]]:
+        """The names of every model and of its adapter, where it has one, by what :attr:`names` calls it."""
+        found = {name: split_adapter(name) for name in self.names}
+        return found | {entry.name: entry.places for entry in self._entries() if entry.adapter is not None}
+
+    @property
+    def places(self) -> list[str]:
+        """The name of every model and adapter by itself, once."""
+        return list(dict.fromkeys(place for pair in self.adapted.values() for place in pair if place))
+
+    def _entries(self) -> Iterator[ModelEntry]:
+        holders: tuple[Recipe | ModuleEntry, ...] = (self, *(self.modules or {}).values())
+        for holder in holders:
+            yield from holder.models or ()
+            for each in holder.slices or ():
+                yield from each.sources
+
+    @property
     def most_inputs(self) -> int:
         """Most models that one tensor is made of, the base not counted."""
         return max(len(stretch.merged) for region in self.regions for stretch in region.stretches)
@@ -163,8 +208,16 @@ class Recipe(Frozen):
         return self.model_dump(mode="json", exclude_defaults=True)
 
     def to_yaml(self, names: Mapping[str, str] | None = None) -> str:
-        """The recipe as YAML, as it goes to the model card; ``names`` is what to call its models there."""
-        called = with_names(self.to_json(), lambda place, name: (names or {}).get(name, name))
+        """The recipe as YAML, as it goes to the model card; ``names`` is what to call its models and
+        adapters there."""
+        shown = names or {}
+
+        def called_there(_: str, name: Any) -> Any:
+            if name in shown:
+                return shown[name]
+            return "+".join(shown.get(part, part) for part in split_adapter(name) if part is not None)
+
+        called = with_names(self.to_json(), called_there)
         return yaml.safe_dump(called, sort_keys=False, allow_unicode=True)
 
     def canonical(self) -> str:

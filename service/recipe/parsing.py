@@ -37,7 +37,7 @@ _DEEPEST = 8
 """How deep a recipe's own keys lie, at most."""
 
 _OWN_FIELDS = ("dtype", "out_dtype", "tokenizer_source", "profile", "seed", "missing_tensors", "extra_tensors",
-               "mismatched_tensors", "buffers")  # fmt: skip
+               "mismatched_tensors", "buffers", "output_kind", "rank")  # fmt: skip
 """Fields without which the rest of a recipe still makes sense."""
 
 _LISTS = {"models", "slices", "modules"}

@@ -158,7 +158,7 @@ def _sources(path: str, entries: tuple[ModelEntry, ...]) -> tuple[Source, ...]:
     return tuple(
         Source(
             index,
-            entry.model,
+            entry.name,
             entry.layer_range if isinstance(entry, SourceEntry) else None,
             Section(f"{path}[{index}].parameters", entry.parameters),
         )

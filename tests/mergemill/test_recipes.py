@@ -54,6 +54,25 @@ def test_directories_become_uris_and_other_names_stay(here: Path) -> None:
     assert "%20" in found["base_model"]
 
 
+def test_of_a_model_with_an_adapter_both_are_found(here: Path) -> None:
+    (here / "c+d").mkdir()
+    base, tuned = ((here / name).as_uri() for name in ("base", "org/tuned"))
+    written = {
+        "base+org/tuned": f"{base}+{tuned}",
+        "./base+org/elsewhere": f"{base}+org/elsewhere",
+        "org/elsewhere@v1+./base": f"org/elsewhere@v1+{base}",
+        "s3://bucket/x+s3://bucket/y": "s3://bucket/x+s3://bucket/y",
+        "c+d": (here / "c+d").as_uri(),
+        "a+b+c": "a+b+c",
+    }
+    recipe = {"models": [{"model": name} for name in written] + [{"model": "base", "adapter": "org/tuned"}]}
+    found = localise(recipe, here)["models"]
+    assert [entry["model"] for entry in found] == [*written.values(), base]
+    assert found[-1]["adapter"] == tuned
+    with pytest.raises(RecipeError, match="no directory"):
+        localise({"models": [{"model": "base+./nowhere"}]}, here)
+
+
 def test_models_are_found_wherever_a_recipe_names_them(here: Path) -> None:
     slices: list[dict[str, object]] = [
         {"sources": [{"model": "base", "layer_range": [0, 1]}], "base_model": "base"}

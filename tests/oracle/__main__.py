@@ -16,6 +16,7 @@ import torch
 from rich.console import Console
 
 from tests.checkpoints import llama_tensors, write_checkpoint
+from tests.oracle.adapters import compare_adapters
 from tests.oracle.architectures import Opened, outputs, read_reply, write_request
 from tests.oracle.bench import Bench
 from tests.oracle.cases import DARE, PARITY, ROUNDED, write_inputs
@@ -59,9 +60,12 @@ def main() -> int:
             )
         with console.status("Merging with mergekit, opening with transformers"):
             reply = ask(bench, recipes)
+        with console.status("Merging adapters with PEFT, mergekit and Mergemill"):
+            adapters, misfits = compare_adapters(bench.root / "adapters")
         results = Results(
             versions=reply["versions"],
             opened=open_merges(bench),
+            adapters=adapters,
             parity={case: total(bench.compare(case)) for case in (*PARITY, *METHOD_CASES)},
             rounded={case: total(bench.compare(case)) for case in ROUNDED},
             dare={
@@ -95,6 +99,7 @@ def main() -> int:
         problems = [
             *(each.problem for each in results.opened if each.problem),
             *results.problems(),
+            *misfits,
             *spoken_problems(results.spoken),
             *(problem for case in (*PARITY, *ROUNDED) for problem in bench.checkpoint_problems(case)),
             *(problem for case in METHOD_CASES for problem in bench.checkpoint_problems(case)),
@@ -104,9 +109,8 @@ def main() -> int:
     options.output.write_text(markdown(results, len(loaded), problems))
     for problem in problems:
         console.print(f"[red]✗[/red] {problem}")
-    console.print(
-        f"{len(results.parity) + len(recipes)} recipes compared, {len(problems)} problems: {options.output}"
-    )
+    count = len(results.parity) + len(recipes) + len(adapters)
+    console.print(f"{count} recipes compared, {len(problems)} problems: {options.output}")
     return 1 if problems else 0
 
 

@@ -14,7 +14,7 @@ import yaml
 from service.plan import PlanOptions
 from service.planning import plan_recipe
 from service.recipe import parse_recipe
-from service.sidecars import config_json
+from service.sidecars import adapter_config_json, config_json
 from tests.oracle.cases import Recipe
 from tests.workers.execute import run
 from workers.store.local import LocalStore
@@ -29,6 +29,9 @@ def merge_in_process(jobs: Jobs) -> None:
         options = PlanOptions(worker_memory_bytes=1 << 40, shard_bytes=100_000)
         planned = plan_recipe(parse_recipe(recipe), options, LocalStore(), {})
         run(planned, output)
+        if planned.recipe.output_kind == "adapter":
+            (output / "adapter_config.json").write_text(adapter_config_json(planned))
+            continue
         (output / "config.json").write_text(config_json(planned) or "")
         (output / "model.safetensors.index.json").write_text(planned.plan.index)
 

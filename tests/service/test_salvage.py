@@ -66,7 +66,7 @@ def test_where_the_method_makes_no_sense_the_models_are_averaged(method: Any) ->
     assert (found.missing_tensors, found.extra_tensors) == ("error", "error")
 
 
-@pytest.mark.parametrize("base", [None, 3, "org/name+adapter"])
+@pytest.mark.parametrize("base", [None, 3, "org/name+one+two"])
 def test_without_a_base_nobody_lacks_anything(base: Any) -> None:
     found = left(base_model=base)
     assert found.names == ["/a", "/b"]
@@ -91,7 +91,7 @@ def test_models_that_are_none_are_left_out() -> None:
     models = [
         {"model": "/a"},
         "b",
-        {"model": "c+d"},
+        {"model": "c+d+e"},
         {"modell": "/e"},
         {"model": ["f"]},
         {"model": "/g", "x": 1},

@@ -122,6 +122,22 @@ def test_a_card_shows_no_directory_of_the_server(tmp_path: Path) -> None:
     assert "- `base` (base)\n- `tuned`\n- `tuned-2`\n- `model`\n" in body
 
 
+def test_a_card_names_adapters_by_themselves(tmp_path: Path) -> None:
+    planned = planned_with(tmp_path, None)
+    value = {
+        "merge_method": "ties",
+        "base_model": "org/base@v1+/srv/lora",
+        "models": [{"model": "org/base+org/lora"}, {"model": "file:///srv/a", "adapter": "org/lora"}],
+    }
+    card = model_card(replace(planned, recipe=parse_recipe(value)), "0.1.0")
+    _, front, body = card.split("---\n", 2)
+    assert yaml.safe_load(front)["base_model"] == ["org/base"]
+    assert "- `org/base@v1+lora` (base)\n- `org/base+org/lora`\n- `a+org/lora`\n" in body
+    shown = yaml.safe_load(body.split("```yaml\n")[1].split("```")[0])
+    assert shown["models"][1] == {"model": "a", "adapter": "org/lora"}
+    assert "/srv" not in card
+
+
 @pytest.mark.parametrize(
     ("method", "parameters"),
     [("linear", {}), ("passthrough", {}), ("slerp", {"t": 0.5}), ("dare_ties", {}), ("ties", {})],

@@ -47,6 +47,9 @@ ZeroSign = Literal["positive", "majority"]
 Rescale = Annotated[Literal["inverse", "l1", "none"], BeforeValidator(_rescale)]
 """How DARE makes up for what it drops; ``true`` is the default and ``false`` is ``none``."""
 
+ADDING_METHODS = ("linear", "task_arithmetic")
+"""Methods whose results are the base and a sum of what each model adds to it."""
+
 NO_PROFILE_DIFFERENCES: Mapping[str, Mapping[str, JSONValue]] = MappingProxyType(
     {"paper": {}, "mergekit": {}}
 )
