@@ -49,6 +49,10 @@ TIED_NAMES = (
 )
 """Tensors that transformers may tie to the input embedding, and then need not be in the file."""
 
+STAGED = ".mergemill/stage-"
+"""What the names of shards begin with that hold an earlier merge of the same job: nobody sees them."""
+
+_STAGED = re.compile(r"(\.mergemill/)?stage-[0-9a-f]{32}-model-\d{5}-of-\d{5}\.safetensors")
 _SHARD = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
 _WEIGHTS = re.compile(r"\.(safetensors|bin|pt|pth|ckpt|h5|msgpack|onnx|gguf|pkl|pickle|npz)(\.index\.json)?$")
 _SHARD_NAME = re.compile(r"[^/\\]+\.safetensors")
@@ -194,6 +198,11 @@ def is_weight_file(name: str) -> bool:
 def is_shard(name: str) -> bool:
     """Whether a file is one that a checkpoint keeps its weights in, by Hugging Face's naming."""
     return _SHARD.fullmatch(name) is not None
+
+
+def is_staged(name: str) -> bool:
+    """Whether a file holds an earlier merge of the job that makes the output, by its name or place in the output."""
+    return _STAGED.fullmatch(name) is not None
 
 
 def is_copied(name: str) -> bool:
