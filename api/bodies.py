@@ -157,7 +157,8 @@ def check(recipe: Callable[[], Any], output: str | None, options: OptionsBody, s
     left = None if parsed is not None else salvage(data)
     place = None if output is None else attempt(lambda: normalise(output))
     chosen = attempt(lambda: plan_options(settings, options)) or settings.default_options
-    return Wanted(parsed or (left and graph_of(left)), place, chosen, tuple(problems))
+    seen = parsed if left is None else graph_of(left)
+    return Wanted(seen, place, chosen, tuple(problems))
 
 
 def _text(data: bytes) -> str:

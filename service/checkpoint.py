@@ -12,6 +12,7 @@ from typing import Any
 from workers.errors import HeaderError
 from workers.json_text import most_values
 from workers.safetensors_format import MAX_TENSORS, Header, clip, unique
+from workers.sources import Derived, Source
 from workers.store.base import ObjectInfo
 from workers.store.uris import join
 from workers.task import MERGEABLE_DTYPES, TensorRef
@@ -74,7 +75,14 @@ class StoredTensor:
     shape: tuple[int, ...]
     """Sizes of its dimensions."""
     ref: TensorRef
-    """Where its bytes are."""
+    """Where its bytes are, or would be, were they stored anywhere."""
+    made: Derived | None = None
+    """How an earlier merge makes it that is stored nowhere."""
+
+    @property
+    def source(self) -> Source:
+        """Its elements: stored, or computed as they are read."""
+        return self.made or self.ref
 
     @property
     def dtype(self) -> str:

@@ -190,7 +190,7 @@ def examine(
     by_uri = dict(zip(distinct, tried, strict=True))
     opened = {name: found for name, uri in uris.items() if (found := by_uri[uri]) is not None}
 
-    def inputs_of(one: Recipe) -> tuple[Recipe, Inputs] | None:
+    def matched(one: Recipe) -> tuple[Recipe, Inputs] | None:
         nearest = next((name for name in one.names if name in opened), None)
         if nearest is None:
             return None
@@ -201,29 +201,30 @@ def examine(
 
     stages: list[Stage] = []
     for _, earlier in graph.earlier:
-        if (found := inputs_of(earlier)) is None:
+        if (given := matched(earlier)) is None:
             continue
         stage, misfits = draft_stage(
-            *found, _files(earlier, opened, problems), options, baseline_bytes, output
+            *given, _files(earlier, opened, problems), options, baseline_bytes, output
         )
         problems.extend(f"{earlier.name}: {misfit}" for misfit in misfits)
         if stage is not None:
             stages.append(stage)
             opened[stage.name] = stage.checkpoint
     last, plan = graph.output, None
-    if (found := inputs_of(last)) is not None:
-        plan, own = draft_plan(*found, options, baseline_bytes)
+    if (given := matched(last)) is not None:
+        plan, own = draft_plan(*given, options, baseline_bytes)
         problems.extend(own)
     if plan is not None:
         staged = [stage.plan for stage in stages if stage.plan is not None]
-        plan = with_stages(plan, staged, [notice for stage in stages for notice in stage.notices])
+        notices = [*graph.notices, *(notice for stage in stages for notice in stage.notices)]
+        plan = with_stages(plan, staged, notices)
     price = None if plan is None else plan.total
     _files(last, opened, problems)
     tokenizer = _tokenizer(last, opened)
-    if plan is None or found is None or tokenizer is None or problems or away:
+    if plan is None or given is None or tokenizer is None or problems or away:
         return Outcome(None, price, tuple(sorted(set(problems))), tuple(sorted(set(away))))
     places = tuple(checkpoint for checkpoint in by_uri.values() if checkpoint is not None)
-    return Outcome(Planned(last, found[1], plan, uris, tokenizer, graph, places), price, (), ())
+    return Outcome(Planned(last, given[1], plan, uris, tokenizer, graph, places), price, (), ())
 
 
 def _tokenizer(recipe: Recipe, opened: Mapping[str, Checkpoint]) -> Checkpoint | None:

@@ -8,7 +8,7 @@ when the job ends. Which bytes a staged file has is in its name, so that it need
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from service.checkpoint import STAGED, Checkpoint, StoredTensor, tensors_of
@@ -18,10 +18,16 @@ from service.matching import OutputTensor, match
 from service.pairing import Inputs
 from service.plan import SEMANTICS_VERSION, Plan, PlanOptions, lay_out
 from service.recipe import Recipe
+from workers.binding import bind
 from workers.safetensors_format import parse
+from workers.sources import Derived
 from workers.store.base import ObjectInfo
 from workers.store.uris import join
 from workers.task import Arithmetic, TensorRef, digest
+
+MAX_STREAMED = 16
+"""Most ranges that are read to compute an earlier merge's tensor again: documents that each use the one before twice
+read twice as many."""
 
 NOWHERE = "file:///output"
 """The output of a plan that is made for none."""
@@ -67,28 +73,42 @@ def draft_stage(
         notices = matched.notices if plan is None else plan.notices
     if problems or not matched.tensors:
         return None, problems
-    refs = {} if plan is None else _refs(plan, output or NOWHERE)
     # As in the files that it would have been written to.
     ordered = [tensor for shard in shards_of(matched.tensors, options.shard_bytes) for tensor in shard]
-    tensors = {
-        tensor.name: StoredTensor(tensor.name, tensor.shape, refs.get(tensor.name) or _source(tensor))
-        for tensor in ordered
-    }
-    config = merged_config(recipe, inputs, {tensor.dtype for tensor in ordered})
     name = recipe.name or ""
+    tensors = _stored(f"merge:{name}", ordered, {} if plan is None else _refs(plan, output or NOWHERE))
+    config = merged_config(recipe, inputs, {tensor.dtype for tensor in ordered})
     seen = Checkpoint(f"merge:{name}", tensors, config, files, {})
     return Stage(name, plan, tuple(f"{name}: {notice}" for notice in notices), seen), problems
 
 
 def _is_staged(tensor: OutputTensor) -> bool:
-    return isinstance(tensor.source, Arithmetic) and tensor.numel > 0
+    """Whether a tensor can be read in no other way, or in none that is worth it."""
+    source = tensor.source
+    if not isinstance(source, Arithmetic) or not tensor.numel:
+        return False
+    bound = bind(source)
+    return bound.whole is not None or bool(bound.passes) or len(source.refs) > MAX_STREAMED
 
 
-def _source(tensor: OutputTensor) -> TensorRef:
-    """What stands for a tensor that is not staged."""
-    if isinstance(tensor.source, StoredTensor):
-        return tensor.source.ref
-    return replace(tensor.source.refs[0].elements(0, 0), dtype=tensor.dtype)  # it has no elements
+def _stored(
+    uri: str, tensors: Sequence[OutputTensor], staged: Mapping[str, TensorRef]
+) -> dict[str, StoredTensor]:
+    """The tensors of an earlier merge as later ones read them, in order."""
+    found, start = {}, 0
+    for name, shape, tensor in ((each.name, each.shape, each) for each in tensors):
+        end = start + tensor.nbytes
+        nowhere = TensorRef(uri, "", start, end, tensor.dtype)
+        start = end
+        if name in staged:
+            found[name] = StoredTensor(name, shape, staged[name])
+        elif isinstance(tensor.source, StoredTensor):
+            found[name] = replace(tensor.source, name=name)
+        elif tensor.numel:
+            found[name] = StoredTensor(name, shape, nowhere, Derived("derived", tensor.source, tensor.dtype))
+        else:
+            found[name] = StoredTensor(name, shape, nowhere)
+    return found
 
 
 def _identity(staged: Iterable[OutputTensor], options: PlanOptions) -> str:
@@ -103,7 +123,7 @@ def _identity(staged: Iterable[OutputTensor], options: PlanOptions) -> str:
 
 def _refs(plan: Plan, output: str) -> dict[str, TensorRef]:
     """Where a staged merge's tensors will be."""
-    found = {}
+    found: dict[str, TensorRef] = {}
     for shard in plan.shards:
         header = parse(shard.header.encode(), shard.size)
         found |= {name: each.ref for name, each in tensors_of(join(output, shard.name), "", header).items()}

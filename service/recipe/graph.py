@@ -2,7 +2,7 @@
 
 Reference: ``mergekit-multi``, whose behaviour was established by running it. The order of the documents says
 nothing; each runs after those that it uses. Exactly one of them is the output: the one without a name, or where all
-have names the one that no other uses. Pure.
+have names the one that no other uses. What the output does not use is not made. Pure.
 """
 
 from __future__ import annotations
@@ -42,12 +42,16 @@ class Graph:
 
     @cached_property
     def order(self) -> tuple[int, ...]:
-        """The documents' places in the order in which they are run, the output last.
+        """The places of the documents that are run, in that order, the output last.
 
         It does not depend on how they were written: of those that could be next, the first by name is.
         """
         found, _ = _ordered(self.recipes)
-        return tuple(found)
+        wanted = {_ends(self.recipes)[0]}
+        uses = _uses(self.recipes)
+        for place in reversed(found):
+            wanted |= uses[place] if place in wanted else set()
+        return tuple(place for place in found if place in wanted)
 
     @property
     def output(self) -> Recipe:
@@ -58,6 +62,15 @@ class Graph:
     def earlier(self) -> tuple[tuple[int, Recipe], ...]:
         """The merges before it, with their places, in the order in which they are run."""
         return tuple((place, self.recipes[place]) for place in self.order[:-1])
+
+    @property
+    def notices(self) -> list[str]:
+        """What the user should know of documents that are not run."""
+        left = sorted({*range(len(self.recipes))} - {*self.order})
+        return [
+            f"{self.recipes[place].name}: the output does not use this merge, so it is not made"
+            for place in left
+        ]
 
     @property
     def stages(self) -> frozenset[str]:
@@ -163,18 +176,9 @@ def _order_problems(recipes: tuple[Recipe, ...]) -> list[str]:
     if circle:
         told = " → ".join(repr(name) for name in circle)
         return [f"documents: they use each other in a circle, so none can be the first: {told}"]
-    used = {name for recipe in recipes for name in recipe.names}
-    ends = [place for place, recipe in enumerate(recipes) if recipe.name not in used]
+    ends = _ends(recipes)
     if len(ends) == 1:
         return []
-    nameless = [place for place in ends if recipes[place].name is None]
-    if nameless:
-        return [
-            f"{_at(place)}: nothing uses {recipes[place].name!r}, and the output is {_at(nameless[0])}, which has no "
-            "name: a recipe makes one output, so leave it out, or post it as a recipe of its own"
-            for place in ends
-            if place != nameless[0]
-        ]
     told = ", ".join(repr(recipes[place].name) for place in ends)
     return [
         f"documents: nothing uses {told}, and a recipe makes one output: leave its `name` out where that is, or post "
@@ -184,8 +188,7 @@ def _order_problems(recipes: tuple[Recipe, ...]) -> list[str]:
 
 def _ordered(recipes: tuple[Recipe, ...]) -> tuple[list[int], list[str]]:
     """The documents' places in the order to run them in; or, where there is none, names that lead in a circle."""
-    by_name = {recipe.name: place for place, recipe in enumerate(recipes) if recipe.name is not None}
-    uses = [[by_name[name] for name in recipe.names if name in by_name] for recipe in recipes]
+    uses = _uses(recipes)
     found: list[int] = []
     left = sorted(range(len(recipes)), key=lambda place: (recipes[place].name is None, recipes[place].name))
     while left:
@@ -197,13 +200,26 @@ def _ordered(recipes: tuple[Recipe, ...]) -> tuple[list[int], list[str]]:
     return found, []
 
 
-def _circle(place: int, uses: list[list[int]], done: Iterable[int]) -> list[int]:
+def _uses(recipes: tuple[Recipe, ...]) -> list[set[int]]:
+    """The places of the documents that each of them uses."""
+    by_name = {recipe.name: place for place, recipe in enumerate(recipes) if recipe.name is not None}
+    return [{by_name[name] for name in recipe.names if name in by_name} for recipe in recipes]
+
+
+def _ends(recipes: tuple[Recipe, ...]) -> list[int]:
+    """The documents that could be the output: the one without a name, else those that no other uses."""
+    nameless = [place for place, recipe in enumerate(recipes) if recipe.name is None]
+    used = set[int]().union(*_uses(recipes))
+    return nameless or [place for place in range(len(recipes)) if place not in used]
+
+
+def _circle(place: int, uses: list[set[int]], done: Iterable[int]) -> list[int]:
     """Places that use each other in a circle, the first once more at the end; each left one uses another left one."""
     done = set(done)
     walked: list[int] = []
     while place not in walked:
         walked.append(place)
-        place = next(used for used in uses[place] if used not in done)
+        place = min(uses[place] - done)
     return [*walked[walked.index(place) :], place]
 
 
