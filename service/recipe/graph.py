@@ -26,6 +26,8 @@ _NAME = re.compile(r"[^\s/+~.:@][^/+:@]*(/[^/+:@]+)?")
 """What a document may be called: nothing that is a place, or says more than a name."""
 
 _MOST_PROBLEMS = 50
+_MOST_WRONG = 4
+"""Most documents that are looked into after the first that is wrong."""
 
 
 @dataclass(frozen=True)
@@ -127,8 +129,11 @@ def parse_documents(value: Any) -> Graph:
         raise RecipeError(f"documents: {len(value)} of them, more than the {MAX_DOCUMENTS} that are read")
     if len(value) == 1:
         return Graph((parse_recipe(value[0]),))
-    recipes, problems = [], []
+    recipes: list[Recipe] = []
+    problems: list[str] = []
     for place, document in enumerate(value):
+        if place - len(recipes) > _MOST_WRONG:
+            break
         try:
             recipes.append(parse_recipe(document))
         except RecipeError as error:

@@ -93,7 +93,8 @@ def load_yaml(text: str) -> Any:
     """
     if len(text) > MAX_RECIPE_CHARACTERS:
         raise RecipeError(f"the recipe is longer than {MAX_RECIPE_CHARACTERS} characters")
-    documents = [document for document in load_documents(text) if document is not None]  # after a last `---`
+    found = load_documents(text)
+    documents = [each for each in found if each is not None] or found  # after a last `---` there is nothing
     if not documents:
         raise RecipeError("the recipe is empty")
     return documents[0] if len(documents) == 1 else {DOCUMENTS: documents}

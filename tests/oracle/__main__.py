@@ -24,6 +24,7 @@ from tests.oracle.language import Spoken, spoken, write_language_inputs
 from tests.oracle.methods import DELLA_MASKS, METHOD_CASES
 from tests.oracle.ours import merge_by_service, merge_in_process
 from tests.oracle.report import Results, markdown, total
+from tests.oracle.several import Several, compare_several, several, several_problems
 from tests.oracle.spoken import compare_spoken, spoken_problems
 
 SEED = 1234
@@ -39,7 +40,9 @@ def main() -> int:
     arguments.add_argument("--output", type=Path, default=Path("docs/parity.md"), help="the report")
     arguments.add_argument("--in-process", action="store_true", help="the mathematics alone, no service")
     arguments.add_argument("--recipes", type=int, default=100, help="random recipes in all of the language")
+    arguments.add_argument("--several", type=int, default=28, help="random recipes of several documents")
     options = arguments.parse_args()
+    chains = [several(number) for number in range(options.several)]
     recipes = [spoken(number) for number in range(options.recipes)]
     console = Console()
     torch.set_num_threads(1)
@@ -51,11 +54,11 @@ def main() -> int:
             merge_in_process(
                 {
                     _ours(bench, each): each.placed(bench.root / "inputs", profile="mergekit")
-                    for each in recipes
+                    for each in (*recipes, *chains)
                 }
             )
         with console.status("Merging with mergekit, opening with transformers"):
-            reply = ask(bench, recipes)
+            reply = ask(bench, [*recipes, *chains])
         results = Results(
             versions=reply["versions"],
             parity={case: total(bench.compare(case)) for case in (*PARITY, *METHOD_CASES)},
@@ -71,6 +74,10 @@ def main() -> int:
             spoken=[
                 compare_spoken(bench.root / "inputs", each, _ours(bench, each), _theirs(bench, each))
                 for each in recipes
+            ],
+            several=[
+                compare_several(bench.root / "inputs", each, _ours(bench, each), _theirs(bench, each))
+                for each in chains
             ],
         )
         results.exact.update(
@@ -91,6 +98,7 @@ def main() -> int:
         problems = [
             *results.problems(),
             *spoken_problems(results.spoken),
+            *several_problems(results.several),
             *(problem for case in (*PARITY, *ROUNDED) for problem in bench.checkpoint_problems(case)),
             *(problem for case in METHOD_CASES for problem in bench.checkpoint_problems(case)),
             *(f"{Path(made).name}: {found['problem']}" for made, found in loaded.items() if found["problem"]),
@@ -100,7 +108,8 @@ def main() -> int:
     for problem in problems:
         console.print(f"[red]✗[/red] {problem}")
     console.print(
-        f"{len(results.parity) + len(recipes)} recipes compared, {len(problems)} problems: {options.output}"
+        f"{len(results.parity) + len(recipes) + len(chains)} recipes compared, {len(problems)} problems: "
+        f"{options.output}"
     )
     return 1 if problems else 0
 
@@ -121,15 +130,15 @@ def merge(bench: Bench, *, in_process: bool) -> None:
     merge_by_service(jobs, bench.root / "state")
 
 
-def _ours(bench: Bench, recipe: Spoken) -> Path:
+def _ours(bench: Bench, recipe: Spoken | Several) -> Path:
     return bench.root / "ours" / recipe.name
 
 
-def _theirs(bench: Bench, recipe: Spoken) -> Path:
+def _theirs(bench: Bench, recipe: Spoken | Several) -> Path:
     return bench.root / "theirs" / recipe.name
 
 
-def ask(bench: Bench, recipes: Sequence[Spoken]) -> dict[str, Any]:
+def ask(bench: Bench, recipes: Sequence[Spoken | Several]) -> dict[str, Any]:
     """Run the other tools, in their environment."""
     merges = [
         {"recipe": bench.recipe(case), "output": str(bench.theirs(case)), "seed": SEED}

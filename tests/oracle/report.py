@@ -12,6 +12,7 @@ from tests.oracle.cases import Case
 from tests.oracle.compare import Distance, Mask
 from tests.oracle.exact import Nearness
 from tests.oracle.methods import COUNT, EXCEPTIONS, METHOD_CASES, RECIPES, is_excepted
+from tests.oracle.several import SeveralCompared, several_table
 from tests.oracle.spoken import Compared, spoken_table
 
 SIGMAS = 5
@@ -65,6 +66,28 @@ bfloat16 inputs often lies in the very middle.
 |---|---|---:|---:|---:|---:|---:|
 {spoken}
 
+## Several documents
+
+{chains} random recipes of two or three documents, in any order, of which later ones use earlier ones, beside
+`mergekit-multi`: earlier merges that are computed on the way, staged or copied. The bound is 4 · 10⁻⁶ of the largest
+magnitude in tensors of a shape, since layers move. Where an earlier merge is rounded to bfloat16, one in a thousand may
+be beyond it: its float32 result lay on the other side of the middle of two steps.
+
+| | recipes | elements | same bits | beyond the bound | worst |
+|---|---|---:|---:|---:|---:|---:|
+{spoken}
+
+## Several documents
+
+{chains} random recipes of two or three documents, in any order, of which later ones use earlier ones, beside `mergekit-multi`:
+earlier merges that are computed on the way, staged or copied. The bound is 4 · 10⁻⁶ of the largest magnitude in
+tensors of a shape, since layers move. Where an earlier merge is rounded to bfloat16, one in a thousand may be beyond it: its
+float32 result lay on the other side of the middle of two steps.
+
+| | recipes | elements | same bits | beyond the bound | worst |
+|---|---:|---:|---:|---:|---:|
+{several}
+
 ## Where the bound is wider
 
 It is ten times as wide for `multislerp`, twice for `karcher` and four times for `sce`; and for `task_arithmetic` with
@@ -114,6 +137,8 @@ class Results:
     """Masks, by case, tool and rescale factor."""
     spoken: Sequence[Compared] = ()
     """Random recipes in all of the language."""
+    several: Sequence[SeveralCompared] = ()
+    """Random recipes of several documents."""
     exact: MutableMapping[str, Nearness] = field(default_factory=dict)
     """How far both tools are from float64 where the bound is wider, by method."""
 
@@ -144,9 +169,12 @@ def total(distances: Mapping[str, Distance]) -> Distance:
 def markdown(results: Results, opened: int, problems: Sequence[str]) -> str:
     """The document."""
     tools = ", ".join(f"{tool} {version}" for tool, version in results.versions.items())
+    agreeing = (
+        sum(not is_excepted(case) for case in results.parity) + len(results.spoken) + len(results.several)
+    )
     outcome = (
-        f"{sum(not is_excepted(case) for case in results.parity) + len(results.spoken)} recipes agree in every "
-        f"element that is defined, and transformers opens all\n{opened} merged checkpoints and generates from them."
+        f"{agreeing} recipes agree in every element that is defined, and transformers opens all\n{opened} merged "
+        "checkpoints and generates from them."
         if not problems
         else "**Not as it should be:**\n\n" + "\n".join(f"- {problem}" for problem in problems)
     )
@@ -163,6 +191,8 @@ def markdown(results: Results, opened: int, problems: Sequence[str]) -> str:
         exceptions="\n".join(f"- `{method}`: {reason}." for method, reason in EXCEPTIONS.items()),
         languages=len(results.spoken),
         spoken=spoken_table(results.spoken),
+        chains=len(results.several),
+        several=several_table(results.several),
         exact="\n".join(_exact(method, found) for method, found in results.exact.items()),
         rounded="\n".join(_rounded(case, distance) for case, distance in results.rounded.items()),
         dare="\n".join(
