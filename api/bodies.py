@@ -16,7 +16,7 @@ from api.deps import plan_options
 from api.schemas import MergeRequest, OptionsBody, PlanRequest, RecipeQuery
 from api.webhooks import webhook_of
 from service.plan import PlanOptions
-from service.recipe import Recipe, key_hint, load_yaml, parse_recipe, validation_problems
+from service.recipe import Graph, graph_of, key_hint, load_yaml, parse_documents, validation_problems
 from service.salvage import salvage
 from service.settings import Settings
 from service.webhooks import Webhook
@@ -63,7 +63,7 @@ class Body:
 class Wanted:
     """A merge that somebody wants run or planned, as far as it can be checked without looking anywhere."""
 
-    recipe: Recipe | None
+    recipe: Graph | None
     """The recipe; with problems, what is left of it, if there is anything to look at."""
     output: str | None
     """Normalised URI of the output, when it is given and there can be such a place."""
@@ -153,10 +153,12 @@ def check(recipe: Callable[[], Any], output: str | None, options: OptionsBody, s
         return None
 
     data = attempt(recipe)
-    parsed = None if problems else attempt(lambda: parse_recipe(data))
+    parsed = None if problems else attempt(lambda: parse_documents(data))
+    left = None if parsed is not None else salvage(data)
     place = None if output is None else attempt(lambda: normalise(output))
     chosen = attempt(lambda: plan_options(settings, options)) or settings.default_options
-    return Wanted(parsed or salvage(data), place, chosen, tuple(problems))
+    seen = parsed if left is None else graph_of(left)
+    return Wanted(seen, place, chosen, tuple(problems))
 
 
 def _text(data: bytes) -> str:

@@ -65,8 +65,8 @@ class WebhookBody(_Model):
 class MergeRequest(_Model):
     """A merge to run."""
 
-    recipe: dict[str, Any]
-    """mergekit's YAML, as JSON."""
+    recipe: dict[str, Any] | list[dict[str, Any]]
+    """mergekit's YAML, as JSON; of several documents a list of them, or `{"documents": [...]}`."""
     output: Output
     """Where the checkpoint goes: `s3://bucket/prefix` or `file:///directory`."""
     options: OptionsBody = OptionsBody()
@@ -80,8 +80,8 @@ class MergeRequest(_Model):
 class PlanRequest(_Model):
     """A merge to plan and price, without running it."""
 
-    recipe: dict[str, Any]
-    """mergekit's YAML, as JSON."""
+    recipe: dict[str, Any] | list[dict[str, Any]]
+    """mergekit's YAML, as JSON; of several documents a list of them, or `{"documents": [...]}`."""
     output: Output | None = None
     """Where the checkpoint would go; when given, it must not overlap an input, nor hold a checkpoint already."""
     options: OptionsBody = OptionsBody()

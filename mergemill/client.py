@@ -7,7 +7,7 @@ import json
 import os
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any, Self
@@ -94,7 +94,7 @@ class Client:
 
     def submit(
         self,
-        recipe: Mapping[str, Any] | str,
+        recipe: Mapping[str, Any] | Sequence[Mapping[str, Any]] | str,
         output: str,
         *,
         idempotency_key: str | None = None,
@@ -104,7 +104,7 @@ class Client:
     ) -> Job:
         """Have a merge queued; once, also where the service's answer is lost and it has to be asked again.
 
-        :param recipe: mergekit's YAML, or the same as a mapping.
+        :param recipe: mergekit's YAML, or the same as a mapping; of several documents a list of them.
         :param output: ``s3://bucket/prefix`` or ``file:///directory`` (on the service's machine).
         :param idempotency_key: the same key and request again, within a day, are the same job; a fresh UUID if
             left out.
@@ -134,7 +134,10 @@ class Client:
         raise AssertionError  # the last try returns or raises
 
     def plan(
-        self, recipe: Mapping[str, Any] | str, output: str | None = None, **options: Any
+        self,
+        recipe: Mapping[str, Any] | Sequence[Mapping[str, Any]] | str,
+        output: str | None = None,
+        **options: Any,
     ) -> dict[str, Any]:
         """Plan and price a merge without running it: its digest, price, shards and notices.
 
@@ -330,9 +333,11 @@ class Client:
 
 
 def _request(
-    recipe: Mapping[str, Any] | str, output: str | None, options: Mapping[str, Any]
+    recipe: Mapping[str, Any] | Sequence[Mapping[str, Any]] | str,
+    output: str | None,
+    options: Mapping[str, Any],
 ) -> dict[str, Any]:
-    document = recipes.read(recipe) if isinstance(recipe, str) else dict(recipe)
+    document = recipes.read(recipe) if isinstance(recipe, str) else recipes.as_mapping(recipe)
     given = {name: value for name, value in options.items() if value is not None}
     where = {} if output is None else {"output": output}
     return {"recipe": document, **where, "options": given}

@@ -125,8 +125,9 @@ class Job:
 
     @property
     def method(self) -> str:
-        """The recipe's merge method."""
-        return str(self.recipe["merge_method"])
+        """The recipe's merge method; of several documents all of theirs."""
+        documents = self.recipe.get("documents", [self.recipe])
+        return ", ".join(dict.fromkeys(str(document["merge_method"]) for document in documents))
 
     @property
     def price(self) -> Mapping[str, Any] | None:

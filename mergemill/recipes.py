@@ -1,6 +1,6 @@
 """Recipes as the client and the command line read them: YAML to a mapping, and local paths to URIs.
 
-What a recipe may say is the service's to decide; nothing is checked here but that it is one document.
+What a recipe may say is the service's to decide; nothing is checked here but that it is a mapping.
 """
 
 from __future__ import annotations
@@ -9,24 +9,33 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from service.recipe_names import split_adapter, with_names
+from service.recipe_names import DOCUMENTS, split_adapter, with_names
 from service.yaml_text import load_documents
 from workers.errors import RecipeError
 
 
 def read(text: str) -> dict[str, Any]:
-    """A recipe's YAML (or JSON, which is YAML) as a mapping.
+    """A recipe's YAML (or JSON, which is YAML) as a mapping; of several documents ``{"documents": [...]}``.
 
-    :raises RecipeError: it is not one YAML document, not a mapping, or asks for too much.
+    :raises RecipeError: it is not YAML, not a mapping, or asks for too much.
     """
     documents = load_documents(text)
-    if len(documents) != 1:
-        raise RecipeError(f"the recipe must be one YAML document, this is {len(documents)}")
+    if not documents:
+        raise RecipeError("the recipe is empty")
+    if len(documents) > 1:
+        return {DOCUMENTS: documents}
     if not isinstance(documents[0], dict):
         raise RecipeError(
             "the recipe must be a mapping with `merge_method` and `models`, `slices` or `modules`"
         )
     return documents[0]
+
+
+def as_mapping(recipe: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """A recipe as a mapping; a list is of its documents."""
+    if isinstance(recipe, Mapping):
+        return dict(recipe)
+    return {DOCUMENTS: [dict(document) for document in recipe]}
 
 
 def localise(recipe: Mapping[str, Any], directory: Path) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from typing import Any
 from workers.errors import HeaderError
 from workers.json_text import most_values
 from workers.safetensors_format import MAX_TENSORS, Header, clip, unique
-from workers.sources import Change, LowRank, Source
+from workers.sources import Change, Derived, LowRank, Source
 from workers.store.base import ObjectInfo
 from workers.store.uris import join
 from workers.task import MERGEABLE_DTYPES, TensorRef
@@ -50,6 +50,10 @@ TIED_NAMES = (
 )
 """Tensors that transformers may tie to the input embedding, and then need not be in the file."""
 
+STAGED = ".mergemill/stage-"
+"""What the names of shards begin with that hold an earlier merge of the same job: nobody sees them."""
+
+_STAGED = re.compile(r"(\.mergemill/)?stage-[0-9a-f]{32}-model-\d{5}-of-\d{5}\.safetensors")
 _SHARD = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
 _WEIGHTS = re.compile(r"\.(safetensors|bin|pt|pth|ckpt|h5|msgpack|onnx|gguf|pkl|pickle|npz)(\.index\.json)?$")
 _SHARD_NAME = re.compile(r"[^/\\]+\.safetensors")
@@ -71,17 +75,20 @@ class StoredTensor:
     shape: tuple[int, ...]
     """Sizes of its dimensions."""
     ref: TensorRef
-    """Where its bytes are."""
+    """Where its bytes are, or would be, were they stored anywhere."""
+    made: Derived | None = None
+    """How an earlier merge makes it that is stored nowhere."""
     changes: tuple[Change, ...] = ()
     """What an adapter adds to it."""
 
     @property
     def source(self) -> Source:
         """Its elements: stored, or computed as they are read."""
+        found = self.made or self.ref
         if not self.changes:
-            return self.ref
+            return found
         rows = self.shape[0]
-        return LowRank("low_rank", self.ref, self.changes, (rows, self.numel // rows), 0)
+        return LowRank("low_rank", found, self.changes, (rows, self.numel // rows), 0)
 
     @property
     def dtype(self) -> str:
@@ -218,6 +225,11 @@ def is_weight_file(name: str) -> bool:
 def is_shard(name: str) -> bool:
     """Whether a file is one that a checkpoint keeps its weights in, by Hugging Face's naming."""
     return _SHARD.fullmatch(name) is not None
+
+
+def is_staged(name: str) -> bool:
+    """Whether a file holds an earlier merge of the job that makes the output, by its name or place in the output."""
+    return _STAGED.fullmatch(name) is not None
 
 
 def is_copied(name: str) -> bool:

@@ -10,7 +10,7 @@ from typing import Annotated
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
-from service.checkpoint import is_shard
+from service.checkpoint import STAGED, is_shard, is_staged
 from service.jobrecord import JOB_ID, JobRecord
 from service.jobs import Planned
 from workers.errors import DamagedClaimError, ObjectNotFoundError
@@ -23,7 +23,7 @@ CLAIM = f"{HIDDEN}/claim.json"
 
 
 def _shard(name: str) -> str:
-    if not is_shard(name):
+    if not is_shard(name) and not (is_staged(name) and name.startswith(STAGED)):
         raise ValueError(f"{name!r} is no name of a shard")
     return name
 

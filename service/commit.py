@@ -25,6 +25,7 @@ from service.checkpoint import (
     SINGLE_FILE,
     is_copied,
     is_shard,
+    is_staged,
     is_tokenizer_file,
 )
 from service.claim import CLAIM, HIDDEN, Claim, read_claim
@@ -115,9 +116,12 @@ class Output:
             return {}
 
     def open_uploads(self, plan: Plan, claim: Claim, known: Mapping[str, str]) -> dict[str, str]:
-        """Open one upload a shard, adopt those recorded in ``known``, abort the rest, and record all in the claim."""
+        """Open one upload a shard, adopt those recorded in ``known``, abort the rest, and record all in the claim.
+
+        Shards of earlier merges that are staged have theirs, too.
+        """
         uploads = {}
-        for shard in plan.shards:
+        for shard in (shard for each in plan.whole for shard in each.shards):
             uri = join(self.uri, shard.name)
             wanted = known.get(shard.name)
             for upload in self.store.list_uploads(uri):
@@ -277,7 +281,10 @@ class Output:
             if held.job != self.job:
                 return 0
             self.give_up()
-        found = self.store.uploads_below(self.uri)
+        below = self.store.uploads_below(join(self.uri, HIDDEN))  # a directory's own are among them
+        hidden = [(upload, at) for upload, at in below if is_staged(file_name(upload.uri))]
+        beside = self.store.uploads_below(self.uri)
+        found = list({upload.id: (upload, at) for upload, at in (*hidden, *beside)}.values())
         abandoned = [upload for upload, opened_at in found if is_abandoned(file_name(upload.uri), opened_at)]
         for upload in abandoned:
             with self._owned():

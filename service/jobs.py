@@ -18,6 +18,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from service.checkpoint import is_staged
 from service.jobrecord import HISTORY_LIMIT, HistoryEntry, JobRecord, JobState
 from workers.errors import IllegalTransitionError, from_json
 from workers.task import JSONValue
@@ -78,7 +79,7 @@ class CommitStarted:
 
 @dataclass(frozen=True, slots=True)
 class ShardCompleted:
-    """A shard's upload has been completed."""
+    """A shard's upload has been completed: the output's when it is committed, an earlier merge's before."""
 
     shard: str
     """The shard's name."""
@@ -135,7 +136,7 @@ TRANSITIONS: Mapping[type[Event], Mapping[JobState, JobState]] = {
     UploadsOpened: {_S.PLANNING: _S.RUNNING},
     Restarted: {_S.RUNNING: _S.PLANNING, _S.COMMITTING: _S.PLANNING},
     CommitStarted: {_S.RUNNING: _S.COMMITTING},
-    ShardCompleted: {_S.COMMITTING: _S.COMMITTING},
+    ShardCompleted: {_S.RUNNING: _S.RUNNING, _S.COMMITTING: _S.COMMITTING},
     Succeeded: {_S.COMMITTING: _S.SUCCEEDED},
     Failed: {state: _S.FAILED for state in _S if not state.is_terminal},
     CancelRequested: {
@@ -215,8 +216,10 @@ def _refusal(record: JobRecord, event: Event) -> str | None:
             return "there is no plan yet" if uploads else "no upload was opened"
         case CommitStarted() if record.cancel_requested:
             return "somebody asked to cancel it first"
-        case ShardCompleted(shard) if shard not in record.uploads:
-            return f"it has no shard {shard}"
+        case ShardCompleted(shard) if shard not in record.uploads or (
+            record.state == JobState.RUNNING and not is_staged(shard)
+        ):
+            return f"it has no shard {shard}" + (" to complete yet" if shard in record.uploads else "")
         case Succeeded() if missing := sorted(set(record.uploads) - set(record.completed_shards)):
             return f"{len(missing)} of its shards are not complete, {missing[0]} among them"
         case Cancelled() if not record.cancel_requested:

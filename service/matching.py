@@ -327,7 +327,7 @@ class _Matcher:
     @staticmethod
     def _kept(row: Row, tensor: StoredTensor, dtype: str) -> OutputTensor:
         """One model's tensor alone: copied where it is stored so, else computed."""
-        if tensor.dtype == dtype and not tensor.changes:
+        if tensor.dtype == dtype and tensor.source.is_plain:
             return _copy(row, tensor)
         only = ModelInput(0, tensor.source, {})
         arithmetic = Arithmetic(row.name, "passthrough", {}, None, (only,), 0, tensor.numel, 0, tensor.numel)

@@ -35,16 +35,6 @@ class Inputs:
     are_digested: bool = True
     """Whether the tensors that no arithmetic is done on could be read to compare them."""
 
-    @property
-    def pins(self) -> dict[str, dict[str, str]]:
-        """ETags of all files that are merged, by the checkpoint or adapter that they are of."""
-        found: dict[str, dict[str, str]] = {}
-        for checkpoint in (self.reference, *self.models.values()):
-            found[checkpoint.uri] = dict(checkpoint.pins)
-            if checkpoint.adapter is not None:
-                found[checkpoint.adapter.uri] = dict(checkpoint.adapter.pins)
-        return found
-
 
 @dataclass(frozen=True, slots=True)
 class Bound:

@@ -7,6 +7,7 @@ byte-identical JSON, wherever and whenever.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -27,7 +28,7 @@ from service.layout import (
 )
 from service.matching import Match, match
 from service.pairing import Inputs
-from service.price import BASELINE_BYTES, MAX_PARTS, MIN_PART_BYTES, Price, price, workspace_bytes
+from service.price import BASELINE_BYTES, MAX_PARTS, MIN_PART_BYTES, Price, combined, price, workspace_bytes
 from service.recipe import Recipe
 from workers.errors import PlanError
 from workers.methods import get_method
@@ -98,6 +99,19 @@ class Plan:
     """What it costs."""
     digest: str
     """Hex SHA-256 that two plans share only when they make the same bytes of the same parts."""
+    stages: tuple[Plan, ...] = ()
+    """Plans of earlier merges that are carried out before, in this order: their shards are hidden, and read by later
+    ones."""
+
+    @property
+    def whole(self) -> tuple[Plan, ...]:
+        """All that is carried out, in order."""
+        return (*self.stages, self)
+
+    @property
+    def total(self) -> Price:
+        """What all of that costs."""
+        return combined([plan.price for plan in self.whole])
 
     @property
     def index(self) -> str:
@@ -139,15 +153,36 @@ def draft_plan(
             return None, tuple(problems)
         plan = _adapter(drafted, matched, options, baseline_bytes)
         return plan, (*problems, *_excesses(plan, options, baseline_bytes))
+    plan, excesses = lay_out(recipe, matched, options, baseline_bytes)
+    return plan, (*problems, *excesses)
+
+
+def lay_out(
+    recipe: Recipe,
+    matched: Match,
+    options: PlanOptions,
+    baseline_bytes: int = BASELINE_BYTES,
+    prefix: str = "",
+) -> tuple[Plan | None, list[str]]:
+    """The plan of tensors that are matched, when there can be one, and what keeps it from being run.
+
+    :param prefix: what the names of the shards begin with.
+    """
     if differing := survey_problem(matched.tensors):
-        return None, (*problems, differing)
-    plan = _laid_out(recipe, inputs, matched, options, baseline_bytes)
-    return plan, (*problems, *_excesses(plan, options, baseline_bytes))
+        return None, [differing]
+    plan = _laid_out(recipe, matched, options, baseline_bytes, prefix)
+    return plan, _excesses(plan, options, baseline_bytes)
 
 
-def _laid_out(
-    recipe: Recipe, inputs: Inputs, matched: Match, options: PlanOptions, baseline_bytes: int
-) -> Plan:
+def with_stages(plan: Plan, stages: Sequence[Plan], notices: Sequence[str]) -> Plan:
+    """A plan with those that are carried out before it, and what the user should know of them."""
+    if stages:
+        identity = digest([plan.digest, *(stage.digest for stage in stages)])
+        plan = replace(plan, stages=tuple(stages), digest=identity)
+    return replace(plan, notices=(*notices, *plan.notices)) if notices else plan
+
+
+def _laid_out(recipe: Recipe, matched: Match, options: PlanOptions, baseline_bytes: int, prefix: str) -> Plan:
     limits = _limits(options, 1 + recipe.most_inputs, baseline_bytes)
     groups = shards_of(matched.tensors, options.shard_bytes)
     shards: list[Shard] = []
@@ -157,7 +192,7 @@ def _laid_out(
     together = model_survey(matched.tensors, SEMANTICS_VERSION)
     counted: list[MergePiece] = []
     for number, group in enumerate(groups, start=1):
-        name = shard_name(number, len(groups))
+        name = prefix + shard_name(number, len(groups))
         header = HeaderPiece(
             "header", encode(layout((t.name, t.dtype, t.shape) for t in group), {"format": "pt"})
         )
@@ -232,7 +267,7 @@ def plan_summary(plan: Plan, gpu_memory_bytes: int = 0) -> dict[str, Any]:
 
     :param gpu_memory_bytes: memory of each GPU of the deployment; where there is none, no device memory is priced.
     """
-    price = plan.price if gpu_memory_bytes else replace(plan.price, gpu_bytes=0)
+    price = plan.total if gpu_memory_bytes else replace(plan.total, gpu_bytes=0)
     return {
         "digest": plan.digest,
         "semantics_version": plan.semantics_version,

@@ -19,11 +19,12 @@ from service.checkpoint import MAX_COPIED_BYTES, Checkpoint, copied_files
 from service.matching import needs_digest
 from service.opening import content_digest, open_adapter, open_checkpoint, parallel
 from service.pairing import Inputs
-from service.plan import Plan, PlanOptions, draft_plan
+from service.plan import Plan, PlanOptions, draft_plan, with_stages
 from service.price import BASELINE_BYTES, Price
-from service.recipe import Recipe
+from service.recipe import Graph, Recipe, graph_of
+from service.stages import Stage, draft_stage
 from workers.errors import PlanError, StoreError, StoreUnavailableError
-from workers.store.base import ObjectStore
+from workers.store.base import ObjectInfo, ObjectStore
 from workers.store.uris import from_path, join, normalise, to_path
 from workers.store.uris import name as base_name
 
@@ -40,15 +41,21 @@ class Planned:
     """A plan and what it was made from."""
 
     recipe: Recipe
-    """The recipe."""
+    """The recipe; of several documents the one that makes the output."""
     inputs: Inputs
-    """The opened checkpoints."""
+    """Its checkpoints."""
     plan: Plan
     """The plan."""
     uris: Mapping[str, str]
     """Where each model and adapter named in the recipe is."""
     tokenizer: Checkpoint
     """Whose tokenizer files go to the output."""
+    graph: Graph
+    """The whole recipe."""
+    checkpoints: tuple[Checkpoint, ...]
+    """Every opened checkpoint, once: not the merges in between."""
+    pins: Mapping[str, dict[str, str]]
+    """ETags of all files that are merged, by the checkpoint or adapter that they are of."""
 
 
 @dataclass(frozen=True)
@@ -141,7 +148,7 @@ def _real(uri: str) -> str:
 
 
 def plan_recipe(
-    recipe: Recipe,
+    recipe: Recipe | Graph,
     options: PlanOptions,
     store: ObjectStore,
     model_roots: Mapping[str, str],
@@ -157,7 +164,7 @@ def plan_recipe(
 
 
 def examine(
-    recipe: Recipe,
+    recipe: Recipe | Graph,
     options: PlanOptions,
     store: ObjectStore,
     model_roots: Mapping[str, str],
@@ -182,40 +189,79 @@ def examine(
         tried = parallel(lambda uri: attempt(lambda: opening(store, uri)), distinct)
         return dict(zip(distinct, tried, strict=True))
 
-    names, parts = recipe.names, recipe.adapted
-    resolved = {name: attempt(lambda name=name: resolve_model(name, model_roots)) for name in recipe.places}  # type: ignore[misc]
+    graph = graph_of(recipe)
+    resolved = {name: attempt(lambda name=name: resolve_model(name, model_roots)) for name in graph.places}  # type: ignore[misc]
     uris = {name: uri for name, uri in resolved.items() if uri is not None}
     if output is not None:
         problems.extend(overlap(output, uris.values()))
-    by_uri = look(open_checkpoint, [uris[model] for model, _ in parts.values() if model in uris])
-    adapters = look(open_adapter, [uris[each] for _, each in parts.values() if each in uris])
+    parts = graph.adapted.values()
+    by_uri = look(open_checkpoint, [uris[model] for model, _ in parts if model in uris])
+    adapters = look(open_adapter, [uris[each] for _, each in parts if each in uris])
+    bare = {name: found for name, uri in uris.items() if (found := by_uri.get(uri)) is not None}
     opened: dict[str, Checkpoint] = {}
-    for name, (model, adapter) in parts.items():
-        if (found := by_uri.get(uris.get(model, ""))) is None:
-            continue
-        opened[name] = found
-        if adapter is not None and (own := adapters.get(uris.get(adapter, ""))) is not None:
-            opened[name] = attempt(partial(adapted, found, own)) or found
-    plan = None
-    if opened:
-        nearest = next(name for name in names if name in opened)
-        wanted, inputs = _completed(recipe, opened, uris, nearest)
-        digested = attempt(lambda: _with_digests(store, wanted, inputs))
-        inputs = digested or replace(inputs, are_digested=False)
-        plan, misfits = draft_plan(wanted, inputs, options, baseline_bytes)
-        problems.extend(misfits)
-    price = None if plan is None else plan.price
-    source = recipe.tokenizer_source
-    tokenizer = opened.get(recipe.reference if source in {None, "base"} else str(source))
-    if tokenizer is not None and recipe.reference in opened:
-        problems.extend(
-            f"{info.uri} has {info.size} bytes, more than the {MAX_COPIED_BYTES} of a file that is copied"
-            for info in copied_files(opened[recipe.reference], tokenizer).values()
-            if info.size > MAX_COPIED_BYTES
+
+    def matched(one: Recipe) -> tuple[Recipe, Inputs] | None:
+        for name, (model, adapter) in one.adapted.items():
+            if name in opened or (found := bare.get(model)) is None:
+                continue
+            opened[name] = found
+            if adapter is not None and (own := adapters.get(uris.get(adapter, ""))) is not None:
+                opened[name] = attempt(partial(adapted, found, own)) or found
+        nearest = next((name for name in one.names if name in opened), None)
+        if nearest is None:
+            return None
+        wanted, inputs = _completed(one, opened, uris, nearest)
+        return wanted, attempt(lambda: _with_digests(store, wanted, inputs)) or replace(
+            inputs, are_digested=False
         )
-    if plan is None or tokenizer is None or problems or away:
+
+    stages: list[Stage] = []
+    for _, earlier in graph.earlier:
+        if (given := matched(earlier)) is None:
+            continue
+        stage, misfits = draft_stage(
+            *given, _files(earlier, opened, problems), options, baseline_bytes, output
+        )
+        problems.extend(f"{earlier.name}: {misfit}" for misfit in misfits)
+        if stage is not None:
+            stages.append(stage)
+            bare[stage.name] = stage.checkpoint
+    last, plan = graph.output, None
+    if (given := matched(last)) is not None:
+        plan, own = draft_plan(*given, options, baseline_bytes)
+        problems.extend(own)
+    if plan is not None:
+        staged = [stage.plan for stage in stages if stage.plan is not None]
+        notices = [*graph.notices, *(notice for stage in stages for notice in stage.notices)]
+        plan = with_stages(plan, staged, notices)
+    price = None if plan is None else plan.total
+    _files(last, opened, problems)
+    tokenizer = _tokenizer(last, opened)
+    if plan is None or given is None or tokenizer is None or problems or away:
         return Outcome(None, price, tuple(sorted(set(problems))), tuple(sorted(set(away))))
-    return Outcome(Planned(recipe, inputs, plan, uris, tokenizer), price, (), ())
+    checkpoints = tuple(each for each in by_uri.values() if each is not None)
+    pins = {each.uri: dict(each.pins) for each in (*checkpoints, *adapters.values()) if each is not None}
+    return Outcome(Planned(last, given[1], plan, uris, tokenizer, graph, checkpoints, pins), price, (), ())
+
+
+def _tokenizer(recipe: Recipe, opened: Mapping[str, Checkpoint]) -> Checkpoint | None:
+    """Whose tokenizer goes to the output, as far as it has opened."""
+    source = recipe.tokenizer_source
+    return opened.get(recipe.reference if source in {None, "base"} else str(source))
+
+
+def _files(recipe: Recipe, opened: Mapping[str, Checkpoint], problems: list[str]) -> dict[str, ObjectInfo]:
+    """The files that go beside a merge's weights; one that is too long is a problem."""
+    reference, tokenizer = opened.get(recipe.reference), _tokenizer(recipe, opened)
+    if reference is None or tokenizer is None:
+        return {}
+    files = copied_files(reference, tokenizer)
+    problems.extend(
+        f"{info.uri} has {info.size} bytes, more than the {MAX_COPIED_BYTES} of a file that is copied"
+        for info in files.values()
+        if info.size > MAX_COPIED_BYTES
+    )
+    return files
 
 
 def _completed(

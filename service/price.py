@@ -229,6 +229,27 @@ def price(
     )
 
 
+def combined(prices: Sequence[Price]) -> Price:
+    """What merges cost that one job runs one after the other, the one last that makes the output."""
+    dearest = max(prices, key=lambda each: each.peak_bytes)
+    return Price(
+        bytes_read=sum(each.bytes_read for each in prices),
+        bytes_written=sum(each.bytes_written for each in prices),
+        bytes_copied=sum(each.bytes_copied for each in prices),
+        input_bytes=sum(each.input_bytes for each in prices),
+        requests=sum(each.requests for each in prices),
+        shards=prices[-1].shards,
+        parts=sum(each.parts for each in prices),
+        survey_tasks=sum(each.survey_tasks for each in prices),
+        surveyed_tensors=sum(each.surveyed_tensors for each in prices),
+        most_reads=max(each.most_reads for each in prices),
+        peak_bytes=dearest.peak_bytes,
+        arena_bytes=max(each.arena_bytes for each in prices),
+        gpu_bytes=max(each.gpu_bytes for each in prices),
+        worst=dearest.worst,
+    )
+
+
 def needs(price: Price, gpu_memory_bytes: int = 0) -> Needs:
     """What a job's tasks ask of a cluster whose GPUs have ``gpu_memory_bytes`` each; 0 computes on the CPU.
 

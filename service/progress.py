@@ -33,7 +33,8 @@ class Progress:
         self._output = output
         self._digest = plan.digest
         self._uploads = uploads
-        self._page_of = {identity: index // PAGE_PARTS for index, identity in enumerate(plan.part_ids)}
+        ids = (identity for each in plan.whole for identity in each.part_ids)
+        self._page_of = {identity: index // PAGE_PARTS for index, identity in enumerate(ids)}
         self._pages: dict[int, dict[str, PartResult]] = {}
         self._unsaved: set[int] = set()
 

@@ -37,7 +37,7 @@ def publish(
     :returns: every file of the checkpoint, the index last.
     """
     plan = planned.plan
-    blocks = tensor_blocks(plan, results.values())
+    blocks = tensor_blocks(plan, [results[part] for part in plan.part_ids if part in results])
     digests = {name: tensor_digest(own) for name, own in blocks.items()}
     files = [OutputFile(shard.name, shard.size, shard_digest(shard, digests)) for shard in plan.shards]
     for name, data in _small_files(planned, output):

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Final
+
+DOCUMENTS: Final = "documents"
+"""The key of a recipe's documents, where it has several."""
 
 _PLACE = r"(?:[sS]3://|[fF][iI][lL][eE]://|/)"
 _BEFORE_PLACE = re.compile(rf"\+(?={_PLACE})")
@@ -39,13 +42,34 @@ def split_adapter(name: str) -> tuple[str, str | None]:
 
 
 def with_names(data: Mapping[str, Any], rename: Callable[[str, Any], Any]) -> dict[str, Any]:
-    """A recipe's data with every model in it called what ``rename`` says, given its place and its name."""
+    """A recipe's data with every model in it called what ``rename`` says, given its place and its name.
+
+    Of several documents the names of the merges themselves stay.
+    """
+    documents = data.get(DOCUMENTS)
+    if not isinstance(documents, list):
+        return _document_renamed(data, "", rename)
+    stages = [each.get("name") for each in documents if isinstance(each, dict)]
+
+    def rename_model(place: str, name: Any) -> Any:
+        return name if name in stages else rename(place, name)
+
+    renamed = [
+        _document_renamed(each, f"{DOCUMENTS}[{index}].", rename_model) if isinstance(each, dict) else each
+        for index, each in enumerate(documents)
+    ]
+    return {**data, DOCUMENTS: renamed}
+
+
+def _document_renamed(
+    data: Mapping[str, Any], path: str, rename: Callable[[str, Any], Any]
+) -> dict[str, Any]:
     changed = dict(data)
     for field in ("base_model", "tokenizer_source", "buffers"):
         keyword = field == "tokenizer_source" and changed.get(field) in ("base", "union")
         if changed.get(field) is not None and not keyword:
-            changed[field] = rename(field, changed[field])
-    return _lists_renamed(changed, "", rename)
+            changed[field] = rename(f"{path}{field}", changed[field])
+    return _lists_renamed(changed, path, rename)
 
 
 def _lists_renamed(data: dict[str, Any], path: str, rename: Callable[[str, Any], Any]) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from service.keys import ANYBODY, ApiKey
 from service.plan import PlanOptions
 from service.progress import saved_parts
 from service.publish import published
-from service.recipe import Recipe, parse_recipe
+from service.recipe import Graph, parse_documents
 from service.recoverystore import RecoveryStore
 from service.settings import Settings
 from workers.errors import (
@@ -140,9 +140,9 @@ def _record(
     return record.model_copy(update={"history": (*record.history, entry)}), parts
 
 
-def _checked(claim: Claim, uri: str) -> tuple[Recipe, PlanOptions]:
+def _checked(claim: Claim, uri: str) -> tuple[Graph, PlanOptions]:
     try:
-        return parse_recipe(claim.recipe), PlanOptions.model_validate(claim.options)
+        return parse_documents(claim.recipe), PlanOptions.model_validate(claim.options)
     except (RecipeError, ValidationError) as error:
         raise DamagedClaimError(
             f"the claim of {claim.job} at {uri} is none that a job can go on from: {error}"

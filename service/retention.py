@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from service.checkpoint import is_shard
+from service.checkpoint import is_shard, is_staged
 
 PAUSES_S = (10.0, 3600.0)
 """Shortest and longest time until an output that could not be cleared away is tried again, in seconds."""
@@ -37,7 +37,7 @@ class Retention:
         :param left_since: when the job began, if it is known to have left something: what is younger is its own.
         """
         is_own = left_since is not None and opened_at > left_since - SOONEST_S  # clocks differ
-        return is_shard(name) and (is_own or opened_at < self.sweep_before(now))
+        return (is_shard(name) or is_staged(name)) and (is_own or opened_at < self.sweep_before(now))
 
     @staticmethod
     def pause_s(ended_at: float, now: float) -> float:

@@ -36,11 +36,11 @@ from service.jobs import (
 )
 from service.jobs import Planned as PlanRecorded
 from service.leases import Lease, permit
-from service.plan import PlanOptions, plan_summary
+from service.plan import Plan, PlanOptions, plan_summary
 from service.planning import Planned, examine
 from service.price import Price
 from service.publish import publish, published
-from service.recipe import parse_recipe
+from service.recipe import parse_documents
 from service.sidecars import OutputFile
 from service.work import Tools, Work
 from workers import tracing
@@ -57,6 +57,7 @@ from workers.errors import (
     UploadNotFoundError,
     to_json,
 )
+from workers.store.uris import join
 
 MAX_ATTEMPTS = 5
 """How often a job is planned, because its scheduler ended or its uploads vanished, before it fails."""
@@ -207,6 +208,8 @@ class JobRunner:
         if self.record.state == JobState.PLANNING:
             self._open(planned)
         if self.record.state == JobState.RUNNING:
+            for stage in planned.plan.stages:
+                self._stage(planned, stage)
             Work(self.record, self.lease, self.tools, self._output, planned, self.check).run()
             self.check()
             self._apply(CommitStarted())
@@ -217,7 +220,7 @@ class JobRunner:
         """Plan; in the planning state with everything that can be wrong about the output, too."""
         settings = self.tools.settings
         outcome = examine(
-            parse_recipe(self.record.recipe),
+            parse_documents(self.record.recipe),
             self._options,
             self.store,
             settings.model_roots,
@@ -266,14 +269,14 @@ class JobRunner:
             plan.semantics_version,
             plan_summary(plan, self.tools.settings.gpu_memory_bytes)["price"],
             plan.notices,
-            plan.price.bytes_written,
-            len(plan.parts),
-            sum(survey.passes for survey in plan.surveys),
+            plan.total.bytes_written,
+            plan.total.parts,
+            sum(survey.passes for each in plan.whole for survey in each.surveys),
         )
 
     def _claim_of(self, planned: Planned) -> Claim:
-        shards = tuple(shard.name for shard in planned.plan.shards)
-        return Claim.of(self.record, self._facts(planned), planned.recipe.seed, planned.inputs.pins, shards)
+        shards = tuple(shard.name for each in planned.plan.whole for shard in each.shards)
+        return Claim.of(self.record, self._facts(planned), planned.recipe.seed, planned.pins, shards)
 
     def _open(self, planned: Planned) -> None:
         self._apply(self._facts(planned))
@@ -303,11 +306,36 @@ class JobRunner:
         self._output.give_up()
         self._apply(Restarted(reason))
 
+    @tracing.traced("stage")
+    def _stage(self, planned: Planned, stage: Plan) -> None:
+        """Carry out an earlier merge, whose shards later ones read; nothing where they are complete.
+
+        :raises UploadNotFoundError: one of them is gone.
+        """
+        digest = planned.plan.digest
+        for shard in stage.shards:
+            made = self._output.made_by(join(self._output.uri, shard.name), digest)
+            is_known = shard.name in self.record.completed_shards
+            if made is not None and made.size == shard.size:
+                if not is_known:  # its completion was not recorded
+                    self._apply(ShardCompleted(shard.name))
+            elif is_known:
+                raise UploadNotFoundError(f"{shard.name} of an earlier merge is gone")
+        missing = [shard for shard in stage.shards if shard.name not in self.record.completed_shards]
+        if not missing:
+            return
+        Work(self.record, self.lease, self.tools, self._output, planned, self.check, stage).run()
+        for shard in missing:
+            self.check()
+            self._output.complete(shard, self.record.uploads, digest)
+            self._apply(ShardCompleted(shard.name))
+
     @tracing.traced("commit")
     def _commit(self, planned: Planned) -> None:
         plan = planned.plan
         results = self.tools.jobs.parts(self.record.id)
-        if self._options.overwrite and not self.record.completed_shards:
+        is_begun = any(shard.name in self.record.completed_shards for shard in plan.shards)
+        if self._options.overwrite and not is_begun:
             self._output.make_room({shard.name for shard in plan.shards})
         for shard in plan.shards:
             if shard.name not in self.record.completed_shards:

@@ -14,12 +14,10 @@ import yaml
 
 from service.adapters.output import adapter_config
 from service.checkpoint import MANIFEST_FILE
-from service.depth import with_depths
+from service.config import merged_config
 from service.known_digests import written
-from service.pairing import pair
 from service.plan import Plan, Shard
 from service.planning import Planned, is_hub_name
-from service.recipe import DTYPES
 from workers.methods import get_method
 from workers.safetensors_format import parse, prefix
 from workers.store.uris import name as file_name
@@ -30,8 +28,6 @@ CARD = "README.md"
 MANIFEST = MANIFEST_FILE
 TREE = "sha256-tree-1mib"
 """Name of the digest of shards: SHA-256 over the header's SHA-256 and the tensors' digests in file order."""
-
-_DTYPE_KEYS = {"torch_dtype", "dtype"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,17 +44,10 @@ class OutputFile:
 
 def config_json(planned: Planned) -> str | None:
     """The reference's config.json with the dtype and the layers that were written; None when it has none."""
-    slicings = pair(planned.recipe, planned.inputs).slicings
-    config, _ = with_depths(planned.inputs.reference.config, slicings)
-    if config is None:
-        return None
-    corrected = {key: value for key, value in config.items() if key != "_name_or_path"}
-    dtype = _float_dtype(planned)
-    if dtype is not None:
-        corrected = _with_dtype(corrected, dtype)
-        if not _DTYPE_KEYS & corrected.keys():
-            corrected["torch_dtype"] = dtype
-    return json.dumps(corrected, indent=2, ensure_ascii=False) + "\n"
+    headers = (parse(shard.header.encode(), shard.size) for shard in planned.plan.shards)
+    dtypes = {entry.dtype for header in headers for entry in header.entries}
+    config = merged_config(planned.recipe, planned.inputs, dtypes)
+    return None if config is None else json.dumps(config, indent=2, ensure_ascii=False) + "\n"
 
 
 def adapter_config_json(planned: Planned) -> str:
@@ -70,12 +59,13 @@ def adapter_config_json(planned: Planned) -> str:
 
 def model_card(planned: Planned, version: str) -> str:
     """A Hugging Face model card: front matter, the method, the inputs, the recipe."""
-    recipe = planned.recipe
-    method = get_method(recipe.merge_method)
-    names = recipe.names
-    shown = _without_paths(recipe.places)
+    recipe, graph = planned.recipe, planned.graph
+    methods = {each.merge_method: get_method(each.merge_method) for each in graph.recipes}
+    names = graph.names
+    shown = _without_paths(graph.places)
     shown |= {
-        name: "+".join(shown[place] for place in both if place) for name, both in recipe.adapted.items()
+        name: "+".join(shown.get(place, place) for place in both if place)
+        for name, both in graph.adapted.items()
     }
     config = planned.inputs.reference.config or {}
     front: dict[str, Any] = {"tags": ["mergemill", "merge"]}
@@ -83,17 +73,17 @@ def model_card(planned: Planned, version: str) -> str:
         front = {"library_name": "transformers", **front}
     if recipe.output_kind == "adapter":
         front = {**front, "library_name": "peft", "tags": [*front["tags"], "lora"]}
-    hub = [model.partition("@")[0] for model, _ in recipe.adapted.values() if is_hub_name(model)]
+    hub = [model.partition("@")[0] for model, _ in graph.adapted.values() if is_hub_name(model)]
     if hub:
         front["base_model"] = list(dict.fromkeys(hub))
-    source = f" ({_paper_link(method.paper)})"
+    told = [f"`{each.name}` ({_paper_link(each.paper)})" for each in methods.values()]
     lines = [
         "---",
         yaml.safe_dump(front, sort_keys=False).strip(),
         "---",
         "# Merged adapter" if recipe.output_kind == "adapter" else "# Merged model",
         "",
-        f"Merged by [Mergemill](https://github.com/mergemill/mergemill) {version} with `{method.name}`{source}.",
+        f"Merged by [Mergemill](https://github.com/mergemill/mergemill) {version} with {' and '.join(told)}.",
         "",
         "## Models",
         "",
@@ -102,7 +92,7 @@ def model_card(planned: Planned, version: str) -> str:
         "## Recipe",
         "",
         "```yaml",
-        recipe.to_yaml(shown).strip(),
+        graph.to_yaml(shown).strip(),
         "```",
         "",
         f"`{MANIFEST}` beside this file names every input by ETag and every output tensor by digest.",
@@ -180,16 +170,15 @@ def manifest(
 
     :param adapter: how far an adapter is from what it stands for, where the output is one.
     """
-    recipe = planned.recipe
     told = {} if adapter is None else {"adapter": dict(adapter)}
     return {
         "mergemill": version,
         "semantics_version": planned.plan.semantics_version,
         "plan_digest": planned.plan.digest,
-        "recipe": recipe.to_json(),
-        "seed": recipe.seed,
+        "recipe": planned.graph.to_json(),
+        "seed": planned.recipe.seed,
         "models": dict(planned.uris),
-        "inputs": planned.inputs.pins,
+        "inputs": {uri: dict(pins) for uri, pins in planned.pins.items()},
         "notices": list(planned.plan.notices),
         "nonfinite": dict(nonfinite),
         "files": [{"name": file.name, "size": file.size, "digest": file.digest} for file in files],
@@ -203,28 +192,7 @@ def text_file(name: str, data: bytes) -> OutputFile:
     return OutputFile(name, len(data), f"sha256:{hashlib.sha256(data).hexdigest()}")
 
 
-def _with_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
-    """A config whose dtype, and that of the models nested in it (``text_config``), is ``dtype``."""
-    corrected: dict[str, Any] = {}
-    for key, value in config.items():
-        if key in _DTYPE_KEYS:
-            corrected[key] = dtype
-        elif key.endswith("_config") and key != "quantization_config" and isinstance(value, dict):
-            corrected[key] = _with_dtype(value, dtype)
-        else:
-            corrected[key] = value
-    return corrected
-
-
 def _paper_link(paper: str) -> str:
     """A paper as Markdown: ``arXiv:2306.01708`` becomes a link."""
     found = re.search(r"arXiv:(\d{4}\.\d{4,5})", paper)
     return paper if found is None else f"[{paper}](https://arxiv.org/abs/{found[1]})"
-
-
-def _float_dtype(planned: Planned) -> str | None:
-    """The recipe's name of the one dtype of all float tensors, or None when they are mixed."""
-    names = {value: key for key, value in DTYPES.items()}
-    headers = (parse(shard.header.encode(), shard.size) for shard in planned.plan.shards)
-    found = {entry.dtype for header in headers for entry in header.entries if entry.dtype in names}
-    return names[found.pop()] if len(found) == 1 else None

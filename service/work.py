@@ -23,6 +23,7 @@ from service.driver import Driver, TaskRequest
 from service.jobrecord import JobRecord
 from service.jobstore import JobStore, Lease
 from service.known_digests import KnownDigests
+from service.plan import Plan
 from service.planning import Planned
 from service.price import label_of, needs, part_label
 from service.progress import Progress
@@ -96,7 +97,7 @@ class _Task:
 
 
 class Work:
-    """Makes all parts of a plan that are not recorded yet."""
+    """Makes all parts of a plan that are not recorded yet, of those shards that are not complete."""
 
     def __init__(
         self,
@@ -106,14 +107,18 @@ class Work:
         output: Output,
         planned: Planned,
         check: Callable[[], None],
+        plan: Plan | None = None,
     ) -> None:
+        """
+        :param plan: which of the plans that a recipe of several documents has; by default the output's.
+        """
         self._record = record
         self._lease = lease
         self._tools = tools
         self._output = output
-        self._plan = planned.plan
+        self._plan = plan or planned.plan
         self._check = check
-        self._known = KnownDigests([planned.inputs.reference, *planned.inputs.models.values()])
+        self._known = KnownDigests(planned.checkpoints)
         self._needs = needs(self._plan.price, tools.settings.gpu_memory_bytes)
         self._store_json = _plain(tools.settings.store)
         self._ids = {
@@ -158,10 +163,13 @@ class Work:
         held = {
             (shard.name, part.number): part
             for shard in self._plan.shards
+            if shard.name not in self._record.completed_shards
             for part in self._output.held_parts(shard.name, self._record.uploads)
         }
         missing = []
         for part, identity in zip(self._plan.parts, self._plan.part_ids, strict=True):
+            if part.shard in self._record.completed_shards:
+                continue
             result = self._results.get(identity)
             there = held.get((part.shard, part.number))
             if result is None or there is None or (there.size, there.etag) != (result.size, result.etag):

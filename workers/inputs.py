@@ -71,7 +71,7 @@ class Inputs:
 
         def read(index: int) -> None:
             run, position = self._arrangement.runs[index]
-            store.read_into(run.uri, run.start, view[position : position + run.nbytes], run.etag)
+            store.read_into(run.uri, run.start, view[position : position + run.nbytes], run.etag or None)
 
         count = len(self._arrangement.runs)
         if count == 1:
@@ -95,7 +95,7 @@ class Inputs:
             where = f"bytes {begin} to {begin + len(block)} of {ref.uri}"
             log.warning("%s do not have their SHA-256; reading them again", where)
             RETRIES.add("checksum")
-            store.read_into(ref.uri, begin, block, ref.etag)
+            store.read_into(ref.uri, begin, block, ref.etag or None)
             if hashlib.sha256(block).digest() != wanted:
                 raise CorruptReadError(
                     f"{where} do not have the SHA-256 that the mergemill.json beside it tells, read twice: they change "

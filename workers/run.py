@@ -154,6 +154,8 @@ class PartRun(Task):
         part, source, upload = self._part, self._part.source, self._upload
         if source is None or part.nbytes < MIN_COPY_BYTES or scheme(source.uri) != scheme(upload.uri):
             return None
+        if not source.etag:  # stores copy only what is pinned
+            return None
         try:
             return self._tools.store.copy_part(
                 upload, part.number, part.offset, source.uri, source.start, source.end, source.etag

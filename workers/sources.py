@@ -40,7 +40,8 @@ class TensorRef:
     uri: str
     """The object that holds it."""
     etag: str
-    """The object's ETag when it was planned with; reads are pinned to it."""
+    """The object's ETag when it was planned with; reads are pinned to it. Empty where the object's name says all that
+    can be in it, since it is made by the same job."""
     start: int
     """First byte within the object."""
     end: int

@@ -1,6 +1,7 @@
 """What the user wants: the recipe, read from mergekit's YAML or the same as JSON, and checked."""
 
 from service.recipe.entries import MAX_MODELS, ModelEntry, ModuleEntry, SliceEntry, SourceEntry
+from service.recipe.graph import MAX_DOCUMENTS, Graph, graph_of, parse_documents, parse_documents_yaml
 from service.recipe.language import DTYPES, Profile, Recipe
 from service.recipe.parsing import (
     MAX_RECIPE_CHARACTERS,
@@ -14,8 +15,10 @@ from service.recipe.regions import Region, Section, Source, Stretch
 
 __all__ = [
     "DTYPES",
+    "MAX_DOCUMENTS",
     "MAX_MODELS",
     "MAX_RECIPE_CHARACTERS",
+    "Graph",
     "ModelEntry",
     "ModuleEntry",
     "Profile",
@@ -26,8 +29,11 @@ __all__ = [
     "Source",
     "SourceEntry",
     "Stretch",
+    "graph_of",
     "key_hint",
     "load_yaml",
+    "parse_documents",
+    "parse_documents_yaml",
     "parse_recipe",
     "parse_yaml",
     "validation_problems",

@@ -44,6 +44,8 @@ Profile = Literal["paper", "mergekit"]
 class Recipe(Frozen):
     """What the user wants. Frozen; planning never rewrites it."""
 
+    name: str | None = Field(default=None, min_length=1, max_length=128)
+    """What other documents of the recipe call this merge."""
     merge_method: str
     """Name of the merge method."""
     base_model: ModelName | None = None

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ValidationError
 
 from service.recipe.entries import MAX_MODELS, MAX_SLICES, ModelEntry, ModuleEntry, SliceEntry, SourceEntry
 from service.recipe.language import Recipe
+from service.recipe_names import DOCUMENTS
 from service.yaml_text import load_documents
 from workers.errors import RecipeError
 from workers.methods import METHODS
@@ -59,6 +60,8 @@ def parse_recipe(value: Any) -> Recipe:
     """
     if not isinstance(value, dict):
         raise RecipeError("the recipe must be a mapping with `merge_method` and `models`")
+    if DOCUMENTS in value:
+        raise RecipeError("documents: there are several here, where one recipe is read")
     for name, most in (("models", MAX_MODELS), ("slices", MAX_SLICES)):  # before each of them is looked into
         listed = value.get(name)
         if isinstance(listed, list) and len(listed) > most:
@@ -84,20 +87,17 @@ def parse_yaml(text: str) -> Recipe:
 
 
 def load_yaml(text: str) -> Any:
-    """The data that a recipe's YAML stands for.
+    """The data that a recipe's YAML stands for; of several documents ``{"documents": [...]}``.
 
-    :raises RecipeError: the text is too long, or is not one YAML document.
+    :raises RecipeError: the text is too long, or is not YAML.
     """
     if len(text) > MAX_RECIPE_CHARACTERS:
         raise RecipeError(f"the recipe is longer than {MAX_RECIPE_CHARACTERS} characters")
-    documents = load_documents(text)
+    found = load_documents(text)
+    documents = [each for each in found if each is not None] or found  # after a last `---` there is nothing
     if not documents:
         raise RecipeError("the recipe is empty")
-    if len(documents) != 1:
-        raise RecipeError(
-            f"the text holds {len(documents)} YAML documents; multi-stage merges are not supported yet"
-        )
-    return documents[0]
+    return documents[0] if len(documents) == 1 else {DOCUMENTS: documents}
 
 
 def validation_problems(error: ValidationError) -> list[str]:

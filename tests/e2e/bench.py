@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from concurrent.futures import Future
 from importlib import import_module
 from pathlib import Path
@@ -20,7 +20,7 @@ from service.driver import Capacity, TaskRequest
 from service.jobrecord import JobRecord, new_job
 from service.jobs import Event, event_name
 from service.jobstore import JobStore, Lease
-from service.recipe import parse_recipe
+from service.recipe import parse_documents
 from service.runner import JobRunner
 from service.settings import Settings
 from service.work import Tools
@@ -169,10 +169,10 @@ class Bench:
         self.store: ObjectStore = open_stores(self.settings.store)
         self.driver = LocalDriver()
 
-    def submit(self, recipe: Mapping[str, Any], output: Path | str, **options: Any) -> str:
+    def submit(self, recipe: Any, output: Path | str, **options: Any) -> str:
         """Queue a job; its id."""
         chosen = {**self.settings.default_options.model_dump(mode="json"), **options}
-        record = new_job(parse_recipe(recipe).to_json(), normalise(str(output)), chosen, time.time())
+        record = new_job(parse_documents(recipe).to_json(), normalise(str(output)), chosen, time.time())
         self.jobs.create(record)
         return record.id
 

@@ -26,6 +26,7 @@ from tests.oracle.language import Spoken, spoken, write_language_inputs
 from tests.oracle.methods import DELLA_MASKS, METHOD_CASES
 from tests.oracle.ours import merge_by_service, merge_in_process
 from tests.oracle.report import Results, markdown, total
+from tests.oracle.several import Several, compare_several, several, several_problems
 from tests.oracle.spoken import compare_spoken, spoken_problems
 
 SEED = 1234
@@ -41,7 +42,9 @@ def main() -> int:
     arguments.add_argument("--output", type=Path, default=Path("docs/parity.md"), help="the report")
     arguments.add_argument("--in-process", action="store_true", help="the mathematics alone, no service")
     arguments.add_argument("--recipes", type=int, default=100, help="random recipes in all of the language")
+    arguments.add_argument("--several", type=int, default=28, help="random recipes of several documents")
     options = arguments.parse_args()
+    chains = [several(number) for number in range(options.several)]
     recipes = [spoken(number) for number in range(options.recipes)]
     console = Console()
     torch.set_num_threads(1)
@@ -55,11 +58,11 @@ def main() -> int:
             merge_in_process(
                 {
                     _ours(bench, each): each.placed(bench.root / "inputs", profile="mergekit")
-                    for each in recipes
+                    for each in (*recipes, *chains)
                 }
             )
         with console.status("Merging with mergekit, opening with transformers"):
-            reply = ask(bench, recipes)
+            reply = ask(bench, [*recipes, *chains])
         with console.status("Merging adapters with PEFT, mergekit and Mergemill"):
             adapters, misfits = compare_adapters(bench.root / "adapters")
         results = Results(
@@ -79,6 +82,10 @@ def main() -> int:
             spoken=[
                 compare_spoken(bench.root / "inputs", each, _ours(bench, each), _theirs(bench, each))
                 for each in recipes
+            ],
+            several=[
+                compare_several(bench.root / "inputs", each, _ours(bench, each), _theirs(bench, each))
+                for each in chains
             ],
         )
         results.exact.update(
@@ -101,6 +108,7 @@ def main() -> int:
             *results.problems(),
             *misfits,
             *spoken_problems(results.spoken),
+            *several_problems(results.several),
             *(problem for case in (*PARITY, *ROUNDED) for problem in bench.checkpoint_problems(case)),
             *(problem for case in METHOD_CASES for problem in bench.checkpoint_problems(case)),
             *(f"{Path(made).name}: {found['problem']}" for made, found in loaded.items() if found["problem"]),
@@ -109,7 +117,7 @@ def main() -> int:
     options.output.write_text(markdown(results, len(loaded), problems))
     for problem in problems:
         console.print(f"[red]✗[/red] {problem}")
-    count = len(results.parity) + len(recipes) + len(adapters)
+    count = len(results.parity) + len(recipes) + len(chains) + len(adapters)
     console.print(f"{count} recipes compared, {len(problems)} problems: {options.output}")
     return 1 if problems else 0
 
@@ -130,15 +138,15 @@ def merge(bench: Bench, *, in_process: bool) -> None:
     merge_by_service(jobs, bench.root / "state")
 
 
-def _ours(bench: Bench, recipe: Spoken) -> Path:
+def _ours(bench: Bench, recipe: Spoken | Several) -> Path:
     return bench.root / "ours" / recipe.name
 
 
-def _theirs(bench: Bench, recipe: Spoken) -> Path:
+def _theirs(bench: Bench, recipe: Spoken | Several) -> Path:
     return bench.root / "theirs" / recipe.name
 
 
-def ask(bench: Bench, recipes: Sequence[Spoken]) -> dict[str, Any]:
+def ask(bench: Bench, recipes: Sequence[Spoken | Several]) -> dict[str, Any]:
     """Run the other tools, in their environment."""
     merges = [
         {"recipe": bench.recipe(case), "output": str(bench.theirs(case)), "seed": SEED}

@@ -7,19 +7,35 @@ and writes ``{"versions": {tool: version}, "loaded": {directory: {"problem", "dt
 import importlib.metadata
 import json
 import sys
+import tempfile
 from pathlib import Path
 
 import torch
 import transformers
+import yaml
 from mergekit.config import MergeConfiguration
 from mergekit.merge import MergeOptions, run_merge
+from mergekit.scripts.multimerge import main as multimerge
 from transformers import AutoModelForCausalLM
 
 
-def merge(recipe: dict, output: str, seed: int) -> None:
-    """Have mergekit run a recipe."""
+def merge(recipe: dict | list, output: str, seed: int) -> None:
+    """Have mergekit run a recipe; of several documents, mergekit-multi."""
+    if isinstance(recipe, list):
+        merge_documents(recipe, output)
+        return
     options = MergeOptions(copy_tokenizer=False, write_model_card=False, quiet=True, random_seed=seed)
     run_merge(MergeConfiguration.model_validate(recipe), output, options)
+
+
+def merge_documents(documents: list, output: str) -> None:
+    """Have mergekit-multi run a recipe of several documents, none of whose methods is random."""
+    with tempfile.TemporaryDirectory() as directory:
+        config = Path(directory) / "config.yml"
+        config.write_text(yaml.safe_dump_all(documents))
+        places = ["--out-path", output, "--intermediate-dir", f"{directory}/stages"]
+        switches = ["--no-copy-tokenizer", "--no-write-model-card", "--quiet"]
+        multimerge(args=[str(config), *places, *switches], standalone_mode=False)
 
 
 @torch.inference_mode()

@@ -13,13 +13,14 @@ import yaml
 
 from service.plan import PlanOptions
 from service.planning import plan_recipe
-from service.recipe import parse_recipe
+from service.recipe import parse_documents
 from service.sidecars import adapter_config_json, config_json
 from tests.oracle.cases import Recipe
 from tests.workers.execute import run
 from workers.store.local import LocalStore
+from workers.store.uris import from_path
 
-Jobs = Mapping[Path, Recipe]
+Jobs = Mapping[Path, Recipe | list[Recipe]]
 """Recipes, their models named by absolute path, by the directory that they go to."""
 
 
@@ -27,7 +28,8 @@ def merge_in_process(jobs: Jobs) -> None:
     """Plan each recipe and do all of its tasks, here; no service."""
     for output, recipe in jobs.items():
         options = PlanOptions(worker_memory_bytes=1 << 40, shard_bytes=100_000)
-        planned = plan_recipe(parse_recipe(recipe), options, LocalStore(), {})
+        place = from_path(str(output))
+        planned = plan_recipe(parse_documents(recipe), options, LocalStore(), {}, output=place)
         run(planned, output)
         if planned.recipe.output_kind == "adapter":
             (output / "adapter_config.json").write_text(adapter_config_json(planned))
@@ -54,7 +56,7 @@ def merge_by_service(jobs: Jobs, state: Path) -> None:
             future.result()
 
 
-def _merge_by_command(recipe: Recipe, output: Path, where: dict[str, str], file: Path) -> None:
+def _merge_by_command(recipe: Recipe | list[Recipe], output: Path, where: dict[str, str], file: Path) -> None:
     file.write_text(yaml.safe_dump(recipe))
     command = [sys.executable, "-m", "mergemill", "merge", str(file), str(output)]
     done = subprocess.run(command, env=os.environ | where, capture_output=True, text=True, check=False)

@@ -14,6 +14,7 @@ from tests.oracle.cases import Case
 from tests.oracle.compare import Distance, Mask
 from tests.oracle.exact import Nearness
 from tests.oracle.methods import COUNT, EXCEPTIONS, METHOD_CASES, RECIPES, is_excepted
+from tests.oracle.several import SeveralCompared, several_table
 from tests.oracle.spoken import Compared, spoken_table
 
 SIGMAS = 5
@@ -79,6 +80,28 @@ bfloat16 inputs often lies in the very middle.
 | | | recipes | elements | same bits | beyond the bound | worst |
 |---|---|---:|---:|---:|---:|---:|
 {spoken}
+
+## Several documents
+
+{chains} random recipes of two or three documents, in any order, of which later ones use earlier ones, beside
+`mergekit-multi`: earlier merges that are computed on the way, staged or copied. The bound is 4 · 10⁻⁶ of the largest
+magnitude in tensors of a shape, since layers move. Where an earlier merge is rounded to bfloat16, one in a thousand may
+be beyond it: its float32 result lay on the other side of the middle of two steps.
+
+| | recipes | elements | same bits | beyond the bound | worst |
+|---|---|---:|---:|---:|---:|---:|
+{spoken}
+
+## Several documents
+
+{chains} random recipes of two or three documents, in any order, of which later ones use earlier ones, beside `mergekit-multi`:
+earlier merges that are computed on the way, staged or copied. The bound is 4 · 10⁻⁶ of the largest magnitude in
+tensors of a shape, since layers move. Where an earlier merge is rounded to bfloat16, one in a thousand may be beyond it: its
+float32 result lay on the other side of the middle of two steps.
+
+| | recipes | elements | same bits | beyond the bound | worst |
+|---|---:|---:|---:|---:|---:|
+{several}
 
 ## Where the bound is wider
 
@@ -146,6 +169,8 @@ class Results:
     """Random recipes in all of the language."""
     adapters: Sequence[Merged] = ()
     """Merges with LoRA adapters."""
+    several: Sequence[SeveralCompared] = ()
+    """Random recipes of several documents."""
     exact: MutableMapping[str, Nearness] = field(default_factory=dict)
     """How far both tools are from float64 where the bound is wider, by method."""
 
@@ -176,9 +201,12 @@ def total(distances: Mapping[str, Distance]) -> Distance:
 def markdown(results: Results, opened: int, problems: Sequence[str]) -> str:
     """The document."""
     tools = ", ".join(f"{tool} {version}" for tool, version in results.versions.items())
+    agreeing = (
+        sum(not is_excepted(case) for case in results.parity) + len(results.spoken) + len(results.several)
+    )
     outcome = (
-        f"{sum(not is_excepted(case) for case in results.parity) + len(results.spoken)} recipes agree in every "
-        f"element that is defined, and transformers opens all\n{opened} merged checkpoints and generates from them."
+        f"{agreeing} recipes agree in every element that is defined, and transformers opens all\n{opened} merged "
+        "checkpoints and generates from them."
         if not problems
         else "**Not as it should be:**\n\n" + "\n".join(f"- {problem}" for problem in problems)
     )
@@ -196,6 +224,8 @@ def markdown(results: Results, opened: int, problems: Sequence[str]) -> str:
         exceptions="\n".join(f"- `{method}`: {reason}." for method, reason in EXCEPTIONS.items()),
         languages=len(results.spoken),
         spoken=spoken_table(results.spoken),
+        chains=len(results.several),
+        several=several_table(results.several),
         exact="\n".join(_exact(method, found) for method, found in results.exact.items()),
         adapters=adapter_table(results.adapters),
         rounded="\n".join(_rounded(case, distance) for case, distance in results.rounded.items()),

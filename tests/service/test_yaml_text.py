@@ -66,7 +66,7 @@ WIDE = (
         ("models: [{model: /a, model: /b}]", "the key `model` is given twice"),
         ("", "empty"),
         ("# nothing", "empty"),
-        ("---\nmerge_method: linear\n---\nmerge_method: ties", "2 YAML documents"),
+        ("---\nmerge_method: linear\n---\nmerge_method: ties", "documents: there are several"),
         ("null", "must be a mapping"),
         ("x" * (MAX_RECIPE_CHARACTERS + 1), "longer than"),
         ("\n".join(f"k{i}: 1" for i in range(20_000)), "more problem(s)"),

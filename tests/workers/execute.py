@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from service.plan import PlanOptions
+from service.plan import Plan, PlanOptions
 from service.planning import Planned, plan_recipe
 from service.recipe import parse_recipe
 from tests.checkpoints import Tensors, write_checkpoint
@@ -64,9 +64,17 @@ def plan(
 
 
 def run(planned: Planned, output: Path, store: ObjectStore | None = None, order: int = 0) -> Done:
-    """Do every task in an order shuffled by ``order``, each after a trip through JSON, and complete the shards."""
+    """Do every task in an order shuffled by ``order``, each after a trip through JSON, and complete the shards.
+
+    Earlier merges that are staged are made before.
+    """
     store = store or LocalStore()
-    found = planned.plan
+    for stage in planned.plan.stages:
+        _made(stage, output, store, order)
+    return Done(planned, _made(planned.plan, output, store, order), output)
+
+
+def _made(found: Plan, output: Path, store: ObjectStore, order: int) -> list[PartResult]:
     shuffle = random.Random(order).shuffle
     facts: dict[str, Facts] = {}
     for survey in found.surveys:
@@ -96,7 +104,7 @@ def run(planned: Planned, output: Path, store: ObjectStore | None = None, order:
         made[part.shard, part.number] = PART_RESULT.validate_json(PART_RESULT.dump_json(result))
     for upload in uploads.values():
         store.complete(upload, store.list_parts(upload))
-    return Done(planned, [made[part.shard, part.number] for part in found.parts], output)
+    return [made[part.shard, part.number] for part in found.parts]
 
 
 def dyadic(seed: int, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
