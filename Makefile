@@ -41,7 +41,7 @@ demo: $(VENV)/.installed ## Install, merge small digit classifiers over REST and
 
 .PHONY: test
 test: $(VENV)/.installed test-packages ## Install what the tests need and run the whole suite (ARGS=... goes to pytest)
-	$(BIN)/python -m pytest -n 4 --dist loadgroup --no-loadscope-reorder --durations=25 $(ARGS)
+	$(BIN)/python -m pytest -n 4 --dist loadfile --no-loadscope-reorder --durations=25 $(ARGS)
 
 .PHONY: fuzz
 fuzz: $(VENV)/.installed ## Throw made-up headers, indexes, recipes, YAML and requests at the code, for MINUTES (10)
