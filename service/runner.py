@@ -16,11 +16,9 @@ from functools import partial
 import structlog
 
 from service import metrics
-from service.access import confine, size_problems
-from service.capacity import capacity_problems
+from service.access import confine
 from service.claim import Claim
 from service.commit import Output, output_problems
-from service.driver import Capacity
 from service.interruptible import Interruptible
 from service.jobrecord import JobRecord, JobState
 from service.jobs import (
@@ -34,18 +32,15 @@ from service.jobs import (
     Succeeded,
     UploadsOpened,
 )
-from service.jobs import Planned as PlanRecorded
 from service.leases import Lease, permit
-from service.plan import Plan, PlanOptions, plan_summary
-from service.planning import Planned, examine
-from service.price import Price
+from service.plan import Plan, PlanOptions
+from service.planning import Planned
+from service.preparation import facts, plan_job
 from service.publish import publish, published
-from service.recipe import parse_documents
 from service.sidecars import OutputFile
 from service.work import Tools, Work
 from workers import tracing
 from workers.errors import (
-    FleetError,
     IllegalTransitionError,
     JobError,
     JobNotFoundError,
@@ -67,9 +62,6 @@ MAX_OUTAGES = 3
 
 STALL_S = 5.0
 """How long a job that ends waits for one answer of the store, in seconds."""
-
-CLUSTER_WAIT_S = 180.0
-"""How long a job waits for the compute cluster to come up, in seconds, before it fails."""
 
 log = structlog.get_logger(__name__)
 
@@ -202,7 +194,7 @@ class JobRunner:
         self.check()
         if self.record.state == JobState.COMMITTING and self._is_committed():
             return
-        planned = self._plan()
+        planned = plan_job(self.record, self.store, self.tools, self.check)
         if self.record.state in {JobState.RUNNING, JobState.COMMITTING}:
             self._resume(planned)
         if self.record.state == JobState.PLANNING:
@@ -215,71 +207,21 @@ class JobRunner:
             self._apply(CommitStarted())
         self._commit(planned)
 
-    @tracing.traced("plan")
-    def _plan(self) -> Planned:
-        """Plan; in the planning state with everything that can be wrong about the output, too."""
-        settings = self.tools.settings
-        outcome = examine(
-            parse_documents(self.record.recipe),
-            self._options,
-            self.store,
-            settings.model_roots,
-            settings.worker_baseline_bytes,
-            self.record.output,
-        )
-        if self.record.state != JobState.PLANNING:
-            return outcome.result()  # the job waits for a store that is out of reach
-        # As long as nothing is made, it had better say so at once.
-        problems = [*outcome.problems, *outcome.away, *self._output_problems()]
-        if outcome.price is not None:
-            problems.extend(size_problems(self.record.access, outcome.price))
-            problems.extend(self._capacity_problems(outcome.price, CLUSTER_WAIT_S if not problems else 0))
-        if problems:
-            raise PlanError(*problems)
-        return outcome.result()
-
     def _output_problems(self) -> list[str]:
         return output_problems(self.store, self.record.output, self._options.overwrite)
 
-    def _capacity_problems(self, price: Price, wait_s: float) -> list[str]:
-        """Whether no node can take the biggest task; nothing, when the job fails anyhow and no cluster is up."""
-        try:
-            capacity = self._capacity(wait_s)
-        except FleetError:
-            if wait_s:
-                raise
-            return []
-        return capacity_problems(price, capacity, self.tools.settings.gpu_memory_bytes)
-
-    def _capacity(self, wait_s: float) -> Capacity:
-        """What the cluster offers; a cancel or a stop does not wait for a cluster that is not up."""
-        deadline = time.monotonic() + wait_s
-        while True:
-            self.check()
-            try:
-                return self.tools.driver.capacity(self.tools.settings.poll_seconds)
-            except FleetError:
-                if time.monotonic() > deadline:
-                    raise
-
-    def _facts(self, planned: Planned) -> PlanRecorded:
-        plan = planned.plan
-        return PlanRecorded(
-            plan.digest,
-            plan.semantics_version,
-            plan_summary(plan, self.tools.settings.gpu_memory_bytes)["price"],
-            plan.notices,
-            plan.total.bytes_written,
-            plan.total.parts,
-            sum(survey.passes for each in plan.whole for survey in each.surveys),
-        )
-
     def _claim_of(self, planned: Planned) -> Claim:
         shards = tuple(shard.name for each in planned.plan.whole for shard in each.shards)
-        return Claim.of(self.record, self._facts(planned), planned.recipe.seed, planned.pins, shards)
+        return Claim.of(
+            self.record,
+            facts(planned, self.tools.settings.gpu_memory_bytes),
+            planned.recipe.seed,
+            planned.pins,
+            shards,
+        )
 
     def _open(self, planned: Planned) -> None:
-        self._apply(self._facts(planned))
+        self._apply(facts(planned, self.tools.settings.gpu_memory_bytes))
         claim = self._claim_of(planned)
         known = self._claim(claim)
         if problems := self._output_problems():  # another job may have finished here while this one planned

@@ -254,7 +254,7 @@ def test_a_job_that_fails_anyhow_does_not_wait_for_the_cluster(
     assert record.error is not None
     assert [problem.rpartition("/")[2][:6] for problem in record.error["problems"]] == ["absent"]
     assert len(NoCluster.waited) == 1
-    monkeypatch.setattr("service.runner.CLUSTER_WAIT_S", 0.2)
+    monkeypatch.setattr("service.preparation.CLUSTER_WAIT_S", 0.2)
     record = bench.run(bench.submit(ties(tmp_path, "one"), tmp_path / "out"))
     assert record.error is not None
     assert record.error["type"] == "FleetError"
