@@ -46,7 +46,7 @@ def granted(caller: ApiKey, wanted: Wanted, settings: Settings) -> Access:
         raise ForbiddenError(
             f"priority: above 0 it takes an admin's key, which {caller.id} is not; 0 or less is fine"
         )
-    names = wanted.recipe.names if wanted.recipe is not None else ()
+    names = wanted.recipe.places if wanted.recipe is not None else ()
     limits = settings.limits.with_own(caller.limits)
     return grant(caller, names, wanted.output, settings.model_roots, limits)
 

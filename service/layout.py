@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from service.checkpoint import StoredTensor
 from service.matching import OutputTensor
 from service.price import DESCRIPTIONS, MIN_PART_BYTES, description_bytes, merge_bytes
+from service.statistics import surveyed
 from workers.binding import bind, whole_of
 from workers.task import (
     BLOCK_BYTES,
@@ -147,7 +148,7 @@ def pieces_of(
     survey = None
     if passes:
         identity = survey_id(arithmetic_json(whole), semantics_version)
-        survey = Survey(identity, passes, tuple((run,) for run in runs), whole.numel)
+        survey = Survey(identity, passes, tuple((surveyed(run),) for run in runs), whole.numel)
         shared = survey.id
     return [MergePiece("merge", run, tensor.dtype, shared) for run in runs], survey
 
@@ -156,7 +157,8 @@ def survey_together(identity: str, pieces: Iterable[MergePiece], limits: Limits)
     """The survey of all tensors that ``pieces`` merge: a task sees about as many neighbours as a part has."""
     groups = pack(pieces, limits.part_bytes, limits.packed_bytes, held_by, minimum=1)
     tasks = tuple(
-        tuple(piece.arithmetic for piece in group if isinstance(piece, MergePiece)) for group in groups
+        tuple(surveyed(piece.arithmetic) for piece in group if isinstance(piece, MergePiece))
+        for group in groups
     )
     numel = sum(run.last - run.first for task in tasks for run in task)
     return Survey(identity, len(bind(tasks[0][0]).passes), tasks, numel)
@@ -182,7 +184,15 @@ def slice_arithmetic(whole: Arithmetic, first: int, last: int) -> Arithmetic:
         whole.method,
         whole.parameters,
         None if whole.base is None else whole.base.elements(first, last),
-        tuple(ModelInput(m.index, m.ref.elements(first, last), m.parameters) for m in whole.models),
+        tuple(
+            ModelInput(
+                m.index,
+                m.ref.elements(first, last),
+                m.parameters,
+                None if m.statistic is None else m.statistic.elements(first, last),
+            )
+            for m in whole.models
+        ),
         whole.seed,
         whole.numel,
         first,

@@ -44,7 +44,7 @@ class Planned:
     plan: Plan
     """The plan."""
     uris: Mapping[str, str]
-    """Where each model named in the recipe is."""
+    """Where each model, and each checkpoint of statistics, named in the recipe is."""
     tokenizer: Checkpoint
     """Whose tokenizer files go to the output."""
 
@@ -175,8 +175,8 @@ def examine(
             away.append(str(error))
         return None
 
-    names = recipe.names
-    resolved = {name: attempt(lambda name=name: resolve_model(name, model_roots)) for name in names}  # type: ignore[misc]
+    places = recipe.places
+    resolved = {name: attempt(lambda name=name: resolve_model(name, model_roots)) for name in places}  # type: ignore[misc]
     uris = {name: uri for name, uri in resolved.items() if uri is not None}
     if output is not None:
         problems.extend(overlap(output, uris.values()))
@@ -185,8 +185,8 @@ def examine(
     by_uri = dict(zip(distinct, tried, strict=True))
     opened = {name: found for name, uri in uris.items() if (found := by_uri[uri]) is not None}
     plan = None
-    if opened:
-        nearest = next(name for name in names if name in opened)
+    nearest = next((name for name in recipe.names if name in opened), None)
+    if nearest is not None:
         wanted, inputs = _completed(recipe, opened, uris, nearest)
         digested = attempt(lambda: _with_digests(store, wanted, inputs))
         inputs = digested or replace(inputs, are_digested=False)
@@ -211,7 +211,8 @@ def _completed(
 ) -> tuple[Recipe, Inputs]:
     """What to match when only the models in ``opened`` have opened, of which ``nearest`` stands for the reference.
 
-    A model that has not is taken to be like the reference: it then fits, and costs what it would. Without the
+    A model that has not is taken to be like the reference: it then fits, and costs what it would; a checkpoint of
+    statistics, to have what the others have. Without the
     reference itself the others are compared among themselves, for what no reference could reconcile.
     """
     reference, compared_with = opened[nearest], None
@@ -224,7 +225,8 @@ def _completed(
     models = {name: opened.get(name) or _like(reference, name, uris) for name in recipe.names}
     models[recipe.reference] = reference
     away = frozenset(models.keys() - opened.keys())
-    return recipe, Inputs(reference, models, compared_with, away)
+    statistics = {name: opened[name] for name in recipe.statistics if name in opened}
+    return recipe, Inputs(reference, models, compared_with, away, statistics=statistics)
 
 
 def _like(checkpoint: Checkpoint, name: str, uris: Mapping[str, str]) -> Checkpoint:

@@ -114,7 +114,7 @@ def _record(
         options=options.model_dump(mode="json"),
         origin=claim.origin,
         key=None if whose is ANYBODY else whose.id,
-        access=grant(whose, recipe.names, uri, settings.model_roots, limits),
+        access=grant(whose, recipe.places, uri, settings.model_roots, limits),
         priority=claim.priority if whose.is_admin else min(0, claim.priority),
         created_at=created,
         updated_at=now,

@@ -272,7 +272,7 @@ class JobRunner:
         )
 
     def _claim_of(self, planned: Planned) -> Claim:
-        pins = {c.uri: dict(c.pins) for c in (planned.inputs.reference, *planned.inputs.models.values())}
+        pins = {c.uri: dict(c.pins) for c in planned.inputs.checkpoints}
         shards = tuple(shard.name for shard in planned.plan.shards)
         return Claim.of(self.record, self._facts(planned), planned.recipe.seed, pins, shards)
 

@@ -51,13 +51,22 @@ def salvage(value: Any) -> Recipe | None:
         rest["buffers"] = value["buffers"] if value["buffers"] in names else names[0]
     attempts = [rest | {"merge_method": "linear"}]
     if method is not None:
-        plain = rest | {"merge_method": method.name}
-        attempts = [plain | _parameters(method, value, entries), plain, *attempts]
+        known = [_named(entry) | _statistic(method, entry) for entry in entries]
+        plain = rest | {"merge_method": method.name, "models": known}
+        attempts = [plain | _parameters(method, value, entries, known), plain, *attempts]
     return next((recipe for recipe in map(_recipe, attempts) if recipe is not None), None)
 
 
 def _named(entry: Mapping[str, Any]) -> dict[str, Any]:
     return {"model": entry.get("model")}
+
+
+def _statistic(method: Method, entry: Mapping[str, Any]) -> dict[str, Any]:
+    """The checkpoint that the method needs beside a model, where a sound one is named."""
+    if method.statistic is None:
+        return {}
+    key = method.statistic.name
+    return {key: entry[key]} if key in entry and _is_sound(models=[{"model": entry[key]}]) else {}
 
 
 def _recipe(value: Mapping[str, Any]) -> Recipe | None:
@@ -72,12 +81,20 @@ def _is_sound(**fields: Any) -> bool:
     return _recipe({"merge_method": "linear", "models": [{"model": "any"}], **fields}) is not None
 
 
-def _parameters(method: Method, value: Mapping[str, Any], entries: list[Mapping[str, Any]]) -> dict[str, Any]:
+def _parameters(
+    method: Method,
+    value: Mapping[str, Any],
+    entries: list[Mapping[str, Any]],
+    known: list[dict[str, Any]],
+) -> dict[str, Any]:
     """The parts of a recipe that set parameters, with those that the method takes."""
     own = method.model_parameters
     return {
         "parameters": _taken(value.get("parameters"), method.parameters, own),
-        "models": [_named(entry) | {"parameters": _taken(entry.get("parameters"), own)} for entry in entries],
+        "models": [
+            named | {"parameters": _taken(entry.get("parameters"), own)}
+            for named, entry in zip(known, entries, strict=True)
+        ],
     }
 
 

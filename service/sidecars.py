@@ -65,7 +65,7 @@ def model_card(planned: Planned, version: str) -> str:
     recipe = planned.recipe
     method = get_method(recipe.merge_method)
     names = recipe.names
-    shown = _without_paths(names)
+    shown = _without_paths(recipe.places)
     config = planned.inputs.reference.config or {}
     front: dict[str, Any] = {"tags": ["mergemill", "merge"]}
     if config.get("architectures") or config.get("model_type"):
@@ -85,6 +85,7 @@ def model_card(planned: Planned, version: str) -> str:
         "## Models",
         "",
         *(f"- `{shown[name]}`{' (base)' if name == recipe.base_model else ''}" for name in names),
+        *(f"- `{shown[name]}` (statistics)" for name in recipe.statistics),
         "",
         "## Recipe",
         "",
@@ -164,7 +165,7 @@ def manifest(
 ) -> dict[str, Any]:
     """``mergemill.json``: all that is needed to make the same bytes again, and to check them."""
     recipe = planned.recipe
-    checkpoints = {c.uri: c for c in (planned.inputs.reference, *planned.inputs.models.values())}
+    checkpoints = {c.uri: c for c in planned.inputs.checkpoints}
     return {
         "mergemill": version,
         "semantics_version": planned.plan.semantics_version,

@@ -113,7 +113,7 @@ class Work:
         self._output = output
         self._plan = planned.plan
         self._check = check
-        self._known = KnownDigests([planned.inputs.reference, *planned.inputs.models.values()])
+        self._known = KnownDigests(planned.inputs.checkpoints)
         self._needs = needs(self._plan.price, tools.settings.gpu_memory_bytes)
         self._store_json = _plain(tools.settings.store)
         self._ids = {

@@ -118,6 +118,7 @@ class Inputs:
             base=None if arithmetic.base is None else self.tensor(arithmetic.base),
             models=tuple(self.tensor(model.ref) for model in arithmetic.models),
             mask_keys=tuple(keys),
+            statistics=tuple(self.tensor(ref) for ref in arithmetic.statistics),
         )
 
 

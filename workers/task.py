@@ -99,6 +99,8 @@ class ModelInput:
     """Its elements."""
     parameters: dict[str, JSONValue] = field(default_factory=dict)
     """The model's own parameters, resolved for this tensor."""
+    statistic: Annotated[TensorRef | None, Field(exclude_if=lambda value: value is None)] = None
+    """What the method has to know of the model's data: its Fisher's elements, or its whole Gram matrix."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,9 +130,14 @@ class Arithmetic:
 
     @property
     def refs(self) -> tuple[TensorRef, ...]:
-        """All byte ranges that it reads: the base first, then the models."""
+        """All byte ranges that it reads: the base first, then the models, then their statistics."""
         base = () if self.base is None else (self.base,)
-        return base + tuple(model.ref for model in self.models)
+        return base + tuple(model.ref for model in self.models) + self.statistics
+
+    @property
+    def statistics(self) -> tuple[TensorRef, ...]:
+        """The models' statistics, where the method takes any."""
+        return tuple(model.statistic for model in self.models if model.statistic is not None)
 
 
 def refs_of(arithmetics: Iterable[Arithmetic]) -> tuple[TensorRef, ...]:

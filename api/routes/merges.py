@@ -192,7 +192,7 @@ def _checked(body: Body, settings: Settings) -> Wanted:
     """What is wanted; a model that can be nowhere is as wrong as a parameter that there is none of."""
     wanted = read(body, settings, MergeRequest)
     problems = list(wanted.problems)
-    for name in wanted.recipe.names if wanted.recipe is not None else ():
+    for name in wanted.recipe.places if wanted.recipe is not None else ():
         try:
             resolve_model(name, settings.model_roots)
         except RecipeError as error:

@@ -59,6 +59,17 @@ class ModelEntry(Frozen):
     """Where the model is."""
     parameters: ParameterValues = Field(default_factory=dict)
     """The model's own parameters."""
+    fisher: ModelName | None = None
+    """Where the diagonal of the model's Fisher is, for methods that weigh by it: a checkpoint of the same tensors."""
+    gram: ModelName | None = None
+    """Where the Gram matrices of its linear layers' inputs are, for `regmean`: a checkpoint of tensors named as the
+    layers' weights."""
+
+    @property
+    def statistics(self) -> dict[str, str]:
+        """The checkpoints of statistics that it names, by the keys that name them."""
+        named = {"fisher": self.fisher, "gram": self.gram}
+        return {key: name for key, name in named.items() if name is not None}
 
 
 class SourceEntry(ModelEntry):

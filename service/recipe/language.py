@@ -148,9 +148,31 @@ class Recipe(Frozen):
         return list(dict.fromkeys(listed))
 
     @property
+    def statistics(self) -> list[str]:
+        """Every checkpoint of statistics that the merge reads, once."""
+        return list(
+            dict.fromkeys(
+                name
+                for region in self.regions
+                for stretch in region.stretches
+                for source in stretch.merged
+                for name in source.statistics.values()
+            )
+        )
+
+    @property
+    def places(self) -> list[str]:
+        """Everything that the recipe names to be read, once: its models, the reference first, and their statistics."""
+        return list(dict.fromkeys([*self.names, *self.statistics]))
+
+    @property
     def most_inputs(self) -> int:
-        """Most models that one tensor is made of, the base not counted."""
-        return max(len(stretch.merged) for region in self.regions for stretch in region.stretches)
+        """Most inputs that one tensor is made of, models and their statistics, the base not counted."""
+        return max(
+            sum(1 + len(source.statistics) for source in stretch.merged)
+            for region in self.regions
+            for stretch in region.stretches
+        )
 
     @property
     def out_dtype_name(self) -> str | None:
