@@ -7,6 +7,7 @@ model stays where it is, and counts as zero, as infinities and whatever is not f
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -14,8 +15,8 @@ import torch
 from workers.kernels.reference import finite_or_zero, to_float32
 from workers.kernels.scalars import weight_sum
 
-SINGULAR = 1e-10
-"""An input of which no greater share is its own, and not made up of the others, is made up of the others."""
+MOST_NOISE = 1e-2
+"""Of inputs in units of their size, a direction that has more of them than this is never taken for rounding error."""
 
 
 def regression_mean(
@@ -48,7 +49,7 @@ def regression_mean(
             total += scaled
             moved += _finite(matrix).sub_(mean) @ scaled
             del scaled
-        mean += _solved(moved, total)
+        mean += _solved(moved, total, _noise(grams, width))
     merged = mean.to(torch.float32)
     for matrix in matrices:
         wide = to_float32(matrix)
@@ -69,7 +70,13 @@ def _scaled(gram: torch.Tensor, alpha: float, weight: float) -> torch.Tensor:
     return wide.mul_(weight)
 
 
-def _solved(right: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
+def _noise(grams: Sequence[torch.Tensor], width: int) -> float:
+    """About how large eigenvalues are, beside a diagonal of ones, that stem from the rounding of what was stored."""
+    coarsest = max(torch.finfo(gram.dtype).eps for gram in grams)
+    return min(MOST_NOISE, coarsest * math.sqrt(width))
+
+
+def _solved(right: torch.Tensor, total: torch.Tensor, noise: float) -> torch.Tensor:
     """X with ``X @ total == right`` as nearly as can be; zero where ``total``, which is overwritten, says nothing.
 
     The matrix is brought to a diagonal of ones first, so that the inputs' units do not matter.
@@ -81,13 +88,13 @@ def _solved(right: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
     total.diagonal().copy_(torch.ones_like(units))
     right = right * units
     factor, failed = torch.linalg.cholesky_ex(total)
-    if not int(failed) and bool((factor.diagonal().square() > SINGULAR).all()):
+    if not int(failed) and bool((factor.diagonal().square() > noise).all()):
         del total
         solved: torch.Tensor = torch.cholesky_solve(right.T, factor).T
         return solved * units
     del factor
     values, vectors = torch.linalg.eigh(total)
-    told = values > SINGULAR * values[-1]
+    told = values > noise
     vectors = vectors[:, told]
     found: torch.Tensor = ((right @ vectors) / values[told]) @ vectors.T
     return found * units
