@@ -13,7 +13,7 @@ from service.depth import with_depths
 from service.pairing import Inputs, Row, pair
 from service.recipe import Recipe, Source
 from service.recipe.resolve import Resolved, Resolver, unused_filters
-from service.statistics import Statistics, arithmetic_without, strangers
+from service.statistics import Merged, Statistics, arithmetic_without, strangers
 from workers.errors import RecipeError
 from workers.methods import get_method
 from workers.task import DTYPE_BYTES, Arithmetic, JSONValue, ModelInput, TensorRef
@@ -122,8 +122,10 @@ class _Matcher:
         fitting = tuple(output for output in outputs if output and output.name not in self.misfits)
         filters = unused_filters(self.recipe, self._names()) if self.pairing.rows else []
         _, depths = with_depths(self.config, self.pairing.slicings)
-        lacking = self._lacking()
-        notices = dict.fromkeys([*self.pairing.notices, *depths, *self.notices, *lacking, *filters])
+        if (kind := self.method.statistic) is not None and self.without:
+            said = f"without a `{kind.name}`, and merged by `{kind.without}`: {_listed(self.without)}"
+            self.notices.append(said)
+        notices = dict.fromkeys([*self.pairing.notices, *depths, *self.notices, *filters])
         return Match(self._tied(fitting), problems, tuple(notices))
 
     def _names(self) -> Iterator[str]:
@@ -177,12 +179,6 @@ class _Matcher:
                 remedy = "set `extra_tensors: drop` to leave them out"
                 for name in names:
                     self._problem(f"tensors that {model} does not have", place, remedy, name)
-
-    def _lacking(self) -> list[str]:
-        kind = self.method.statistic
-        if kind is None or not self.without:
-            return []
-        return [f"without a `{kind.name}`, and merged by `{kind.without}`: {_listed(self.without)}"]
 
     def _extras(self) -> None:
         for bound, source, checkpoint, names in self.pairing.extras:
@@ -286,9 +282,12 @@ class _Matcher:
         nothing: list[TensorRef | None] = [None] * len(present)
         if self.statistics is None or not present:
             return nothing
-        found = self.statistics.of(
-            [(source, row.names[place], stored) for place, source, _, stored in present], parameters
-        )
+        models = []
+        for place, source, checkpoint, stored in present:
+            own = row.names[place]
+            embeddings = EMBEDDING_NAMES if own in TIED_NAMES and checkpoint.may_be_tied else ()
+            models.append(Merged(source, (own, stored.name, *embeddings), stored))
+        found = self.statistics.of(models, parameters)
         for misfit in found.misfits:
             self._problem(misfit.what, misfit.place, misfit.remedy, row.name, misfit.how)
         return None if found.misfits else found.refs or nothing

@@ -9,6 +9,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
+from urllib.parse import quote
 
 from service.checkpoint import TIED_NAMES, StoredTensor
 from service.pairing import Inputs
@@ -33,6 +34,18 @@ class Misfit:
 
 
 @dataclass(frozen=True, slots=True)
+class Merged:
+    """One model's tensor, as it is merged."""
+
+    source: Source
+    """Whose it is."""
+    names: tuple[str, ...]
+    """What it may be called where its statistic is: its own name first."""
+    tensor: StoredTensor
+    """The tensor."""
+
+
+@dataclass(frozen=True, slots=True)
 class Found:
     """The statistics that go with one output tensor."""
 
@@ -52,29 +65,27 @@ class Statistics:
         self._may_lack = kind.is_sparse or (kind.without is not None and recipe.missing_tensors == "base")
         self._resolved: dict[int, Parameters] = {}
 
-    def of(
-        self, models: Sequence[tuple[Source, str, StoredTensor]], parameters: dict[str, JSONValue]
-    ) -> Found:
+    def of(self, models: Sequence[Merged], parameters: dict[str, JSONValue]) -> Found:
         """Those of one output tensor.
 
-        :param models: what is merged: whose it is, what that model calls it, and the tensor itself.
         :param parameters: those of the merge, as a resolver gives them: the same object for the same ones.
         """
         if id(parameters) not in self._resolved:
             self._resolved[id(parameters)] = self._parameters.model_validate(parameters)
-        shape = self._kind.shape(self._resolved[id(parameters)], models[0][2].shape)
+        shape = self._kind.shape(self._resolved[id(parameters)], models[0].tensor.shape)
         found: list[TensorRef] = []
         lacking: list[str] = []
         misfits: list[Misfit] = []
-        for source, own, tensor in models:
-            place = source.statistics.get(self._kind.name, "")
+        for model in models:
+            place = model.source.statistics.get(self._kind.name, "")
             checkpoint = self._inputs.statistics.get(place)
             if checkpoint is None:
                 continue  # it could not be opened: what the others have is taken
-            stored = checkpoint.tensors.get(own) or checkpoint.tensors.get(tensor.name)
-            if stored is None:
+            name = next((name for name in model.names if name in checkpoint.tensors), None)
+            if name is None:
                 lacking.append(place)
                 continue
+            stored = checkpoint.tensors[name]
             found.append(stored.ref)
             misfits += self._misfits(stored, shape, place)
         away = len(models) - len(found) - len(lacking)
@@ -98,14 +109,14 @@ class Statistics:
             how = f" {list(stored.shape)}, not {list(shape)}"
             yield Misfit("shape is not what the models' tensors ask for", place, "", how)
 
-    def _stand_ins(
-        self, models: Sequence[tuple[Source, str, StoredTensor]], shape: tuple[int, ...]
-    ) -> tuple[TensorRef, ...]:
+    def _stand_ins(self, models: Sequence[Merged], shape: tuple[int, ...]) -> tuple[TensorRef, ...]:
         """What the statistics would be where some could not be opened: as many bytes as their models' dtypes take."""
         made = []
-        for number, (_, _, tensor) in enumerate(models):
-            nbytes = math.prod(shape) * DTYPE_BYTES[tensor.dtype]
-            made.append(TensorRef(f"file:///{self._kind.name}/{number}", "", 0, nbytes, tensor.dtype))
+        for model in models:
+            place = "/".join((model.source.statistics.get(self._kind.name, ""), model.names[0]))
+            dtype = model.tensor.dtype
+            nbytes = math.prod(shape) * DTYPE_BYTES[dtype]
+            made.append(TensorRef(f"file:///{quote(place, safe='')}", "", 0, nbytes, dtype))
         return tuple(made)
 
 

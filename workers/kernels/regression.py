@@ -77,7 +77,7 @@ def _noise(grams: Sequence[torch.Tensor], width: int) -> float:
 
 
 def _solved(right: torch.Tensor, total: torch.Tensor, noise: float) -> torch.Tensor:
-    """X with ``X @ total == right`` as nearly as can be; zero where ``total``, which is overwritten, says nothing.
+    """X with ``X @ total == right`` as nearly as can be; zero where ``total`` says nothing. Both are overwritten.
 
     The matrix is brought to a diagonal of ones first, so that the inputs' units do not matter.
     """
@@ -86,7 +86,7 @@ def _solved(right: torch.Tensor, total: torch.Tensor, noise: float) -> torch.Ten
     units = torch.where(known, 1.0 / torch.where(known, sizes, 1.0), 0.0)
     total.mul_(units).mul_(units.unsqueeze(1))
     total.diagonal().copy_(torch.ones_like(units))
-    right = right * units
+    right.mul_(units)
     factor, failed = torch.linalg.cholesky_ex(total)
     if not int(failed) and bool((factor.diagonal().square() > noise).all()):
         del total

@@ -14,8 +14,10 @@ from workers.task import Facts
 if TYPE_CHECKING:
     import torch
 
-REGRESSION_BYTES = 72
-"""Workspace bytes for each element of a matrix, and of one Gram matrix; see :mod:`workers.kernels.regression`."""
+MATRIX_BYTES = 96
+"""Workspace bytes for each element of a layer's matrix; see :mod:`workers.kernels.regression`."""
+GRAM_BYTES = 64
+"""Workspace bytes for each element of one Gram matrix, besides."""
 
 
 class RegMeanParameters(Parameters):
@@ -47,7 +49,7 @@ def whole(parameters: RegMeanParameters, models: Sequence[FisherModel]) -> Whole
             tensors.models, tensors.statistics, weights, parameters.alpha, parameters.fan_in_fan_out
         )
 
-    return Whole(merge, REGRESSION_BYTES, REGRESSION_BYTES)
+    return Whole(merge, MATRIX_BYTES, GRAM_BYTES)
 
 
 def formula(parameters: RegMeanParameters, models: Sequence[FisherModel], facts: Facts) -> Formula:
