@@ -187,11 +187,20 @@ def test_each_tensor_goes_with_its_fisher_and_is_split_with_it(family: Path) -> 
     assert found.plan.price.input_bytes == found.plan.price.bytes_read == 4 * size
 
 
-def test_a_survey_does_not_read_the_fishers(tmp_path: Path) -> None:
+def test_gradients_and_filters_say_weights_as_ever(family: Path) -> None:
+    value = recipe(family, "fisher")
+    value["models"][0]["parameters"] = {"weight": [{"filter": "mlp", "value": [0, 1]}, {"value": 0.5}]}
+    found = arithmetics(planned(family, value))
+    said = {name: found[name].models[0].parameters["weight"] for name in LAYERS}
+    assert said == dict(zip(LAYERS, [0, 0.5, 1, 0.5], strict=True))
+
+
+@pytest.mark.parametrize("scope", ["tensor", "model"])
+def test_a_survey_does_not_read_the_fishers(tmp_path: Path, scope: str) -> None:
     numel = 3 << 20
     for name in ("base", "a", "b", "fisher-a", "fisher-b"):
         write_checkpoint(tmp_path / name, {"w": torch.ones(numel, dtype=torch.bfloat16)})
-    value = recipe(tmp_path, "fisher_ties", parameters={"density": 0.5})
+    value = recipe(tmp_path, "fisher_ties", parameters={"density": 0.5, "trim_scope": scope})
     found = planned(tmp_path, value, part_bytes=5 << 20, whole_tensor_bytes=5 << 20).plan
     (survey,) = found.surveys
     assert all(len(run.refs) == 3 and not run.statistics for task in survey.tasks for run in task)
