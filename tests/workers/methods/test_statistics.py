@@ -156,8 +156,8 @@ def regression(matrices: list[Vector], grams: list[Vector], weights: list[float]
         weight * (alpha * gram + (1 - alpha) * np.diag(np.diag(gram)))
         for weight, gram in zip(weights, grams, strict=True)
     ]
-    above = sum(matrix @ gram for matrix, gram in zip(matrices, scaled, strict=True))
-    found: Vector = np.linalg.solve(sum(scaled).T, above.T).T
+    above = np.sum([matrix @ gram for matrix, gram in zip(matrices, scaled, strict=True)], axis=0)
+    found: Vector = np.linalg.solve(np.sum(scaled, axis=0).T, above.T).T
     return found
 
 
