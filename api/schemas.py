@@ -313,6 +313,8 @@ class MethodInfo(_Model):
     """How often it reads a tensor that is split, at most, under its defaults."""
     whole_bytes_per_element: int
     """Workspace bytes for each element where its defaults keep a tensor whole; 0 where they do not."""
+    statistic: str | None
+    """The key under which each model's entry names a checkpoint beside it: `fisher` or `gram`; null is none."""
 
 
 def job_of(status: JobStatus, base: str) -> Job:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from service.checkpoint import StoredTensor
 from service.matching import OutputTensor
 from service.price import DESCRIPTIONS, MIN_PART_BYTES, description_bytes, merge_bytes
+from service.statistics import surveyed
 from workers.binding import bind, whole_of
 from workers.sources import SOURCE, Source, TensorRef
 from workers.task import (
@@ -145,7 +146,7 @@ def pieces_of(
     survey = None
     if passes:
         identity = survey_id(arithmetic_json(whole), semantics_version)
-        survey = Survey(identity, passes, tuple((run,) for run in runs), whole.numel)
+        survey = Survey(identity, passes, tuple((surveyed(run),) for run in runs), whole.numel)
         shared = survey.id
     return [MergePiece("merge", run, tensor.dtype, shared) for run in runs], survey
 
@@ -154,7 +155,8 @@ def survey_together(identity: str, pieces: Iterable[MergePiece], limits: Limits)
     """The survey of all tensors that ``pieces`` merge: a task sees about as many neighbours as a part has."""
     groups = pack(pieces, limits.part_bytes, limits.packed_bytes, held_by, minimum=1)
     tasks = tuple(
-        tuple(piece.arithmetic for piece in group if isinstance(piece, MergePiece)) for group in groups
+        tuple(surveyed(piece.arithmetic) for piece in group if isinstance(piece, MergePiece))
+        for group in groups
     )
     numel = sum(run.last - run.first for task in tasks for run in task)
     return Survey(identity, len(bind(tasks[0][0]).passes), tasks, numel)

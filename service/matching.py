@@ -12,10 +12,11 @@ from service.checkpoint import TIED_NAMES, Checkpoint, StoredTensor
 from service.depth import with_depths
 from service.pairing import Inputs, Row, pair
 from service.recipe import Recipe, Source
-from service.recipe.resolve import Resolver, unused_filters
+from service.recipe.resolve import Resolved, Resolver, unused_filters
+from service.statistics import Merged, Statistics, arithmetic_without, strangers
 from workers.errors import RecipeError
 from workers.methods import get_method
-from workers.task import DTYPE_BYTES, Arithmetic, ModelInput
+from workers.task import DTYPE_BYTES, Arithmetic, JSONValue, ModelInput, TensorRef
 
 EMBEDDING_NAMES = (
     "model.embed_tokens.weight",
@@ -108,14 +109,22 @@ class _Matcher:
         self.misfits: set[str] = set()
         self.notices: list[str] = []
         self.owners: dict[str, list[Checkpoint]] = {}
+        kind = self.method.statistic
+        self.statistics = None if kind is None else Statistics(recipe, inputs, kind)
+        self.strangers = [] if kind is None else list(strangers(recipe, inputs, kind))
+        self.without: list[str] = []
 
     def run(self) -> Match:
         self._extras()
+        self._strangers()
         outputs = [self._tensor(row) for row in self.pairing.rows]
         problems = (*self.pairing.problems, *self._sentences())
         fitting = tuple(output for output in outputs if output and output.name not in self.misfits)
         filters = unused_filters(self.recipe, self._names()) if self.pairing.rows else []
         _, depths = with_depths(self.config, self.pairing.slicings)
+        if (kind := self.method.statistic) is not None and self.without:
+            said = f"without a `{kind.name}`, and merged by `{kind.without}`: {_listed(self.without)}"
+            self.notices.append(said)
         notices = dict.fromkeys([*self.pairing.notices, *depths, *self.notices, *filters])
         return Match(self._tied(fitting), problems, tuple(notices))
 
@@ -141,9 +150,10 @@ class _Matcher:
                 return False  # kept as it is, whatever the method
             owners, others = self.owners[output.name], self.owners[of.name]
             return len(owners) == len(others) and all(
-                (checkpoint is other and checkpoint.is_tied) or source == same
+                (checkpoint is other and checkpoint.is_tied)
+                or source == same  # statistics come last, and tie nothing
                 for checkpoint, other, source, same in zip(
-                    owners, others, one.sources, two.sources, strict=True
+                    owners, others, one.sources, two.sources, strict=False
                 )
             )
 
@@ -161,12 +171,18 @@ class _Matcher:
     def _sentences(self) -> list[str]:
         sentences = []
         for (what, model, remedy), tensors in self.found.items():
-            names = list(tensors)
-            shown = ", ".join(names[:_SHOWN]) + (
-                f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-            )
-            sentences.append(f"{model}: {what}: {shown}{'; ' + remedy if remedy else ''}")
+            sentences.append(f"{model}: {what}: {_listed(list(tensors))}{'; ' + remedy if remedy else ''}")
         return sentences
+
+    def _strangers(self) -> None:
+        """Statistics of tensors that there are none of: most likely of another model."""
+        for place, model, names in self.strangers:
+            if self.recipe.extra_tensors == "drop":
+                self.notices += [f"{place}: {name} is not in {model} and left out" for name in names]
+            else:
+                remedy = "set `extra_tensors: drop` to leave them out"
+                for name in names:
+                    self._problem(f"tensors that {model} does not have", place, remedy, name)
 
     def _extras(self) -> None:
         for bound, source, checkpoint, names in self.pairing.extras:
@@ -218,10 +234,22 @@ class _Matcher:
                 where, _, what = problem.partition(": ")
                 self._problem(what, where, "", row.name)
             return None
+        return self._merged(row, present, resolved)
+
+    def _merged(
+        self,
+        row: Row,
+        present: Sequence[tuple[int, Source, Checkpoint, StoredTensor]],
+        resolved: Resolved,
+    ) -> OutputTensor | None:
+        tensor = row.tensor
         dtype = self.recipe.out_dtype_name or tensor.dtype
+        known = self._known(row, present, resolved.shared)
+        if known is None:
+            return None
         models = tuple(
-            ModelInput(source.index, stored.source, resolved.models[place])
-            for place, source, _, stored in present
+            ModelInput(source.index, stored.source, resolved.models[place], statistic)
+            for (place, source, _, stored), statistic in zip(present, known, strict=True)
         )
         if self.method.copies and models and models[0].ref.dtype == dtype and resolved.is_default:
             return self._kept(row, present[0][3], dtype)
@@ -243,7 +271,30 @@ class _Matcher:
             tensor.numel,
             tensor.shape if self.method.whole else (),
         )
+        if self.statistics is not None and not arithmetic.statistics:
+            arithmetic = arithmetic_without(self.method, arithmetic)
+            self.without.append(row.name)
         return OutputTensor(row.name, tensor.shape, dtype, arithmetic, tensor.numel)
+
+    def _known(
+        self,
+        row: Row,
+        present: Sequence[tuple[int, Source, Checkpoint, StoredTensor]],
+        parameters: dict[str, JSONValue],
+    ) -> Sequence[TensorRef | None] | None:
+        """Each model's statistic of a tensor; ``None`` when something is wrong with them."""
+        nothing: list[TensorRef | None] = [None] * len(present)
+        if self.statistics is None or not present:
+            return nothing
+        models = []
+        for place, source, checkpoint, stored in present:
+            own = row.names[place]
+            embeddings = EMBEDDING_NAMES if own in TIED_NAMES and checkpoint.may_be_tied else ()
+            models.append(Merged(source, (own, stored.name, *embeddings), stored))
+        found = self.statistics.of(models, parameters)
+        for misfit in found.misfits:
+            self._problem(misfit.what, misfit.place, misfit.remedy, row.name, misfit.how)
+        return None if found.misfits else found.refs or nothing
 
     def _find(self, row: Row, own: str, source: Source, checkpoint: Checkpoint) -> StoredTensor | None:
         """The model's own tensor, a stand-in that the recipe allows, or None when it sits out."""
@@ -342,6 +393,11 @@ def _sources(row: Row) -> Iterator[tuple[str, Checkpoint]]:
 
 def _mergeable(tensor: StoredTensor, others: Sequence[StoredTensor | None]) -> bool:
     return tensor.is_float and all(other is None or other.is_float for other in others)
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(names[:_SHOWN]) + more
 
 
 def _copy(row: Row, source: StoredTensor) -> OutputTensor:

@@ -34,6 +34,13 @@ class Inputs:
     """The models that did not open, and are taken to be like another."""
     are_digested: bool = True
     """Whether the tensors that no arithmetic is done on could be read to compare them."""
+    statistics: Mapping[str, Checkpoint] = field(default_factory=dict)
+    """The checkpoints of statistics that opened, by their names in the recipe."""
+
+    @property
+    def checkpoints(self) -> tuple[Checkpoint, ...]:
+        """All of them; one may be there twice."""
+        return (self.reference, *self.models.values(), *self.statistics.values())
 
 
 @dataclass(frozen=True, slots=True)

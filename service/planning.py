@@ -6,8 +6,6 @@ byte for byte; planning does no other I/O. Everything that can be wrong is looke
 
 from __future__ import annotations
 
-import os
-import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -15,23 +13,22 @@ from typing import TypeVar
 from urllib.parse import quote
 
 from service.adapters.fitting import adapted
+from service.adapters.reading import Adapter
 from service.checkpoint import MAX_COPIED_BYTES, Checkpoint, copied_files
 from service.matching import needs_digest
 from service.opening import content_digest, open_adapter, open_checkpoint, parallel
 from service.pairing import Inputs
+from service.places import overlap, resolve_model
 from service.plan import Plan, PlanOptions, draft_plan, with_stages
 from service.price import BASELINE_BYTES, Price
 from service.recipe import Graph, Recipe, graph_of
 from service.stages import Stage, draft_stage
 from workers.errors import PlanError, StoreError, StoreUnavailableError
 from workers.store.base import ObjectInfo, ObjectStore
-from workers.store.uris import from_path, join, normalise, to_path
 from workers.store.uris import name as base_name
 
 COMPARED_BYTES = 1 << 30
 """Most bytes per model of tensors without arithmetic that planning reads to compare them."""
-
-_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?(@[\w./-]+)?")
 
 T = TypeVar("T")
 
@@ -47,7 +44,7 @@ class Planned:
     plan: Plan
     """The plan."""
     uris: Mapping[str, str]
-    """Where each model and adapter named in the recipe is."""
+    """Where everything is that the recipe names to be read."""
     tokenizer: Checkpoint
     """Whose tokenizer files go to the output."""
     graph: Graph
@@ -84,69 +81,6 @@ class Outcome:
         return self.planned
 
 
-def is_hub_name(name: str) -> bool:
-    """Whether a model's name in a recipe is a hub's, such as ``org/name@revision``, not a place."""
-    return (
-        _HUB_NAME.fullmatch(name) is not None
-        and not name.startswith(".")
-        and ".." not in re.split("[/@]", name)
-    )
-
-
-def resolve_model(name: str, model_roots: Mapping[str, str]) -> str:
-    """Where a model named in a recipe is: a normalised URI.
-
-    ``model_roots`` maps a hub name, or a prefix of hub names ending in ``/`` (``""`` for all), to a URI prefix;
-    the longest match wins. A revision is appended as ``@revision``.
-
-    :raises PlanError: a relative path, or a hub name that nothing maps.
-    """
-    if name.startswith(("s3://", "file://", "/")):
-        try:
-            return normalise(name)
-        except StoreError as error:
-            raise PlanError(f"{name}: {error}") from error
-    if not is_hub_name(name):
-        raise PlanError(
-            f"{name!r} is neither s3://bucket/prefix, file:///directory, an absolute path nor a hub name "
-            "(a relative path would mean the server's disk)"
-        )
-    bare, _, revision = name.partition("@")
-    prefixes = [root for root in model_roots if (root.endswith("/") or not root) and bare.startswith(root)]
-    key = next((key for key in (name, bare) if key in model_roots), max(prefixes, key=len, default=None))
-    if key is None:
-        raise PlanError(
-            f"{name!r} is a hub name that this service does not know, and nothing is downloaded from hubs: name "
-            "the place of its files, or have the service find it there, for example with "
-            f'MERGEMILL_MODEL_ROOTS=\'{{"{bare}": "s3://bucket/{bare}"}}\''
-        )
-    try:
-        root = normalise(model_roots[key])
-        if key == name:
-            return root
-        if key == bare:
-            return f"{root}@{quote(revision) if root.startswith('file:') else revision}"
-        return join(root, *name[len(key) :].split("/"))
-    except StoreError as error:
-        raise PlanError(f"{name}: MERGEMILL_MODEL_ROOTS maps {key!r} to no place: {error}") from error
-
-
-def overlap(output: str, inputs: Iterable[str]) -> list[str]:
-    """What is wrong with an output that equals, lies inside or contains an input."""
-    problems = []
-    ours = _real(output)
-    for uri in dict.fromkeys(inputs):
-        theirs = _real(uri)
-        if theirs == ours or ours.startswith(theirs + "/") or theirs.startswith(ours + "/"):
-            problems.append(f"output {output} overlaps the input {uri}: choose another place")
-    return problems
-
-
-def _real(uri: str) -> str:
-    """The place itself, without the symbolic links that may lead to it."""
-    return from_path(os.path.realpath(to_path(uri))) if uri.startswith("file:") else uri
-
-
 def plan_recipe(
     recipe: Recipe | Graph,
     options: PlanOptions,
@@ -172,96 +106,130 @@ def examine(
     output: str | None = None,
 ) -> Outcome:
     """As :func:`plan_recipe`, but whatever keeps the merge from being run is part of the answer."""
-    problems: list[str] = []
-    away: list[str] = []
+    examination = _Examination(graph_of(recipe), options, store, baseline_bytes, output)
+    examination.open(model_roots)
+    return examination.plan()
 
-    def attempt(work: Callable[[], T]) -> T | None:
+
+class _Examination:
+    """A recipe that is looked into, and what was found wrong so far."""
+
+    def __init__(
+        self, graph: Graph, options: PlanOptions, store: ObjectStore, baseline_bytes: int, output: str | None
+    ) -> None:
+        self._graph, self._options, self._store = graph, options, store
+        self._baseline_bytes, self._output = baseline_bytes, output
+        self._problems: list[str] = []
+        self._away: list[str] = []
+        self._uris: dict[str, str] = {}
+        self._adapters: dict[str, Adapter] = {}
+        # By places, with the merges in between; and by what the recipes call them, each under its adapter.
+        self._checkpoints: dict[str, Checkpoint] = {}
+        self._opened: dict[str, Checkpoint] = {}
+
+    def open(self, model_roots: Mapping[str, str]) -> None:
+        """Find and open everything that is read; see :func:`service.places.resolve_model` for ``model_roots``."""
+        for place in self._graph.places:
+            if (uri := self._attempt(partial(resolve_model, place, model_roots))) is not None:
+                self._uris[place] = uri
+        if self._output is not None:
+            self._problems += overlap(self._output, self._uris.values())
+        self._checkpoints = self._look(open_checkpoint, self._graph.checkpoints)
+        self._adapters = self._look(open_adapter, self._graph.adapters)
+
+    def plan(self) -> Outcome:
+        """What comes of it."""
+        stages = self._stages()
+        last, plan = self._graph.output, None
+        given = self._given(last)
+        if given is not None:
+            plan, misfits = draft_plan(*given, self._options, self._baseline_bytes)
+            self._problems += misfits
+        if plan is not None:
+            staged = [stage.plan for stage in stages if stage.plan is not None]
+            notices = [*self._graph.notices, *(notice for stage in stages for notice in stage.notices)]
+            plan = with_stages(plan, staged, notices)
+        self._files(last)
+        price = None if plan is None else plan.total
+        tokenizer = self._tokenizer(last)
+        if plan is None or given is None or tokenizer is None or self._problems or self._away:
+            return Outcome(None, price, _once(self._problems), _once(self._away))
+        read = {each.uri: each for name, each in self._checkpoints.items() if name in self._uris}
+        pins = {each.uri: dict(each.pins) for each in (*read.values(), *self._adapters.values())}
+        uris, graph = self._uris, self._graph
+        planned = Planned(last, given[1], plan, uris, tokenizer, graph, tuple(read.values()), pins)
+        return Outcome(planned, price, (), ())
+
+    def _attempt(self, work: Callable[[], T]) -> T | None:
         try:
             return work()
         except PlanError as error:
-            problems.extend(error.problems)
+            self._problems += error.problems
         except StoreUnavailableError as error:
-            away.append(str(error))
+            self._away.append(str(error))
         return None
 
-    def look(opening: Callable[[ObjectStore, str], T], places: Iterable[str]) -> dict[str, T | None]:
-        distinct = list(dict.fromkeys(places))
-        tried = parallel(lambda uri: attempt(lambda: opening(store, uri)), distinct)
-        return dict(zip(distinct, tried, strict=True))
+    def _look(self, opening: Callable[[ObjectStore, str], T], places: Iterable[str]) -> dict[str, T]:
+        """What opens of some places; each is opened once, however many names it has."""
+        uris = {place: self._uris[place] for place in places if place in self._uris}
+        distinct = list(dict.fromkeys(uris.values()))
+        tried = parallel(lambda uri: self._attempt(lambda: opening(self._store, uri)), distinct)
+        found = {uri: each for uri, each in zip(distinct, tried, strict=True) if each is not None}
+        return {place: found[uri] for place, uri in uris.items() if uri in found}
 
-    graph = graph_of(recipe)
-    resolved = {name: attempt(lambda name=name: resolve_model(name, model_roots)) for name in graph.places}  # type: ignore[misc]
-    uris = {name: uri for name, uri in resolved.items() if uri is not None}
-    if output is not None:
-        problems.extend(overlap(output, uris.values()))
-    parts = graph.adapted.values()
-    by_uri = look(open_checkpoint, [uris[model] for model, _ in parts if model in uris])
-    adapters = look(open_adapter, [uris[each] for _, each in parts if each in uris])
-    bare = {name: found for name, uri in uris.items() if (found := by_uri.get(uri)) is not None}
-    opened: dict[str, Checkpoint] = {}
-
-    def matched(one: Recipe) -> tuple[Recipe, Inputs] | None:
-        for name, (model, adapter) in one.adapted.items():
-            if name in opened or (found := bare.get(model)) is None:
+    def _stages(self) -> list[Stage]:
+        """The earlier merges that can be made."""
+        stages = []
+        for _, earlier in self._graph.earlier:
+            if (given := self._given(earlier)) is None:
                 continue
-            opened[name] = found
-            if adapter is not None and (own := adapters.get(uris.get(adapter, ""))) is not None:
-                opened[name] = attempt(partial(adapted, found, own)) or found
-        nearest = next((name for name in one.names if name in opened), None)
+            files = self._files(earlier)
+            stage, misfits = draft_stage(*given, files, self._options, self._baseline_bytes, self._output)
+            self._problems += [f"{earlier.name}: {misfit}" for misfit in misfits]
+            if stage is not None:
+                stages.append(stage)
+                self._checkpoints[stage.name] = stage.checkpoint
+        return stages
+
+    def _given(self, recipe: Recipe) -> tuple[Recipe, Inputs] | None:
+        """What a merge is planned of; ``None`` when none of its models has opened."""
+        for name, (model, adapter) in recipe.adapted.items():
+            if name in self._opened or (found := self._checkpoints.get(model)) is None:
+                continue
+            self._opened[name] = found
+            if adapter is not None and (own := self._adapters.get(adapter)) is not None:
+                self._opened[name] = self._attempt(partial(adapted, found, own)) or found
+        for name in recipe.statistics:
+            if (found := self._checkpoints.get(name)) is not None:
+                self._opened[name] = found
+        nearest = next((name for name in recipe.names if name in self._opened), None)
         if nearest is None:
             return None
-        wanted, inputs = _completed(one, opened, uris, nearest)
-        return wanted, attempt(lambda: _with_digests(store, wanted, inputs)) or replace(
-            inputs, are_digested=False
-        )
+        wanted, inputs = _completed(recipe, self._opened, self._uris, nearest)
+        digested = self._attempt(lambda: _with_digests(self._store, wanted, inputs))
+        return wanted, digested or replace(inputs, are_digested=False)
 
-    stages: list[Stage] = []
-    for _, earlier in graph.earlier:
-        if (given := matched(earlier)) is None:
-            continue
-        stage, misfits = draft_stage(
-            *given, _files(earlier, opened, problems), options, baseline_bytes, output
-        )
-        problems.extend(f"{earlier.name}: {misfit}" for misfit in misfits)
-        if stage is not None:
-            stages.append(stage)
-            bare[stage.name] = stage.checkpoint
-    last, plan = graph.output, None
-    if (given := matched(last)) is not None:
-        plan, own = draft_plan(*given, options, baseline_bytes)
-        problems.extend(own)
-    if plan is not None:
-        staged = [stage.plan for stage in stages if stage.plan is not None]
-        notices = [*graph.notices, *(notice for stage in stages for notice in stage.notices)]
-        plan = with_stages(plan, staged, notices)
-    price = None if plan is None else plan.total
-    _files(last, opened, problems)
-    tokenizer = _tokenizer(last, opened)
-    if plan is None or given is None or tokenizer is None or problems or away:
-        return Outcome(None, price, tuple(sorted(set(problems))), tuple(sorted(set(away))))
-    checkpoints = tuple(each for each in by_uri.values() if each is not None)
-    pins = {each.uri: dict(each.pins) for each in (*checkpoints, *adapters.values()) if each is not None}
-    return Outcome(Planned(last, given[1], plan, uris, tokenizer, graph, checkpoints, pins), price, (), ())
+    def _tokenizer(self, recipe: Recipe) -> Checkpoint | None:
+        """Whose tokenizer goes to the output, as far as it has opened."""
+        source = recipe.tokenizer_source
+        return self._opened.get(recipe.reference if source in {None, "base"} else str(source))
+
+    def _files(self, recipe: Recipe) -> dict[str, ObjectInfo]:
+        """The files that go beside a merge's weights; one that is too long is a problem."""
+        reference, tokenizer = self._opened.get(recipe.reference), self._tokenizer(recipe)
+        if reference is None or tokenizer is None:
+            return {}
+        files = copied_files(reference, tokenizer)
+        self._problems += [
+            f"{info.uri} has {info.size} bytes, more than the {MAX_COPIED_BYTES} of a file that is copied"
+            for info in files.values()
+            if info.size > MAX_COPIED_BYTES
+        ]
+        return files
 
 
-def _tokenizer(recipe: Recipe, opened: Mapping[str, Checkpoint]) -> Checkpoint | None:
-    """Whose tokenizer goes to the output, as far as it has opened."""
-    source = recipe.tokenizer_source
-    return opened.get(recipe.reference if source in {None, "base"} else str(source))
-
-
-def _files(recipe: Recipe, opened: Mapping[str, Checkpoint], problems: list[str]) -> dict[str, ObjectInfo]:
-    """The files that go beside a merge's weights; one that is too long is a problem."""
-    reference, tokenizer = opened.get(recipe.reference), _tokenizer(recipe, opened)
-    if reference is None or tokenizer is None:
-        return {}
-    files = copied_files(reference, tokenizer)
-    problems.extend(
-        f"{info.uri} has {info.size} bytes, more than the {MAX_COPIED_BYTES} of a file that is copied"
-        for info in files.values()
-        if info.size > MAX_COPIED_BYTES
-    )
-    return files
+def _once(said: Iterable[str]) -> tuple[str, ...]:
+    return tuple(sorted(set(said)))
 
 
 def _completed(
@@ -269,8 +237,9 @@ def _completed(
 ) -> tuple[Recipe, Inputs]:
     """What to match when only the models in ``opened`` have opened, of which ``nearest`` stands for the reference.
 
-    A model that has not is taken to be like the reference: it then fits, and costs what it would. Without the
-    reference itself the others are compared among themselves, for what no reference could reconcile.
+    A model that has not is taken to be like the reference: it then fits, and costs what it would; a checkpoint of
+    statistics, to have what the others have. Without the reference itself the others are compared among themselves,
+    for what no reference could reconcile.
     """
     reference, compared_with = opened[nearest], None
     if nearest != recipe.reference:
@@ -282,7 +251,8 @@ def _completed(
     models = {name: opened.get(name) or _like(reference, name, uris) for name in recipe.names}
     models[recipe.reference] = reference
     away = frozenset(models.keys() - opened.keys())
-    return recipe, Inputs(reference, models, compared_with, away)
+    statistics = {name: opened[name] for name in recipe.statistics if name in opened}
+    return recipe, Inputs(reference, models, compared_with, away, statistics=statistics)
 
 
 def _like(checkpoint: Checkpoint, name: str, uris: Mapping[str, str]) -> Checkpoint:

@@ -168,7 +168,10 @@ def merge_bytes(arithmetic: Arithmetic, output_width: int) -> int:
 def whole_bytes(arithmetic: Arithmetic) -> int:
     """Bytes of workspace of a tensor that is merged as a whole; 0 for one that is merged element by element."""
     whole = whole_of(arithmetic)
-    return 0 if whole is None else whole.bytes_per_element * arithmetic.numel
+    if whole is None:
+        return 0
+    statistic = max((ref.nbytes // DTYPE_BYTES[ref.dtype] for ref in arithmetic.statistics), default=0)
+    return whole.bytes_per_element * arithmetic.numel + whole.bytes_per_statistic * statistic
 
 
 def workspace_bytes(inputs: int) -> int:

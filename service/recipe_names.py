@@ -93,7 +93,7 @@ def _lists_renamed(data: dict[str, Any], path: str, rename: Callable[[str, Any],
 
 
 def _entry_renamed(entry: dict[str, Any], path: str, rename: Callable[[str, Any], Any]) -> dict[str, Any]:
-    for field in ("model", "adapter", "base_model"):
+    for field in ("model", "adapter", "base_model", "fisher", "gram"):
         if entry.get(field) is not None:
             entry[field] = rename(f"{path}{field}", entry[field])
     return _lists_renamed(entry, path, rename)

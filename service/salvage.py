@@ -96,7 +96,7 @@ class _Left:
 
     def _models(self, listed: Any) -> list[dict[str, Any]]:
         return [
-            {"model": entry["model"]} | self._parameters(entry, of_model=True)
+            {"model": entry["model"]} | self._statistic(entry) | self._parameters(entry, of_model=True)
             for entry in _listed(listed, MAX_MODELS)
             if _name(entry) is not None
         ]
@@ -117,6 +117,7 @@ class _Left:
         kept: dict[str, Any] = {
             "sources": [
                 {"model": _name(source) or instead, "layer_range": layers if are_known else _NO_LAYERS}
+                | self._statistic(source)
                 | self._parameters(source, of_model=True)
                 for source, layers in zip(sources, ranges, strict=True)
             ]
@@ -145,6 +146,13 @@ class _Left:
         if slices := self._slices(entry.get("slices")):
             return {"slices": slices} | self._parameters(entry)
         return None
+
+    def _statistic(self, entry: Any) -> dict[str, Any]:
+        """The checkpoint that the method needs beside a model, where a sound one is named."""
+        key = None if self.method is None or self.method.statistic is None else self.method.statistic.name
+        if key is None or not isinstance(entry, Mapping) or not _is_name(entry.get(key)):
+            return {}
+        return {key: entry[key]}
 
     def _parameters(self, entry: Any, *, of_model: bool = False) -> dict[str, Any]:
         """The parameters of an entry that the method takes there."""

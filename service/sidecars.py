@@ -16,8 +16,9 @@ from service.adapters.output import adapter_config
 from service.checkpoint import MANIFEST_FILE
 from service.config import merged_config
 from service.known_digests import written
+from service.places import is_hub_name
 from service.plan import Plan, Shard
-from service.planning import Planned, is_hub_name
+from service.planning import Planned
 from workers.methods import get_method
 from workers.safetensors_format import parse, prefix
 from workers.store.uris import name as file_name
@@ -88,6 +89,7 @@ def model_card(planned: Planned, version: str) -> str:
         "## Models",
         "",
         *(f"- `{shown[name]}`{' (base)' if name == recipe.base_model else ''}" for name in names),
+        *(f"- `{shown[name]}` (statistics)" for name in recipe.statistics),
         "",
         "## Recipe",
         "",

@@ -66,6 +66,7 @@ class Bench:
             base=None if arithmetic.base is None else self._tensor(arithmetic.base),
             models=tuple(self._tensor(model.ref) for model in arithmetic.models),
             mask_keys=tuple(keys),
+            statistics=tuple(self._inputs.tensor(ref) for ref in arithmetic.statistics),
         )
 
     def _tensor(self, source: Source) -> torch.Tensor:

@@ -11,6 +11,7 @@ import logging
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import suppress
 from contextvars import copy_context
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -226,11 +227,15 @@ class PartRun(Task):
         shape = piece.arithmetic.shape
         base = None if operands.base is None else operands.base.view(shape)
         models = tuple(model.view(shape) for model in operands.models)
-        merged = whole.merge(Tensors(base, models, operands.mask_keys)).reshape(-1)
+        tensors = Tensors(base, models, operands.mask_keys, operands.statistics)
+        merged = whole.merge(tensors).reshape(-1)
+        alike, kernels = replace(operands, statistics=()), kernels_of("cpu")
         bad = ~torch.isfinite(merged)
-        for elements in operands.inputs:
+        for elements in alike.inputs:
             bad &= torch.isfinite(elements)
-        found = kernels_of("cpu").nonfinite(operands)
+        found = kernels.nonfinite(alike)
+        for statistic in operands.statistics:  # of whatever length
+            found += kernels.nonfinite(Operands(0, None, (statistic,), ()))
         self._problems.add_inputs(piece.name, piece.arithmetic.sources, found)
         out = torch.frombuffer(target, dtype=TORCH_DTYPES[piece.dtype])
         out.copy_(round_to(merged, out.dtype))

@@ -278,6 +278,13 @@ class ModelInput:
     """Its elements."""
     parameters: dict[str, JSONValue] = field(default_factory=dict)
     """The model's own parameters, resolved for this tensor."""
+    statistic: Annotated[TensorRef | None, Field(exclude_if=lambda value: value is None)] = None
+    """What the method has to know of the model's data: its Fisher's elements, or its whole Gram matrix."""
+
+    def elements(self, first: int, last: int) -> ModelInput:
+        """The run of elements ``[first, last)`` of this one."""
+        statistic = None if self.statistic is None else self.statistic.elements(first, last)
+        return ModelInput(self.index, self.ref.elements(first, last), self.parameters, statistic)
 
 
 @dataclass(frozen=True, slots=True)
@@ -307,9 +314,14 @@ class Arithmetic:
 
     @property
     def sources(self) -> tuple[Source, ...]:
-        """Where the elements of all operands come from: the base first, then the models."""
+        """Where the elements of all operands come from: the base first, then the models, then their statistics."""
         base = () if self.base is None else (self.base,)
-        return base + tuple(model.ref for model in self.models)
+        return base + tuple(model.ref for model in self.models) + self.statistics
+
+    @property
+    def statistics(self) -> tuple[TensorRef, ...]:
+        """The models' statistics, where the method takes any."""
+        return tuple(model.statistic for model in self.models if model.statistic is not None)
 
     @property
     def is_plain(self) -> bool:
@@ -328,7 +340,7 @@ class Arithmetic:
             self.method,
             self.parameters,
             None if self.base is None else self.base.elements(first, last),
-            tuple(ModelInput(m.index, m.ref.elements(first, last), m.parameters) for m in self.models),
+            tuple(model.elements(first, last) for model in self.models),
             self.seed,
             self.numel,
             self.first + first,

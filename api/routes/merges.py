@@ -26,7 +26,7 @@ from service.delivery import check_in_place, listed
 from service.jobpages import JobStatus
 from service.jobrecord import JobState, new_job
 from service.jobs import CancelRequested
-from service.planning import resolve_model
+from service.places import resolve_model
 from service.settings import Settings
 from workers.errors import ObjectNotFoundError, OutputReplacedError, RecipeError, StoreError
 from workers.store.local import LocalStore

@@ -33,4 +33,5 @@ def _info(method: Method) -> MethodInfo:
         profiles={name: dict(values) for name, values in method.profiles.items()},
         most_reads=1 + passes,
         whole_bytes_per_element=whole,
+        statistic=None if method.statistic is None else method.statistic.name,
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Sequence
+from collections.abc import Container, Iterator, Sequence
 from typing import Any
 
 from service.recipe.regions import Section, Stretch
@@ -21,7 +21,7 @@ def stretch_problems(method: Method, profile: str | None, stretches: Sequence[St
     """Everything that is wrong with the stretches of a recipe, each thing once."""
     problems: list[str] = []
     for stretch in stretches:
-        problems += _model_problems(method, stretch)
+        problems += [*_model_problems(method, stretch), *_statistic_problems(method, stretch)]
     sections = {section.path: (section, own) for stretch in stretches for section, own in stretch.sections}
     conditions = sum(
         len(filters_of(setting)) for section, _ in sections.values() for setting in section.values.values()
@@ -65,6 +65,21 @@ def _model_problems(method: Method, stretch: Stretch) -> list[str]:
                 f"source has, {stretch.layers}"
             )
     return problems
+
+
+def _statistic_problems(method: Method, stretch: Stretch) -> Iterator[str]:
+    """What is wrong with the checkpoints that are named beside models."""
+    wanted = None if method.statistic is None else method.statistic.name
+    merged = stretch.merged
+    for source in stretch.sources:
+        is_merged = source in merged
+        if is_merged and wanted is not None and wanted not in source.statistics:
+            yield f"{source.path}.{wanted}: is required: `{method.name}` takes a checkpoint of each model's"
+        for key in source.statistics:
+            if key != wanted:
+                yield f"{source.path}.{key}: `{method.name}` has no use for it"
+            elif not is_merged:
+                yield f"{source.path}.{key}: the base has no task vector that it could weigh; leave it out"
 
 
 def _section_problems(method: Method, profile: str | None, section: Section, *, of_model: bool) -> list[str]:

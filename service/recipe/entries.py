@@ -72,6 +72,17 @@ class ModelEntry(Frozen):
     """Where the LoRA adapter on top of it is, when `model` does not say so itself."""
     parameters: ParameterValues = Field(default_factory=dict)
     """The model's own parameters."""
+    fisher: ModelName | None = None
+    """Where the diagonal of the model's Fisher is, for methods that weigh by it: a checkpoint of the same tensors."""
+    gram: ModelName | None = None
+    """Where the Gram matrices of its linear layers' inputs are, for `regmean`: a checkpoint of tensors named as the
+    layers' weights."""
+
+    @property
+    def statistics(self) -> dict[str, str]:
+        """The checkpoints of statistics that it names, by the keys that name them."""
+        named = {"fisher": self.fisher, "gram": self.gram}
+        return {key: name for key, name in named.items() if name is not None}
 
     @model_validator(mode="after")
     def _one_adapter(self) -> ModelEntry:

@@ -92,11 +92,22 @@ class Graph:
         return {name: parts for name, parts in self._adapted.items() if name not in stages}
 
     @property
-    def places(self) -> list[str]:
-        """The name of every model and adapter by itself, once: not the merges in between."""
+    def checkpoints(self) -> list[str]:
+        """Every model, and every checkpoint of statistics, by itself, once: not the merges in between."""
         stages = self.stages
-        named = (place for parts in self._adapted.values() for place in parts)
-        return [place for place in dict.fromkeys(named) if place is not None and place not in stages]
+        statistics = [name for place in self.order for name in self.recipes[place].statistics]
+        models = [model for model, _ in self._adapted.values() if model not in stages]
+        return list(dict.fromkeys([*models, *statistics]))
+
+    @property
+    def adapters(self) -> list[str]:
+        """Every adapter by itself, once."""
+        return list(dict.fromkeys(adapter for _, adapter in self._adapted.values() if adapter is not None))
+
+    @property
+    def places(self) -> list[str]:
+        """Everything that is read, once: not the merges in between."""
+        return list(dict.fromkeys([*self.checkpoints, *self.adapters]))
 
     @cached_property
     def _adapted(self) -> dict[str, tuple[str, str | None]]:

@@ -183,9 +183,23 @@ class Recipe(Frozen):
         return found | {entry.name: entry.places for entry in self._entries() if entry.adapter is not None}
 
     @property
+    def statistics(self) -> list[str]:
+        """Every checkpoint of statistics that the merge reads, once."""
+        return list(
+            dict.fromkeys(
+                name
+                for region in self.regions
+                for stretch in region.stretches
+                for source in stretch.merged
+                for name in source.statistics.values()
+            )
+        )
+
+    @property
     def places(self) -> list[str]:
-        """The name of every model and adapter by itself, once."""
-        return list(dict.fromkeys(place for pair in self.adapted.values() for place in pair if place))
+        """Everything that the recipe names to be read, once: models, adapters and statistics."""
+        named = [place for pair in self.adapted.values() for place in pair if place]
+        return list(dict.fromkeys([*named, *self.statistics]))
 
     def _entries(self) -> Iterator[ModelEntry]:
         holders: tuple[Recipe | ModuleEntry, ...] = (self, *(self.modules or {}).values())
@@ -196,8 +210,12 @@ class Recipe(Frozen):
 
     @property
     def most_inputs(self) -> int:
-        """Most models that one tensor is made of, the base not counted."""
-        return max(len(stretch.merged) for region in self.regions for stretch in region.stretches)
+        """Most inputs that one tensor is made of, models and their statistics, the base not counted."""
+        return max(
+            sum(1 + len(source.statistics) for source in stretch.merged)
+            for region in self.regions
+            for stretch in region.stretches
+        )
 
     @property
     def out_dtype_name(self) -> str | None:

@@ -7,7 +7,7 @@ model; a **stretch** is what is merged in one way from one list of models: a sli
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from service.recipe.entries import ModelEntry, SliceEntry, SourceEntry
@@ -38,6 +38,8 @@ class Source:
     """Which of its layers; ``None`` is all of the region."""
     own: Section
     """Its own parameters."""
+    statistics: Mapping[str, str] = field(default_factory=dict)
+    """What its entry names beside it (`fisher`, `gram`), by key."""
 
     @property
     def path(self) -> str:
@@ -161,6 +163,7 @@ def _sources(path: str, entries: tuple[ModelEntry, ...]) -> tuple[Source, ...]:
             entry.name,
             entry.layer_range if isinstance(entry, SourceEntry) else None,
             Section(f"{path}[{index}].parameters", entry.parameters),
+            entry.statistics,
         )
         for index, entry in enumerate(entries)
     )

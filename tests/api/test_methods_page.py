@@ -67,11 +67,18 @@ def methods() -> str:
         least, most = method["min_models"], method["max_models"]
         count = f"{least}" if most == least else f"{least} or more" if most is None else f"{least} to {most}"
         base = {"required": " and a base", "optional": ", a base if wanted"}.get(method["base"], "")
+        known = f", a `{method['statistic']}` of each" if method["statistic"] else ""
         whole = method["whole_bytes_per_element"]
         cost = f"whole tensors, {whole} bytes an element" if whole else f"{method['most_reads']} reads"
         formula = method["formula"].replace("|", "\\|")
         rows.append(
-            [code(method["name"]), formula, count + base, cost.replace("1 reads", "1 read"), method["paper"]]
+            [
+                code(method["name"]),
+                formula,
+                count + base + known,
+                cost.replace("1 reads", "1 read"),
+                method["paper"],
+            ]
         )
     return table(["method", "what comes out", "models", "cost when split", "source"], *rows)
 

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import torch
 
+from service.places import overlap
 from service.plan import PlanOptions
-from service.planning import examine, overlap, plan_recipe
+from service.planning import examine, plan_recipe
 from service.recipe import parse_recipe
 from tests.checkpoints import SINGLE, write_checkpoint
 from tests.service.models_on_disk import LLAMA, planned, shards_of

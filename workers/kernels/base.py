@@ -57,6 +57,8 @@ class Operands:
     """The models' elements, each of shape ``[n]``, in the recipe's order."""
     mask_keys: tuple[int, ...]
     """A 64-bit Philox key per model, from seed, model index and tensor name; may be empty when nothing is dropped."""
+    statistics: tuple[torch.Tensor, ...] = ()
+    """One more input for each model, where the method takes one (a diagonal Fisher), in the same order; else empty."""
 
     @property
     def numel(self) -> int:
@@ -65,8 +67,9 @@ class Operands:
 
     @property
     def inputs(self) -> tuple[torch.Tensor, ...]:
-        """All of them: the base first, where there is one."""
-        return self.models if self.base is None else (self.base, *self.models)
+        """All of them: the base first, where there is one, then the models, then their statistics."""
+        models = (*self.models, *self.statistics)
+        return models if self.base is None else (self.base, *models)
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +91,8 @@ class Term:
     the first ``take``, of later blocks none. ``None``: all stay."""
     ceiling: int = NO_CEILING
     """Numbers with magnitude bits from this on become +0.0; NaN stays."""
+    statistic: bool = False
+    """Whether it is the model's statistic: never a difference to the base, and only read by a program."""
 
     def trim_of(self, block: int) -> tuple[int, int | None]:
         """The threshold within a survey block, and how many elements equal to it stay (``None``: all)."""
@@ -122,6 +127,10 @@ class Formula:
     """What the result is multiplied by, once rounded to float32, before the base is added."""
     program: Program | None = None
     """Merge by what its one output is; ``None``: by election or sum."""
+
+    def __post_init__(self) -> None:
+        if self.program is None and any(term.statistic for term in self.terms):
+            raise ValueError("a model's statistic is read by programs, and neither added up nor elected")
 
 
 PAIR = Formula((Term(0), Term(1)))

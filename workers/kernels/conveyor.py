@@ -29,6 +29,7 @@ def piece(operands: Operands, where: slice) -> Operands:
         first=operands.first + where.start,
         base=None if operands.base is None else operands.base[where],
         models=tuple(model[where] for model in operands.models),
+        statistics=tuple(statistic[where] for statistic in operands.statistics),
     )
 
 
@@ -173,12 +174,15 @@ class _Slot:
     def compute(self, work: Work, operands: Operands, where: slice) -> None:
         numel = where.stop - where.start
         elements = [room[:numel] for room in self._inputs]
+        base = None if operands.base is None else elements.pop(0)
+        models = len(operands.models)
         made = work(
             replace(
                 operands,
                 first=operands.first + where.start,
-                base=None if operands.base is None else elements.pop(0),
-                models=tuple(elements),
+                base=base,
+                models=tuple(elements[:models]),
+                statistics=tuple(elements[models:]),
             )
         )
         if made is not None and self._output is not None:

@@ -201,14 +201,15 @@ def _places(*tensors: torch.Tensor) -> Records:
 
 def _terms(operands: Operands, formula: Formula) -> Records:
     divisor = None if formula.election is None else formula.election.divisor
-    shift = len(operands.inputs) - len(operands.models)
+    shift = 0 if operands.base is None else 1
+    statistics = shift + len(operands.models)
     terms = []
     for term in formula.terms:
         drawn = 0 < term.keep_below <= 0xFFFFFFFF
         cut_block, take = (-1, 0) if term.cut is None else term.cut
         terms.append(
             (
-                shift + term.model,
+                (statistics if term.statistic else shift) + term.model,
                 operands.mask_keys[term.model] if drawn else 0,
                 term.keep_below,
                 term.threshold,
@@ -218,6 +219,7 @@ def _terms(operands: Operands, formula: Formula) -> Records:
                 float32(term.factor),
                 float32(term.weight),
                 float32(_share(term, divisor)),
+                term.statistic,
             )
         )
     return np.array(terms, dtype=passes.TERM)

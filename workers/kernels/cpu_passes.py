@@ -21,10 +21,12 @@ TERM = np.dtype(
     [
         ("place", "i8"), ("key", "u8"), ("keep_below", "i8"), ("threshold", "i8"),
         ("ceiling", "i8"), ("cut_block", "i8"), ("take", "i8"), ("factor", "f4"), ("weight", "f4"), ("share", "f4"),
+        ("statistic", "i8"),
     ],
     align=True,
 )  # fmt: skip
-"""A :class:`workers.kernels.base.Term`: ``place`` of its model, ``cut_block`` -1 for no cut, ``share`` in a divisor."""
+"""A :class:`workers.kernels.base.Term`: ``place`` of its model or statistic, ``cut_block`` -1 for no cut, ``share`` in
+a divisor, ``statistic`` 1 for what is no difference to the base."""
 
 TILE = 1 << 10
 """Elements of a tile: a few rows of them stay in the first-level cache."""

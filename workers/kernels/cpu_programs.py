@@ -124,7 +124,8 @@ def finite_terms(
     less = base_tile(places, task_vectors, start, rows, size)
     for number in range(terms.size):
         row = rows[TERMS + number, :size]
-        term_tile(places, terms[number], first, start, less, words, left, number, row)
+        minus = rows[ZEROS, :size] if terms[number]["statistic"] != 0 else less
+        term_tile(places, terms[number], first, start, minus, words, left, number, row)
         tiles.finite(row)
 
 
@@ -162,8 +163,9 @@ def program_merge(
             bad[0] = dtypes.widen(places[0], start, rows[ZEROS, :size], less)
         for number in range(terms.size):
             row = rows[TERMS + number, :size]
+            minus = rows[ZEROS, :size] if terms[number]["statistic"] != 0 else less
             bad[terms[number]["place"]] = term_tile(
-                places, terms[number], first, start, less, words, left, number, row
+                places, terms[number], first, start, minus, words, left, number, row
             )
         run(code, values, rows, size)
         merged = rows[TERMS + output, :size]

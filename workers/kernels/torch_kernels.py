@@ -191,7 +191,9 @@ def _base(run: Operands, formula: Formula) -> torch.Tensor | None:
 
 
 def _vector(run: Operands, base: torch.Tensor | None, term: Term) -> torch.Tensor:
-    """A term's model in float32, less the base when the formula is one of task vectors."""
+    """A term's model in float32, less the base when the formula is one of task vectors; or its statistic."""
+    if term.statistic:
+        return reference.to_float32(run.statistics[term.model])
     model = reference.to_float32(run.models[term.model])
     return model if base is None else model - base
 

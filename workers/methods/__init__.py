@@ -16,6 +16,8 @@ from workers.methods.dare_linear import DARE_LINEAR
 from workers.methods.dare_ties import DARE_TIES
 from workers.methods.della import DELLA
 from workers.methods.della_linear import DELLA_LINEAR
+from workers.methods.fisher import FISHER
+from workers.methods.fisher_ties import FISHER_TIES
 from workers.methods.found import found_outside
 from workers.methods.karcher import KARCHER
 from workers.methods.knots import KNOTS
@@ -26,6 +28,7 @@ from workers.methods.nearswap import NEARSWAP
 from workers.methods.nuslerp import NUSLERP
 from workers.methods.passthrough import PASSTHROUGH
 from workers.methods.ram import RAM, RAMPLUS_TL
+from workers.methods.regmean import REGMEAN
 from workers.methods.sce import SCE
 from workers.methods.slerp import SLERP
 from workers.methods.task_arithmetic import TASK_ARITHMETIC
@@ -55,6 +58,9 @@ _OURS: Mapping[str, Method] = MappingProxyType(
             CONSENSUS,
             TSV,
             KNOTS,
+            FISHER,
+            FISHER_TIES,
+            REGMEAN,
             MODEL_STOCK,
             NEARSWAP,
             ARCEE_FUSION,

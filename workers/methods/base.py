@@ -111,6 +111,8 @@ class Tensors:
     """The models', in the recipe's order."""
     mask_keys: tuple[int, ...]
     """As :class:`workers.kernels.base.Operands` has them."""
+    statistics: tuple[torch.Tensor, ...] = ()
+    """Of each model what :attr:`Method.statistic` says, as a vector; empty for methods that take none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +123,8 @@ class Whole:
     """The merged float32 tensor, in the shape of the inputs; the inputs are left alone."""
     bytes_per_element: int
     """Workspace bytes for each element of the tensor, the inputs and the output not counted."""
+    bytes_per_statistic: int = 0
+    """Workspace bytes for each element of one model's statistic, beside those for the tensor's."""
 
 
 WholeFunction = Callable[[Any, Sequence[Any]], Whole | None]
@@ -131,6 +135,24 @@ SurveyFunction = Callable[[Any, Sequence[Any]], tuple[SurveyPass, ...]]
 
 FormulaFunction = Callable[[Any, Sequence[Any], Facts], Formula]
 """``(parameters, model parameters, facts) -> formula``, given what all passes found."""
+
+
+StatisticName = Literal["fisher", "gram"]
+"""The keys of a recipe's models that name a checkpoint of statistics."""
+
+
+@dataclass(frozen=True, slots=True)
+class Statistic:
+    """What a method has to know of each model's data: a checkpoint beside the model's, of tensors with its names."""
+
+    name: StatisticName
+    """The key that names it, beside a recipe's ``model``."""
+    shape: Callable[[Any, tuple[int, ...]], tuple[int, ...] | None]
+    """``(parameters, shape of the model's tensor) -> shape of its statistic``; ``None`` where it can have none."""
+    without: str | None = None
+    """The method of tensors that no model has a statistic of, given the parameters that it shares; ``None``: none."""
+    is_sparse: bool = False
+    """Whether it is no lack that tensors have none."""
 
 
 @dataclass(frozen=True)
@@ -154,6 +176,8 @@ class Method:
     whole: WholeFunction | None = None
     """How whole tensors are merged, for methods that are not always elementwise once surveyed; those tensors are kept
     in one part, whatever their size, and priced as such."""
+    statistic: Statistic | None = None
+    """What it has to know of each model besides its weights; a formula's terms read it element by element."""
     base: Literal["required", "optional", "first_model", "none"] = "none"
     """Whether a base model is required, makes task vectors of models where it is given, is one of the two models
     (SLERP), or has no part in it."""

@@ -23,17 +23,22 @@ def merge_tensor(
     inputs: Sequence[torch.Tensor],
     *,
     mask_keys: Sequence[int] = (),
+    statistics: Sequence[torch.Tensor] = (),
     kernels: Kernels = TORCH,
 ) -> torch.Tensor:
     """Survey and merge one whole tensor in memory; it is all that the survey of a model sees.
 
     ``base`` and ``inputs`` are float32, bfloat16 or float16 and of one shape, which the merged float32 tensor
-    has too; ``mask_keys`` (one a model) are only read by methods that drop at random.
+    has too; ``mask_keys`` (one a model) are only read by methods that drop at random, ``statistics`` (one a model)
+    by those that have a :attr:`Method.statistic`.
     """
     bases = None if base is None else {"": base}
     named = [{"": tensor} for tensor in inputs]
     keys = {"": mask_keys}
-    return merge_tensors(method, parameters, models, bases, named, mask_keys=keys, kernels=kernels)[""]
+    known = [{"": statistic} for statistic in statistics]
+    return merge_tensors(
+        method, parameters, models, bases, named, mask_keys=keys, statistics=known, kernels=kernels
+    )[""]
 
 
 def merge_tensors(
@@ -44,6 +49,7 @@ def merge_tensors(
     inputs: Sequence[Mapping[str, torch.Tensor]],
     *,
     mask_keys: Mapping[str, Sequence[int]] | None = None,
+    statistics: Sequence[Mapping[str, torch.Tensor]] = (),
     kernels: Kernels = TORCH,
 ) -> dict[str, torch.Tensor]:
     """Survey and merge whole models in memory: tensors by name, each as in :func:`merge_tensor`."""
@@ -55,6 +61,7 @@ def merge_tensors(
             base=None if bases is None else bases[name].reshape(-1),
             models=tuple(model[name].reshape(-1) for model in inputs),
             mask_keys=tuple((mask_keys or {}).get(name, ())),
+            statistics=tuple(statistic[name].reshape(-1) for statistic in statistics),
         )
         for name, first in inputs[0].items()
         if first.numel()
@@ -67,7 +74,8 @@ def merge_tensors(
         if whole and like.numel():
             base = None if bases is None else bases[name]
             keys = tuple((mask_keys or {}).get(name, ()))
-            merged[name] = whole.merge(Tensors(base, tuple(model[name] for model in inputs), keys))
+            vectors = tensors[name].statistics
+            merged[name] = whole.merge(Tensors(base, tuple(model[name] for model in inputs), keys, vectors))
             continue
         merged[name] = torch.empty(like.shape, dtype=torch.float32, device=like.device)
         if name in tensors:

@@ -20,7 +20,7 @@ from pydantic import model_validator
 
 from workers.kernels.base import DROP_NUMBERS, Counts, Formula, Kernels, Operands, Term
 from workers.kernels.scalars import KeepCount, keep_count
-from workers.methods.base import BlockwisePass, Summary, SurveyPass, SurveyScope, Terms
+from workers.methods.base import BlockwisePass, Parameters, Summary, SurveyPass, SurveyScope, Terms
 from workers.methods.common import EqualMagnitudes
 from workers.methods.elect import ElectingParameters
 from workers.task import Facts, JSONValue
@@ -29,8 +29,8 @@ BINS = 1 << 16
 """Values of 16 bits."""
 
 
-class TrimmingParameters(ElectingParameters):
-    """Global parameters of the methods that trim."""
+class TrimParameters(Parameters):
+    """Global parameters of a trim."""
 
     trim_scope: SurveyScope = "tensor"
     """What a density, and a majority of signs, is taken of: each `tensor`, or the whole `model` as one vector, with one
@@ -54,6 +54,10 @@ class TrimmingParameters(ElectingParameters):
                 "the order of equal elements is only defined within a tensor; use keep"
             )
         return self
+
+
+class TrimmingParameters(TrimParameters, ElectingParameters):
+    """Global parameters of the methods that trim and elect."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -67,7 +67,10 @@ def operands(draw: st.DrawFn, base: bool, models: int, sizes: tuple[int, ...] = 
     """A run of one of ``sizes``, whose inputs are of any dtype and kind."""
     rng = np.random.default_rng(draw(st.integers(0, 1 << 32)))
     numel = draw(st.sampled_from(sizes))
-    made = [elements(draw(KINDS), numel, draw(st.sampled_from(DTYPES)), rng) for _ in range(models + base)]
+    known = models if draw(st.booleans()) else 0
+    made = [
+        elements(draw(KINDS), numel, draw(st.sampled_from(DTYPES)), rng) for _ in range(models + base + known)
+    ]
     # Elements that are equal in several inputs cancel exactly.
     for other in range(1, len(made)):
         same = torch.from_numpy(rng.random(numel) < 0.1)
@@ -75,8 +78,9 @@ def operands(draw: st.DrawFn, base: bool, models: int, sizes: tuple[int, ...] = 
     return Operands(
         first=draw(st.sampled_from([0, 1, 5, 1 << 17])) * SURVEY_ELEMENTS,
         base=made[0] if base else None,
-        models=tuple(made[base:]),
+        models=tuple(made[base : base + models]),
         mask_keys=tuple(draw(st.integers(0, (1 << 64) - 1)) for _ in range(models)),
+        statistics=tuple(made[base + models :]),
     )
 
 
@@ -125,10 +129,18 @@ def programs(draw: st.DrawFn, terms: int, outputs: int = 1) -> Program:
     return Program(terms, tuple(steps), tuple(draw(some) for _ in range(outputs)))
 
 
+def programs_alone(terms: int) -> Program:
+    """The first term, in place of a program that is drawn later."""
+    return Program(terms, (), (0,))
+
+
 @st.composite
 def programmed(draw: st.DrawFn, models: tuple[int, int] = (1, 5)) -> tuple[Operands, Formula, torch.dtype]:
-    """As :func:`cases`, with a program in place of an election."""
+    """As :func:`cases`, with a program in place of an election, which may read statistics."""
     run, formula, dtype = draw(cases(models))
+    if run.statistics:
+        drawn = tuple(replace(term, statistic=draw(st.booleans())) for term in formula.terms)
+        formula = replace(formula, terms=drawn, program=programs_alone(len(drawn)))
     task_vectors = draw(st.sampled_from([formula.task_vectors, None]))
     program = draw(programs(len(formula.terms)))
     return run, replace(formula, election=None, task_vectors=task_vectors, program=program), dtype

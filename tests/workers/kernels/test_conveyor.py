@@ -23,6 +23,7 @@ from workers.kernels.base import PAIR, PAIRS, Election, Formula, Operands, Term
 from workers.kernels.conveyor import Carrier, Conveyor, InPlace, Lanes
 from workers.kernels.cpu import FusedKernels
 from workers.kernels.moves import MADE, Lane, chunks, device_bytes, moves
+from workers.kernels.program import Writer
 from workers.kernels.torch_kernels import TorchKernels
 
 CPU = torch.device("cpu")
@@ -148,6 +149,21 @@ def test_any_step_any_device_and_the_compiled_kernels_agree(
     ]
     for carrier in carriers:
         assert everything(carrier, run, formula, dtype) == wanted
+
+
+@pytest.mark.parametrize("carrier", [InPlace(BLOCK), Conveyor(CPU, LateLanes(3), 2 * BLOCK)])
+def test_statistics_go_with_their_models(carrier: Carrier) -> None:
+    rng = np.random.default_rng(0)
+    dtypes = (torch.float32, torch.bfloat16, torch.float16, torch.float16, torch.float32)
+    base, *made = (elements("ordinary", 3 * BLOCK + 9, dtype, rng) for dtype in dtypes)
+    run = Operands(0, base, tuple(made[:2]), (), tuple(made[2:]))
+    writer = Writer(4)
+    one, two, first, second = writer.terms
+    program = writer.program(one * first + two / second)
+    terms = (Term(0), Term(1), Term(0, statistic=True), Term(1, statistic=True))
+    formula = Formula(terms, task_vectors=True, program=program)
+    wanted = merged(FusedKernels(), run, formula, torch.float32)
+    assert merged(TorchKernels(carrier), run, formula, torch.float32) == wanted
 
 
 @pytest.mark.parametrize("step", [2, 3, 4])

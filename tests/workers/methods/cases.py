@@ -57,6 +57,7 @@ def case(name: str, models: list[dict[str, Any]], on_base: bool = False, **param
 THREE = [{"weight": 0.7, "density": 0.3}, {"weight": -0.4, "density": 0.05}, {"weight": 1.3, "density": 1.0}]
 SIXTEEN = [{"weight": 0.1 * index - 0.25, "density": (index + 1) / 16} for index in range(16)]
 PAPER = {"trim_scope": "tensor", "keep_count": "paper", "zero_sign": "majority", "divisor": "count"}
+COUNTED = {"equal_magnitudes": "exact_k", "keep_count": "mergekit"}
 MERGEKIT = {"keep_count": "mergekit", "equal_magnitudes": "exact_k", "divisor": "weights"}
 
 CHANCED = [
@@ -127,11 +128,35 @@ CASES = {
     "consensus": case("consensus", [{"weight": 0.5}, {}, {"mask_lambda": 0.6}], agreement=2, lambda_=0.5),
     "tsv": case("tsv", [{"weight": 0.5}, {}, {}], lambda_=0.8),
     "knots": case("knots", [{"weight": 0.5}, {"density": 0.5}, {}]),
+    "fisher": case("fisher", [{"weight": 0.5}, {}, {"weight": 2}]),
+    "fisher with a floor": case("fisher", [{}, {}], floor=1e-3),
+    "fisher_ties": case("fisher_ties", THREE, lambda_=0.9),
+    "fisher_ties, dense": case("fisher_ties", [{}, {"density": 0.0}, {"weight": 0.5}], floor=1e-6),
+    "fisher_ties, exactly so many": case("fisher_ties", THREE, **COUNTED),
+    "regmean": case("regmean", [{"weight": 0.5}, {}, {"weight": 2}]),
+    "regmean, transposed": case("regmean", [{}, {}], alpha=1, fan_in_fan_out=True),
     "model_stock": case("model_stock", [{}] * 3),
     "model_stock, rows": case("model_stock", [{}] * 3, filter_wise=True),
     "nearswap": case("nearswap", [{}], t=5e-4),
     "arcee_fusion": case("arcee_fusion", [{}]),
 }
+
+
+def statistics(of: Case, shape: tuple[int, ...], seed: int = 1) -> tuple[torch.Tensor, ...]:
+    """What the method takes beside tensors of this shape: of a Fisher's small squares many are zero."""
+    kind, generator = of.method.statistic, np.random.default_rng(seed)
+    wanted = None if kind is None else kind.shape(of.parameters, shape)
+    if kind is None or wanted is None:
+        return ()
+    found = []
+    for _ in of.models:
+        drawn = generator.normal(0, 1e-3, wanted).astype(np.float32)
+        if kind.name == "gram":
+            made = drawn @ drawn.T
+        else:
+            made = np.asarray(drawn * drawn * (generator.random(wanted) < 0.7), dtype=np.float32)
+        found.append(torch.from_numpy(made))
+    return tuple(found)
 
 
 def tensors(

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from tests.workers.methods.cases import CASES, LONG, WIDE, Case, tensors
+from tests.workers.methods.cases import CASES, LONG, WIDE, Case, statistics, tensors
 from workers.kernels.base import Operands
 from workers.methods import METHODS
 from workers.methods.evaluate import TORCH, merge_tensor
@@ -32,7 +32,10 @@ def _one_thread() -> Iterator[None]:
 
 
 def merge(of: Case, base: torch.Tensor | None, models: list[torch.Tensor]) -> torch.Tensor:
-    return merge_tensor(of.method, of.parameters, of.models, base, models, mask_keys=of.keys)
+    known = statistics(of, models[0].shape)
+    return merge_tensor(
+        of.method, of.parameters, of.models, base, models, mask_keys=of.keys, statistics=known
+    )
 
 
 def facts_of(of: Case, base: torch.Tensor | None, models: list[torch.Tensor]) -> Facts:
@@ -44,7 +47,8 @@ def run(
 ) -> Operands:
     elements = slice(first, last)
     chosen = tuple(model[elements] for model in models)
-    return Operands(first, None if base is None else base[elements], chosen, of.keys)
+    known = tuple(statistic[elements] for statistic in statistics(of, models[0].shape))
+    return Operands(first, None if base is None else base[elements], chosen, of.keys, known)
 
 
 def bits(x: torch.Tensor) -> torch.Tensor:
