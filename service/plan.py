@@ -151,8 +151,8 @@ def draft_plan(
         problems += drafted.problems
         if not drafted.pieces:
             return None, tuple(problems)
-        plan = _adapter(drafted, matched, options, baseline_bytes)
-        return plan, (*problems, *_excesses(plan, options, baseline_bytes))
+        as_adapter = _adapter(drafted, matched, options, baseline_bytes)
+        return as_adapter, (*problems, *_excesses(as_adapter, options, baseline_bytes))
     plan, excesses = lay_out(recipe, matched, options, baseline_bytes)
     return plan, (*problems, *excesses)
 

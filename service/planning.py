@@ -51,7 +51,7 @@ class Planned:
     """The whole recipe."""
     checkpoints: tuple[Checkpoint, ...]
     """Every opened checkpoint, once: not the merges in between."""
-    pins: Mapping[str, dict[str, str]]
+    pins: dict[str, dict[str, str]]
     """ETags of all files that are merged, by the checkpoint or adapter that they are of."""
 
 
@@ -155,7 +155,8 @@ class _Examination:
         if plan is None or given is None or tokenizer is None or self._problems or self._away:
             return Outcome(None, price, _once(self._problems), _once(self._away))
         read = {each.uri: each for name, each in self._checkpoints.items() if name in self._uris}
-        pins = {each.uri: dict(each.pins) for each in (*read.values(), *self._adapters.values())}
+        pins = {each.uri: dict(each.pins) for each in read.values()}
+        pins |= {each.uri: dict(each.pins) for each in self._adapters.values()}
         uris, graph = self._uris, self._graph
         planned = Planned(last, given[1], plan, uris, tokenizer, graph, tuple(read.values()), pins)
         return Outcome(planned, price, (), ())
