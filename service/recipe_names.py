@@ -5,15 +5,41 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+_VOCABULARIES = ("base", "union")
+"""What may stand where a model's name decides the vocabulary."""
+
 
 def with_names(data: Mapping[str, Any], rename: Callable[[str, Any], Any]) -> dict[str, Any]:
     """A recipe's data with every model in it called what ``rename`` says, given its place and its name."""
     changed = dict(data)
     for field in ("base_model", "tokenizer_source", "buffers"):
-        keyword = field == "tokenizer_source" and changed.get(field) in ("base", "union")
+        keyword = field == "tokenizer_source" and changed.get(field) in _VOCABULARIES
         if changed.get(field) is not None and not keyword:
             changed[field] = rename(field, changed[field])
+    if isinstance(tokenizer := data.get("tokenizer"), dict):
+        changed["tokenizer"] = _tokenizer_renamed(tokenizer, rename)
     return _lists_renamed(changed, "", rename)
+
+
+def _tokenizer_renamed(tokenizer: dict[str, Any], rename: Callable[[str, Any], Any]) -> dict[str, Any]:
+    changed = dict(tokenizer)
+    if changed.get("source") is not None and changed["source"] not in _VOCABULARIES:
+        changed["source"] = rename("tokenizer.source", changed["source"])
+    if isinstance(tokens := changed.get("tokens"), dict):
+        changed["tokens"] = {
+            token: _token_renamed(entry, f"tokenizer.tokens.{token}.source", rename)
+            for token, entry in tokens.items()
+        }
+    return changed
+
+
+def _token_renamed(entry: Any, path: str, rename: Callable[[str, Any], Any]) -> Any:
+    source = entry.get("source") if isinstance(entry, dict) else None
+    if isinstance(source, dict):
+        if source.get("model") is None:
+            return entry
+        return entry | {"source": source | {"model": rename(f"{path}.model", source["model"])}}
+    return entry if source is None else entry | {"source": rename(path, source)}
 
 
 def _lists_renamed(data: dict[str, Any], path: str, rename: Callable[[str, Any], Any]) -> dict[str, Any]:
