@@ -14,6 +14,7 @@ from service.checkpoint import StoredTensor
 from service.matching import OutputTensor
 from service.price import DESCRIPTIONS, MIN_PART_BYTES, description_bytes, merge_bytes
 from workers.binding import bind, whole_of
+from workers.sources import SOURCE, Source, TensorRef
 from workers.task import (
     BLOCK_BYTES,
     DTYPE_BYTES,
@@ -21,7 +22,6 @@ from workers.task import (
     Arithmetic,
     CopyPiece,
     MergePiece,
-    ModelInput,
     Piece,
     Survey,
     continues,
@@ -138,10 +138,7 @@ def pieces_of(
     if passes and fits(limits.whole_bytes, limits.held_bytes):
         return [alone], None
     step = _step(whole, tensor.dtype, limits)
-    runs = [
-        slice_arithmetic(whole, first, min(first + step, whole.numel))
-        for first in range(0, whole.numel, step)
-    ]
+    runs = [whole.elements(first, min(first + step, whole.numel)) for first in range(0, whole.numel, step)]
     if len(runs) == 1:  # smaller than the grain: it cannot be split, and is whole after all
         return [alone], None
     survey = None
@@ -175,27 +172,17 @@ def _with_others(whole: Arithmetic) -> bool:
     return bound.parameters.survey_scope == "model" and bool(bound.passes)
 
 
-def slice_arithmetic(whole: Arithmetic, first: int, last: int) -> Arithmetic:
-    """The run of elements ``[first, last)`` of an arithmetic over a whole tensor."""
-    return Arithmetic(
-        whole.name,
-        whole.method,
-        whole.parameters,
-        None if whole.base is None else whole.base.elements(first, last),
-        tuple(ModelInput(m.index, m.ref.elements(first, last), m.parameters) for m in whole.models),
-        whole.seed,
-        whole.numel,
-        first,
-        last,
-        whole.shape,
-    )
-
-
 def arithmetic_json(arithmetic: Arithmetic) -> object:
     """JSON that identifies an arithmetic."""
-    refs = [[r.uri, r.etag, r.start, r.end, r.dtype] for r in arithmetic.refs]
+    sources = [_source_json(source) for source in arithmetic.sources]
     models = [[model.index, model.parameters] for model in arithmetic.models]
-    return [arithmetic.name, arithmetic.method, arithmetic.parameters, models, refs, arithmetic.seed]
+    return [arithmetic.name, arithmetic.method, arithmetic.parameters, models, sources, arithmetic.seed]
+
+
+def _source_json(source: Source) -> object:
+    if isinstance(source, TensorRef):
+        return [source.uri, source.etag, source.start, source.end, source.dtype]
+    return SOURCE.dump_python(source, mode="json")
 
 
 def pack(

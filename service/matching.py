@@ -139,8 +139,10 @@ class _Matcher:
                 return False
             owners, others = self.owners[output.name], self.owners[of.name]
             return len(owners) == len(others) and all(
-                (checkpoint is other and checkpoint.is_tied) or ref == same
-                for checkpoint, other, ref, same in zip(owners, others, one.refs, two.refs, strict=True)
+                (checkpoint is other and checkpoint.is_tied) or source == same
+                for checkpoint, other, source, same in zip(
+                    owners, others, one.sources, two.sources, strict=True
+                )
             )
 
         return tuple(

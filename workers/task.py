@@ -24,6 +24,7 @@ from workers.canonical import (
     JSONValue,
     canonical_json,
 )
+from workers.sources import Arithmetic, ModelInput, TensorRef, refs_of
 
 __all__ = [
     "BLOCK_BYTES",
@@ -59,83 +60,6 @@ __all__ = [
 
 Facts = dict[str, JSONValue]
 """What a survey found out about one tensor, or a model (thresholds, norms): small, JSON, exact."""
-
-
-@dataclass(frozen=True, slots=True)
-class TensorRef:
-    """One tensor of one input, or a run of its elements: where its bytes are, never the bytes."""
-
-    uri: str
-    """The object that holds it."""
-    etag: str
-    """The object's ETag when it was planned with; reads are pinned to it."""
-    start: int
-    """First byte within the object."""
-    end: int
-    """One past the last byte within the object."""
-    dtype: str
-    """Safetensors dtype name."""
-
-    @property
-    def nbytes(self) -> int:
-        """Length in bytes."""
-        return self.end - self.start
-
-    def elements(self, first: int, last: int) -> TensorRef:
-        """The run of elements ``[first, last)`` of this one."""
-        width = DTYPE_BYTES[self.dtype]
-        return TensorRef(
-            self.uri, self.etag, self.start + first * width, self.start + last * width, self.dtype
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class ModelInput:
-    """One model's share in a merge."""
-
-    index: int
-    """Position in the recipe's ``models``; seeds its DARE mask and decides the order of summation."""
-    ref: TensorRef
-    """Its elements."""
-    parameters: dict[str, JSONValue] = field(default_factory=dict)
-    """The model's own parameters, resolved for this tensor."""
-
-
-@dataclass(frozen=True, slots=True)
-class Arithmetic:
-    """A method applied to a run of elements of one tensor: common to merging and to surveying it."""
-
-    name: str
-    """The tensor's name."""
-    method: str
-    """Name of the merge method."""
-    parameters: dict[str, JSONValue]
-    """The method's global parameters, resolved for this tensor."""
-    base: TensorRef | None
-    """The base model's elements, for methods that have one."""
-    models: tuple[ModelInput, ...]
-    """The models' elements, in the recipe's order."""
-    seed: int
-    """The recipe's random seed."""
-    numel: int
-    """Elements in the whole tensor."""
-    first: int
-    """First element of this run."""
-    last: int
-    """One past the last element of this run."""
-    shape: tuple[int, ...] = ()
-    """The whole tensor's shape, where the method asks for it."""
-
-    @property
-    def refs(self) -> tuple[TensorRef, ...]:
-        """All byte ranges that it reads: the base first, then the models."""
-        base = () if self.base is None else (self.base,)
-        return base + tuple(model.ref for model in self.models)
-
-
-def refs_of(arithmetics: Iterable[Arithmetic]) -> tuple[TensorRef, ...]:
-    """All byte ranges that some runs read."""
-    return tuple(ref for arithmetic in arithmetics for ref in arithmetic.refs)
 
 
 @dataclass(frozen=True, slots=True)
