@@ -12,6 +12,7 @@ from typing import Any
 from workers.errors import HeaderError
 from workers.json_text import most_values
 from workers.safetensors_format import MAX_TENSORS, Header, clip, unique
+from workers.sources import Gathered, Source
 from workers.store.base import ObjectInfo
 from workers.store.uris import join
 from workers.task import MERGEABLE_DTYPES, TensorRef
@@ -71,6 +72,13 @@ class StoredTensor:
     """Sizes of its dimensions."""
     ref: TensorRef
     """Where its bytes are."""
+    gathered: Gathered | None = None
+    """Its rows as another vocabulary orders and fills them; then :attr:`shape` is that of these."""
+
+    @property
+    def source(self) -> Source:
+        """Its elements: stored, or computed as they are read."""
+        return self.ref if self.gathered is None else self.gathered
 
     @property
     def dtype(self) -> str:

@@ -29,6 +29,8 @@ EMBEDDING_NAMES = (
 )
 """Input embeddings that a tied head stands for."""
 
+_BY_TOKENS = "set `tokenizer_source: union` (or `base`) to merge the rows by their tokens, or "
+
 _SHOWN = 8
 """How many tensor names a problem lists before it counts the rest."""
 
@@ -218,14 +220,14 @@ class _Matcher:
             return None
         dtype = self.recipe.out_dtype_name or tensor.dtype
         models = tuple(
-            ModelInput(source.index, stored.ref, resolved.models[place])
+            ModelInput(source.index, stored.source, resolved.models[place])
             for place, source, _, stored in present
         )
         if self.method.copies and models and models[0].ref.dtype == dtype and resolved.is_default:
-            return _copy(row, present[0][3])
+            return self._kept(row, present[0][3], dtype)
         has_base = row.bound.stretch.has_task_vectors
         if len(models) < max(1, self.method.min_models):
-            return _copy(row, tensor) if tensor.dtype == dtype else self._cast(row, dtype)
+            return self._kept(row, tensor, dtype)
         if row.name in TIED_NAMES or row.name in EMBEDDING_NAMES:
             owners = [checkpoint for _, _, checkpoint, _ in present]
             self.owners[row.name] = [row.bound.reference, *owners] if has_base else owners
@@ -233,7 +235,7 @@ class _Matcher:
             row.name,
             self.method.name,
             resolved.shared,
-            tensor.ref if has_base else None,
+            tensor.source if has_base else None,
             models,
             self.recipe.seed,
             tensor.numel,
@@ -308,7 +310,7 @@ class _Matcher:
         if self.recipe.mismatched_tensors == "base":
             self.notices.append(f"{row.name}: shapes differ; {against}'s is kept unmerged")
             dtype = self.recipe.out_dtype_name or tensor.dtype
-            return _copy(row, tensor) if tensor.dtype == dtype else self._cast(row, dtype)
+            return self._kept(row, tensor, dtype)
         for source, _, stored in present:
             if stored.shape == tensor.shape:
                 continue
@@ -316,15 +318,18 @@ class _Matcher:
             self._problem(
                 f"{'vocabulary size' if vocabulary else 'shape'} differs from {against}",
                 source.model,
-                "set `mismatched_tensors: base` to keep the base's unmerged",
+                f"{_BY_TOKENS if vocabulary else ''}set `mismatched_tensors: base` to keep the base's unmerged",
                 row.name,
                 f" {list(stored.shape)}, not {list(tensor.shape)}",
             )
         return None
 
-    def _cast(self, row: Row, dtype: str) -> OutputTensor:
-        tensor = row.tensor
-        only = ModelInput(0, tensor.ref, {})
+    @staticmethod
+    def _kept(row: Row, tensor: StoredTensor, dtype: str) -> OutputTensor:
+        """One model's tensor alone: copied where it is stored so, else computed."""
+        if tensor.dtype == dtype and tensor.source.is_plain:
+            return _copy(row, tensor)
+        only = ModelInput(0, tensor.source, {})
         arithmetic = Arithmetic(row.name, "passthrough", {}, None, (only,), 0, tensor.numel, 0, tensor.numel)
         return OutputTensor(row.name, tensor.shape, dtype, arithmetic, tensor.numel)
 

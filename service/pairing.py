@@ -34,6 +34,8 @@ class Inputs:
     """The models that did not open, and are taken to be like another."""
     are_digested: bool = True
     """Whether the tensors that no arithmetic is done on could be read to compare them."""
+    notices: tuple[str, ...] = ()
+    """What came up while they were looked at."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 from urllib.parse import quote
 
@@ -20,8 +20,9 @@ from service.pairing import Inputs
 from service.plan import Plan, PlanOptions, draft_plan
 from service.price import BASELINE_BYTES, Price
 from service.recipe import Recipe
+from service.vocabulary import Vocabularies, merge_vocabularies, owner_of
 from workers.errors import PlanError, StoreError, StoreUnavailableError
-from workers.store.base import ObjectStore
+from workers.store.base import ObjectInfo, ObjectStore
 from workers.store.uris import from_path, join, normalise, to_path
 from workers.store.uris import name as base_name
 
@@ -47,6 +48,18 @@ class Planned:
     """Where each model named in the recipe is."""
     tokenizer: Checkpoint
     """Whose tokenizer files go to the output."""
+    texts: Mapping[str, bytes] = field(default_factory=dict, repr=False)
+    """Files beside the weights that are written anew, by name."""
+    left_out: frozenset[str] = frozenset()
+    """Files that would be copied beside the weights, and say something else than these."""
+
+    @property
+    def copied(self) -> dict[str, ObjectInfo]:
+        """The files that are copied beside the weights, by name."""
+        found = copied_files(self.inputs.reference, self.tokenizer)
+        return {
+            name: info for name, info in found.items() if name not in self.texts and name not in self.left_out
+        }
 
 
 @dataclass(frozen=True)
@@ -184,26 +197,40 @@ def examine(
     tried = parallel(lambda uri: attempt(lambda: open_checkpoint(store, uri)), distinct)
     by_uri = dict(zip(distinct, tried, strict=True))
     opened = {name: found for name, uri in uris.items() if (found := by_uri[uri]) is not None}
-    plan = None
+    plan, words = None, None
     if opened:
         nearest = next(name for name in names if name in opened)
         wanted, inputs = _completed(recipe, opened, uris, nearest)
+        words = attempt(lambda: _vocabularies(store, wanted, inputs))
+        inputs = inputs if words is None else words.inputs
         digested = attempt(lambda: _with_digests(store, wanted, inputs))
         inputs = digested or replace(inputs, are_digested=False)
         plan, misfits = draft_plan(wanted, inputs, options, baseline_bytes)
         problems.extend(misfits)
     price = None if plan is None else plan.price
-    source = recipe.tokenizer_source
-    tokenizer = opened.get(recipe.reference if source in {None, "base"} else str(source))
+    tokenizer = opened.get(owner_of(recipe))
     if tokenizer is not None and recipe.reference in opened:
         problems.extend(
             f"{info.uri} has {info.size} bytes, more than the {MAX_COPIED_BYTES} of a file that is copied"
             for info in copied_files(opened[recipe.reference], tokenizer).values()
             if info.size > MAX_COPIED_BYTES
         )
-    if plan is None or tokenizer is None or problems or away:
+    if plan is None or words is None or tokenizer is None or problems or away:
         return Outcome(None, price, tuple(sorted(set(problems))), tuple(sorted(set(away))))
-    return Outcome(Planned(recipe, inputs, plan, uris, tokenizer), price, (), ())
+    return Outcome(Planned(recipe, inputs, plan, uris, tokenizer, words.texts, words.left_out), price, (), ())
+
+
+def _vocabularies(store: ObjectStore, recipe: Recipe, inputs: Inputs) -> Vocabularies:
+    """What comes of the models' vocabularies.
+
+    :raises PlanError: they do not fit together, or cannot be read.
+    """
+    try:
+        return merge_vocabularies(store, recipe, inputs)
+    except StoreUnavailableError:
+        raise
+    except StoreError as error:
+        raise PlanError(str(error)) from error
 
 
 def _completed(

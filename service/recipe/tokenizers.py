@@ -58,7 +58,13 @@ class ModelTokenRow(Frozen):
 def _kind(value: object) -> str:
     if isinstance(value, dict):
         return "zero" if value.get("kind") == "zero" else "model_token"
-    return "zero" if isinstance(value, ZeroRow) else "model_token" if isinstance(value, ModelTokenRow) else "model"
+    return (
+        "zero"
+        if isinstance(value, ZeroRow)
+        else "model_token"
+        if isinstance(value, ModelTokenRow)
+        else "model"
+    )
 
 
 RowSource = Annotated[

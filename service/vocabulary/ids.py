@@ -86,7 +86,7 @@ def _pairs(key: str, pairs: Sequence[Any], renumbering: Renumbering) -> list[Any
 
 
 def with_size(config: Mapping[str, Any], old: int | None, size: int, depth: int = 0) -> dict[str, Any]:
-    """A config whose ``vocab_size`` is ``size`` wherever it was ``old``, and at least where the model itself says it."""
+    """A config whose ``vocab_size`` is ``size`` wherever it was ``old``, and at its top in any case."""
     changed: dict[str, Any] = {}
     for key, value in config.items():
         if isinstance(value, Mapping) and key.endswith("_config") and depth < _DEEPEST:

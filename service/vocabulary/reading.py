@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from service.checkpoint import Checkpoint
@@ -32,24 +32,23 @@ MAX_SETTINGS_VALUES = 1 << 19
 """Most JSON values of one of those."""
 
 
+SLOW_FILES = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "vocab.txt", "vocab.json", "merges.txt",
+              "tekken.json")  # fmt: skip
+"""Files of tokenizers of other kinds, which are copied and compared and not read."""
+
+
 @dataclass(frozen=True)
 class Tokenizer:
     """One model's tokenizer."""
 
     uri: str
     """Whose it is."""
-    tokens: Mapping[str, int]
+    tokens: Mapping[str, int] = field(repr=False)
     """Number of every token, those that were added included."""
-    added: Mapping[str, Mapping[str, Any]]
+    added: Mapping[str, Mapping[str, Any]] = field(repr=False)
     """Those that were added, as tokenizer.json describes them, by their text."""
-    kind: str
-    """What it is: ``BPE``, ``WordPiece``, ``Unigram``, ``WordLevel``."""
-    document: Mapping[str, Any] = field(repr=False)
-    """All of tokenizer.json."""
     settings: Mapping[str, Any] = field(default_factory=dict, repr=False)
     """tokenizer_config.json."""
-    digest: str = ""
-    """SHA-256 of tokenizer.json."""
 
     @property
     def size(self) -> int:
@@ -57,26 +56,73 @@ class Tokenizer:
         return 1 + max(self.tokens.values(), default=-1)
 
 
-def read_tokenizer(store: ObjectStore, checkpoint: Checkpoint) -> Tokenizer | None:
-    """The tokenizer of a model; ``None`` when it has no tokenizer.json.
+class Tokenizers:
+    """The tokenizers of a recipe's models, each read once, and no text that is the same parsed twice.
 
-    :raises PlanError: the file is not one, or is too big.
-    :raises StoreError: it cannot be read.
+    :param is_lenient: a file that is no tokenizer is as good as none.
     """
-    info = checkpoint.files.get(TOKENIZER_FILE)
-    if info is None:
-        return None
-    text = read_file(store, info, MAX_TOKENIZER_BYTES)
+
+    def __init__(self, store: ObjectStore, is_lenient: bool = False) -> None:
+        self.store = store
+        self._is_lenient = is_lenient
+        self._known: dict[str, Tokenizer | None] = {}
+        self._parsed: dict[str, Tokenizer] = {}
+
+    def of(self, checkpoint: Checkpoint) -> Tokenizer | None:
+        """A model's tokenizer; ``None`` when it has none.
+
+        :raises PlanError: it is one that cannot be read, or is too big.
+        :raises StoreError: it cannot be read.
+        """
+        if checkpoint.uri not in self._known:
+            self._known[checkpoint.uri] = self._read(checkpoint)
+        return self._known[checkpoint.uri]
+
+    def _read(self, checkpoint: Checkpoint) -> Tokenizer | None:
+        info = checkpoint.files.get(TOKENIZER_FILE)
+        if info is None:
+            return self._other(checkpoint)
+        try:
+            text = read_file(self.store, info, MAX_TOKENIZER_BYTES)
+            settings = read_settings(self.store, checkpoint, SETTINGS_FILE) or {}
+            same = hashlib.sha256(text).hexdigest()
+            if same not in self._parsed:
+                self._parsed[same] = _parsed(info, text)
+        except PlanError:
+            if self._is_lenient:
+                return None
+            raise
+        return replace(self._parsed[same], uri=checkpoint.uri, settings=settings)
+
+    def _other(self, checkpoint: Checkpoint) -> Tokenizer | None:
+        """``None`` for a model without any tokenizer; one of another kind is refused."""
+        there = [name for name in SLOW_FILES if name in checkpoint.files]
+        if not there or self._is_lenient:
+            return None
+        raise PlanError(
+            f"{checkpoint.uri}: of its tokenizer there is only {there[0]}, and vocabularies are merged by "
+            "tokenizer.json: have transformers write one, with "
+            "AutoTokenizer.from_pretrained(directory).save_pretrained(directory)"
+        )
+
+
+def _parsed(info: ObjectInfo, text: bytes) -> Tokenizer:
     document = _document(text, info)
     try:
         tokens, added = tokens_of(document)
     except ValueError as error:
         raise PlanError(f"{info.uri} is not a tokenizer: {clip(str(error))}") from error
-    settings = read_settings(store, checkpoint, SETTINGS_FILE) or {}
-    kind = str(document["model"].get("type"))
-    return Tokenizer(
-        checkpoint.uri, tokens, added, kind, document, settings, hashlib.sha256(text).hexdigest()
-    )
+    return Tokenizer("", tokens, added)
+
+
+def read_document(store: ObjectStore, checkpoint: Checkpoint) -> dict[str, Any]:
+    """All of a model's tokenizer.json.
+
+    :raises PlanError: it is no JSON object, or is too big.
+    :raises StoreError: it cannot be read.
+    """
+    info = checkpoint.files[TOKENIZER_FILE]
+    return _document(read_file(store, info, MAX_TOKENIZER_BYTES), info)
 
 
 def read_settings(store: ObjectStore, checkpoint: Checkpoint, name: str) -> dict[str, Any] | None:

@@ -20,8 +20,12 @@ _SURE = re.compile(
     r"(^|\.)(embed_tokens(_per_layer)?|wte|word_embeddings|embed_in|shared|tok_embeddings|lm_head|embed_out"
     r"|token_embedding)\.(weight|bias)$"
 )
-_LIKELY = re.compile(r"(head|embed_out|predictions|logits|vocab|proj_out|output|decoder\.(weight|bias)$|embed)")
-_NEVER = re.compile(r"(position|wpe|token_type|norm|(^|\.)ln|segment|pooler|classifier|score|vision|visual|audio)")
+_LIKELY = re.compile(
+    r"(head|embed_out|predictions|logits|vocab|proj_out|output|decoder\.(weight|bias)$|embed)"
+)
+_NEVER = re.compile(
+    r"(position|wpe|token_type|norm|(^|\.)ln|segment|pooler|classifier|score|vision|visual|audio)"
+)
 
 _SHOWN = 4
 
@@ -53,7 +57,9 @@ def embedding_of(checkpoint: Checkpoint) -> StoredTensor | None:
     for name in EMBEDDING_NAMES:
         if name in checkpoint.tensors:
             return checkpoint.tensors[name]
-    sure = (tensor for name, tensor in checkpoint.tensors.items() if _SURE.search(name) and len(tensor.shape) == 2)
+    sure = (
+        tensor for name, tensor in checkpoint.tensors.items() if _SURE.search(name) and len(tensor.shape) == 2
+    )
     return next(sure, None)
 
 
@@ -96,7 +102,9 @@ def vocabulary_tensors(
         elif is_row_wise is None:
             unclear.append(f"{name} {list(tensor.shape)}")
     if unclear:
-        listed = ", ".join(unclear[:_SHOWN]) + (f" and {len(unclear) - _SHOWN} more" if unclear[_SHOWN:] else "")
+        listed = ", ".join(unclear[:_SHOWN]) + (
+            f" and {len(unclear) - _SHOWN} more" if unclear[_SHOWN:] else ""
+        )
         found.problems.append(
             f"{reference.uri}: {listed}: {size} may be the number of tokens or a size of another kind: name the "
             "tensors that have a row for each token under `tokenizer: {embeddings: [...]}`"
