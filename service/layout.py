@@ -138,7 +138,7 @@ def pieces_of(
     if passes and fits(limits.whole_bytes, limits.held_bytes):
         return [alone], None
     step = _step(whole, tensor.dtype, limits)
-    runs = [whole.elements(first, min(first + step, whole.numel)) for first in range(0, whole.numel, step)]
+    runs = list(_runs(whole, step))
     if len(runs) == 1:  # smaller than the grain: it cannot be split, and is whole after all
         return [alone], None
     survey = None
@@ -233,7 +233,29 @@ def _step(whole: Arithmetic, dtype: str, limits: Limits) -> int:
     each = max(1, merge_bytes(whole, width) // whole.numel)
     wanted = min(limits.part_bytes // width, limits.packed_bytes // each)
     least = math.ceil(MIN_PART_BYTES / width / GRAIN_ELEMENTS) * GRAIN_ELEMENTS
-    return max(least, wanted // GRAIN_ELEMENTS * GRAIN_ELEMENTS)
+    step = max(least, wanted // GRAIN_ELEMENTS * GRAIN_ELEMENTS)
+    while step > least and not _fits(whole, dtype, step, limits):
+        step = max(least, step // 2 // GRAIN_ELEMENTS * GRAIN_ELEMENTS)
+    return step
+
+
+def _fits(whole: Arithmetic, dtype: str, step: int, limits: Limits) -> bool:
+    """Whether every run of ``step`` elements can be held, and reads few enough ranges.
+
+    Plain operands are as many bytes and ranges in every run. Of others, some are needed in each: an adapter's A.
+    """
+    if whole.is_plain:
+        return True
+    for run in _runs(whole, step):
+        piece = MergePiece("merge", run, dtype, None)
+        if held_by(piece) > limits.packed_bytes or len(run.refs) > PART_REFS:
+            return False
+    return True
+
+
+def _runs(whole: Arithmetic, step: int) -> Iterator[Arithmetic]:
+    for first in range(0, whole.numel, step):
+        yield whole.elements(first, min(first + step, whole.numel))
 
 
 def _copies(tensor: OutputTensor, source: StoredTensor, most: int) -> Iterator[CopyPiece]:

@@ -10,14 +10,17 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import chain
 
 from workers.arena import padded
 from workers.binding import whole_of
 from workers.kernels.moves import device_bytes
-from workers.ranges import READ_BYTES, Arrangement
+from workers.ranges import READ_BYTES, Arrangement, coalesce
+from workers.scratch import inner, most_scratch_bytes, scratch_bytes
+from workers.sources import Gathered, LowRank, Source
 from workers.task import (
     BLOCK_BYTES,
     DTYPE_BYTES,
@@ -51,6 +54,12 @@ PIECE_BYTES = 3 << 10
 REF_BYTES = 3 << 10
 """One of a task's input ranges in JSON, as objects and as a read of its own, its texts not counted."""
 
+MADE_BYTES = 2 << 10
+"""What says how one operand is made that is not plain, beside what it is made of."""
+
+TAKE_BYTES = 512
+"""A run of gathered elements in JSON, as objects and while it is copied."""
+
 TEXT_COPIES = 6
 """How often a worker holds a text of its task (a name, URI, ETag or header): per character of its JSON."""
 
@@ -62,6 +71,9 @@ GPU_BASELINE_BYTES = 1 << 30
 
 GPU_HOST_BYTES = 2 << 30
 """Main memory that CUDA's libraries and context take beside a worker's: an allowance, not measured."""
+
+_WIDEST = 4
+"""Bytes of the widest element that arithmetic is done on."""
 
 MAX_PARTS = 10_000
 """Most parts of one S3 multipart upload."""
@@ -145,8 +157,11 @@ class _Load:
 
 
 def merge_bytes(arithmetic: Arithmetic, output_width: int) -> int:
-    """Bytes that a run of merged elements holds: its inputs and its output."""
-    return sum(ref.nbytes for ref in arithmetic.refs) + (arithmetic.last - arithmetic.first) * output_width
+    """Bytes that a run of merged elements holds: what it reads, what it makes of that, and its output."""
+    output = (arithmetic.last - arithmetic.first) * output_width
+    if arithmetic.is_plain:
+        return sum(ref.nbytes for ref in arithmetic.refs) + output
+    return Arrangement(arithmetic.refs).nbytes + scratch_bytes(arithmetic.sources) + output
 
 
 def whole_bytes(arithmetic: Arithmetic) -> int:
@@ -163,7 +178,8 @@ def workspace_bytes(inputs: int) -> int:
 def description_bytes(piece: Piece) -> int:
     """Bytes that a worker holds of a piece besides tensors: its description, and what is told about it."""
     text = piece.text if isinstance(piece, HeaderPiece) else piece.name
-    return PIECE_BYTES + TEXT_COPIES * len(json.dumps(text)) + _refs_bytes(piece.refs)
+    sources = piece.arithmetic.sources if isinstance(piece, MergePiece) else piece.refs
+    return PIECE_BYTES + TEXT_COPIES * len(json.dumps(text)) + sum(map(_source_bytes, sources))
 
 
 def part_peak_bytes(part: Part, baseline_bytes: int = BASELINE_BYTES) -> int:
@@ -190,18 +206,15 @@ def price(
     made = [_part_load(part) for part in parts]
     surveyed = [(survey.passes, _survey_load(task)) for survey in surveys for task in survey.tasks]
     loads = [*made, *(load for _, load in surveyed)]
-    input_bytes = sum(
-        load.read for load in made
-    )  # every tensor is in one part or split over several, so once
     fixed = baseline_bytes + max((load.workspace for load in loads), default=0)
     fixed += DESCRIPTIONS * max((load.description for load in loads), default=0)
     worst = max(loads, key=_alone, default=None)
     arena = _arena_bytes(loads, None if worker_memory_bytes is None else worker_memory_bytes - fixed)
     return Price(
-        bytes_read=input_bytes + sum(passes * load.read for passes, load in surveyed),
+        bytes_read=sum(load.read for load in made) + sum(passes * load.read for passes, load in surveyed),
         bytes_written=sum(part.nbytes for part in parts),
         bytes_copied=sum(part.nbytes for part in parts if part.source),
-        input_bytes=input_bytes,
+        input_bytes=_input_bytes(parts, made),
         requests=sum(load.reads + 1 for load in made) + sum(passes * load.reads for passes, load in surveyed),
         shards=shards,
         parts=len(parts),
@@ -239,17 +252,24 @@ def label_of(names: Iterable[str]) -> str:
     return f"{first} and {len(others)} more" if others else first
 
 
+def _input_bytes(parts: Sequence[Part], loads: Sequence[_Load]) -> int:
+    """A plain tensor is in one part or split over several, so read once; what others are made of may be read again."""
+    plain = sum(load.read for part, load in zip(parts, loads, strict=True) if not part.scratch_bytes)
+    refs = chain.from_iterable(part.reads for part in parts if part.scratch_bytes)
+    return plain + sum(run.nbytes for run in coalesce(refs))
+
+
 def _part_load(part: Part) -> _Load:
     arrangement = Arrangement(part.reads)
-    merges = [piece.arithmetic for piece in part.pieces if isinstance(piece, MergePiece)]
+    merges = part.arithmetics
     steps = part.nbytes // BLOCK_BYTES * STEP_BYTES_PER_INPUT + sum(map(_steps_bytes, merges))
     return _Load(
         label=part_label(part),
         read=arrangement.bytes_read,
         reads=_requests(arrangement),
-        inputs=padded(arrangement.nbytes),
+        inputs=padded(arrangement.nbytes) + padded(part.scratch_bytes),
         output=0 if part.source else padded(part.lead + part.nbytes),
-        workspace=workspace_bytes(max((len(arithmetic.refs) for arithmetic in merges), default=1))
+        workspace=workspace_bytes(max(map(_operands, merges), default=1))
         + max(map(whole_bytes, merges), default=0),
         description=steps + sum(map(description_bytes, part.pieces)),
         device=max(
@@ -267,14 +287,14 @@ def _survey_load(arithmetics: Sequence[Arithmetic]) -> _Load:
     arrangement = Arrangement(refs_of(arithmetics))
     texts = sum(len(json.dumps(arithmetic.name)) for arithmetic in arithmetics)
     described = PIECE_BYTES * len(arithmetics) + TEXT_COPIES * texts
-    described += sum(_refs_bytes(arithmetic.refs) for arithmetic in arithmetics)
+    described += sum(_source_bytes(source) for arithmetic in arithmetics for source in arithmetic.sources)
     return _Load(
         label=label_of(arithmetic.name for arithmetic in arithmetics),
         read=arrangement.bytes_read,
         reads=_requests(arrangement),
-        inputs=padded(arrangement.nbytes),
+        inputs=padded(arrangement.nbytes) + padded(most_scratch_bytes(arithmetics)),
         output=0,
-        workspace=workspace_bytes(max(len(arithmetic.refs) for arithmetic in arithmetics)),
+        workspace=workspace_bytes(max(map(_operands, arithmetics))),
         description=sum(map(_steps_bytes, arithmetics)) + described,
         device=max(_device_bytes(arithmetic, 0) for arithmetic in arithmetics),
     )
@@ -296,12 +316,33 @@ def _arena_bytes(loads: Sequence[_Load], most: int | None) -> int:
 
 def _steps_bytes(arithmetic: Arithmetic) -> int:
     steps = (arithmetic.last - arithmetic.first) // SURVEY_ELEMENTS
-    return steps * STEP_BYTES_PER_INPUT * len(arithmetic.refs)
+    return steps * STEP_BYTES_PER_INPUT * len(arithmetic.sources)
 
 
-def _refs_bytes(refs: Sequence[TensorRef]) -> int:
-    texts = sum(_json_length(ref.uri) + _json_length(ref.etag) for ref in refs)
-    return REF_BYTES * len(refs) + TEXT_COPIES * texts
+def _operands(arithmetic: Arithmetic) -> int:
+    """Operands that a computation has, or one whose outcome is an operand of it."""
+    if arithmetic.is_plain:  # as nearly all are
+        return len(arithmetic.sources)
+    return max(len(each.sources) for each in _all_of(arithmetic))
+
+
+def _all_of(arithmetic: Arithmetic) -> Iterator[Arithmetic]:
+    """It and those whose outcomes it is made of."""
+    yield arithmetic
+    for source in arithmetic.sources:
+        yield from inner(source)
+
+
+def _source_bytes(source: Source) -> int:
+    if isinstance(source, TensorRef):
+        return REF_BYTES + TEXT_COPIES * (_json_length(source.uri) + _json_length(source.etag))
+    if isinstance(source, LowRank):
+        return MADE_BYTES + sum(map(_source_bytes, (source.source, *source.factors)))
+    if isinstance(source, Gathered):
+        runs = TAKE_BYTES * sum(1 + len(run.takes) for run in source.runs)
+        return MADE_BYTES + runs + sum(map(_source_bytes, (*source.sources, *source.reads)))
+    name = TEXT_COPIES * _json_length(source.arithmetic.name)
+    return MADE_BYTES + name + sum(map(_source_bytes, source.arithmetic.sources))
 
 
 @lru_cache(maxsize=1024)
@@ -316,7 +357,13 @@ def _gpu_bytes(loads: Sequence[_Load]) -> int:
 
 
 def _device_bytes(arithmetic: Arithmetic, output_width: int) -> int:
-    widths = [DTYPE_BYTES[ref.dtype] for ref in arithmetic.refs]
+    if not arithmetic.is_plain:
+        return max(_chunk_bytes(each, max(output_width, _WIDEST)) for each in _all_of(arithmetic))
+    return _chunk_bytes(arithmetic, output_width)
+
+
+def _chunk_bytes(arithmetic: Arithmetic, output_width: int) -> int:
+    widths = [DTYPE_BYTES[source.dtype] for source in arithmetic.sources]
     return device_bytes(arithmetic.last - arithmetic.first, widths, output_width)
 
 

@@ -17,7 +17,8 @@ from workers import logs, tracing
 from workers.arena import Arena, padded
 from workers.errors import FleetError, MergemillError
 from workers.kernels import kernels_of, pin_of
-from workers.run import PartRun, SurveyRun, Task, Tools, reset_peak_bytes, run_tasks
+from workers.run import PartRun, SurveyRun, reset_peak_bytes, run_tasks
+from workers.stages import Task, Tools
 from workers.store import StoreSettings, open_stores
 from workers.store.base import ObjectStore, Upload
 from workers.task import PART, SURVEY_TASK, JSONValue, canonical_json

@@ -11,13 +11,11 @@ from typing import Final
 import torch
 
 from workers.errors import CorruptReadError
-from workers.kernels.base import Operands
 from workers.kernels.reference import TORCH_DTYPES
-from workers.random import mask_key
 from workers.ranges import Arrangement
 from workers.store.base import ObjectStore
 from workers.store.retries import RETRIES
-from workers.task import BLOCK_BYTES, DTYPE_BYTES, Arithmetic, TensorRef
+from workers.task import BLOCK_BYTES, DTYPE_BYTES, TensorRef
 
 COPY_BYTES = 1 << 20
 """How much is copied at a time of elements that are not aligned."""
@@ -109,16 +107,6 @@ class Inputs:
     def release(self) -> None:
         """Let go of the bytes: whoever asks for them now is wrong."""
         self._view = memoryview(b"")
-
-    def operands(self, arithmetic: Arithmetic) -> Operands:
-        """What an arithmetic over one or more elements computes with; shares the bytes."""
-        keys = (mask_key(arithmetic.seed, model.index, arithmetic.name) for model in arithmetic.models)
-        return Operands(
-            first=arithmetic.first,
-            base=None if arithmetic.base is None else self.tensor(arithmetic.base),
-            models=tuple(self.tensor(model.ref) for model in arithmetic.models),
-            mask_keys=tuple(keys),
-        )
 
 
 def aligned(view: memoryview, dtype: str) -> Iterator[torch.Tensor]:

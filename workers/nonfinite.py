@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from workers.errors import NonFiniteError
+from workers.sources import Source, TensorRef
 from workers.store.uris import parent
-from workers.task import MergePiece, TensorRef
+from workers.task import MergePiece
 
 
 class NonFinite:
@@ -25,11 +28,21 @@ class NonFinite:
             total = self._add(f"{tensor}: {model}", count)
             self._said[f"{tensor}: {model}"] = f"tensor {tensor!r} of {model} holds {total} NaN or Inf"
 
-    def add_inputs(self, tensor: str, refs: tuple[TensorRef, ...], counts: tuple[int, ...]) -> None:
-        """Count them in all inputs of an arithmetic; a model that is listed twice counts once."""
-        for number, (ref, count) in enumerate(zip(refs, counts, strict=True)):
-            if ref not in refs[:number]:
-                self.add(tensor, ref, count)
+    def add_inputs(self, tensor: str, sources: Sequence[Source], counts: Sequence[int]) -> None:
+        """Count them in all plain inputs of an arithmetic; a model that is listed twice counts once.
+
+        Those of operands that were made have been counted where they were read.
+        """
+        for number, (source, count) in enumerate(zip(sources, counts, strict=True)):
+            if count and isinstance(source, TensorRef) and source not in sources[:number]:
+                self.add(tensor, source, count)
+
+    def add_made(self, tensor: str, dtype: str, count: int) -> None:
+        """Count values of an operand that are not finite though all that they were made of is."""
+        if count:
+            total = self._add(f"{tensor}: operand", count)
+            said = f"{total} value(s) of tensor {tensor!r} overflow {dtype} before they are merged"
+            self._said[f"{tensor}: operand"] = said
 
     def add_overflow(self, piece: MergePiece, count: int) -> None:
         """Count outputs that are not finite though all their inputs are."""

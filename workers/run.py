@@ -8,28 +8,26 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import time
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import suppress
 from contextvars import copy_context
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from workers.arena import Arena, Extent, padded
+from workers.arena import Arena, padded
 from workers.binding import bind
 from workers.errors import ObjectChangedError, StoreError, TruncatedReadError, UploadNotFoundError
 from workers.inputs import Inputs, Known, aligned
 from workers.kernels import kernels_of, pin_of
-from workers.kernels.base import Kernels, Operands
+from workers.kernels.base import Operands
 from workers.kernels.reference import TORCH_DTYPES, round_to
 from workers.methods.base import Summary, Tensors, Whole
 from workers.methods.survey import Tally, survey
 from workers.nonfinite import NonFinite
 from workers.pipeline import Pipeline
 from workers.safetensors_format import prefix
+from workers.stages import Task, Tools
 from workers.store.base import ObjectStore, Upload, UploadedPart
 from workers.store.retries import RETRIES
 from workers.store.uris import scheme
@@ -40,7 +38,6 @@ from workers.task import (
     CopyPiece,
     Facts,
     HeaderPiece,
-    JSONValue,
     MergePiece,
     Part,
     PartResult,
@@ -48,7 +45,6 @@ from workers.task import (
     TensorDigest,
     part_id,
 )
-from workers.tracing import span
 
 log = logging.getLogger(__name__)
 
@@ -56,80 +52,11 @@ MIN_COPY_BYTES = 5 << 20
 """Shortest range that S3 copies by itself: of a source below 5 MiB it copies no range."""
 
 
-@dataclass(frozen=True, slots=True)
-class Tools:
-    """What a worker's tasks share."""
-
-    store: ObjectStore
-    """Object storage."""
-    arena: Arena
-    """Memory for inputs and outputs."""
-    kernels: Kernels
-    """The arithmetic."""
-
-
-class Task(ABC):
-    """One task on its way. The stages are called in order, each once, and ``release`` at the end in any case."""
-
-    def __init__(self, tools: Tools, inputs: Inputs, output_bytes: int) -> None:
-        self._tools = tools
-        self._inputs = inputs
-        self._output_bytes = output_bytes
-        self._extents: list[Extent] = []
-        self._problems = NonFinite()
-        self._seconds: dict[str, float] = {}
-
-    def read(self) -> None:
-        """Wait for room in the arena, then fetch the inputs.
-
-        :raises StoreError: reading failed.
-        """
-        self._extents = self._tools.arena.take([self._output_bytes, self._inputs.nbytes])
-        with self._clock("read"):
-            self._inputs.fetch(self._tools.store, self._extents[-1].view)
-
-    @abstractmethod
-    def merge(self) -> None:
-        """Compute, and give back what is not needed any more.
-
-        :raises NonFiniteError: an input holds NaN or Inf and the task does not allow it, or an output overflowed.
-        """
-
-    @abstractmethod
-    def write(self) -> None:
-        """Upload what was made.
-
-        :raises StoreError: writing failed.
-        """
-
-    @property
-    @abstractmethod
-    def value(self) -> JSONValue:
-        """What is told about the task once it is through."""
-
-    def release(self) -> None:
-        """Give back what is still held."""
-        self._inputs.release()
-        while self._extents:
-            self._tools.arena.give_back(self._extents.pop())
-
-    def _refuse_nonfinite(self, allowed: bool) -> None:
-        if self._problems and not allowed:
-            raise self._problems.error()
-
-    @contextmanager
-    def _clock(self, stage: str) -> Iterator[None]:
-        started = time.perf_counter()
-        with span(stage):
-            yield
-        self._seconds[stage] = round(time.perf_counter() - started, 6)
-
-
 class SurveyRun(Task):
     """One pass over some runs of elements."""
 
     def __init__(self, task: SurveyTask, tools: Tools, known: Known | None = None) -> None:
-        super().__init__(tools, Inputs(task.refs, known or {}), 0)
+        super().__init__(tools, Inputs(task.refs, known or {}), 0, task.scratch_bytes)
         self._task = task
         self._summary: Summary = None
 
@@ -144,9 +71,10 @@ class SurveyRun(Task):
         survey_pass = bind(task.arithmetics[0]).passes[task.index]
         tally = Tally(survey_pass)
         for arithmetic in task.arithmetics:
-            operands = self._inputs.operands(arithmetic)
+            # Later passes make the same operands anew, of which all has been told.
+            operands = self._operands(arithmetic, NonFinite() if task.index else self._problems)
             if task.index == 0:
-                self._problems.add_inputs(arithmetic.name, arithmetic.refs, kernels.nonfinite(operands))
+                self._problems.add_inputs(arithmetic.name, arithmetic.sources, kernels.nonfinite(operands))
             tally.add(survey_pass.accumulate(kernels, operands, task.facts))
         self._refuse_nonfinite(task.allow_nonfinite)
         self._summary = tally.total
@@ -172,9 +100,8 @@ class PartRun(Task):
         :param known: digests of what it reads, where there are any.
         """
         # Only what is merged needs room of its own: a copy is written from where it was read.
-        super().__init__(
-            tools, Inputs(part.reads, known or {}), 0 if part.source else part.lead + part.nbytes
-        )
+        output_bytes = 0 if part.source else part.lead + part.nbytes
+        super().__init__(tools, Inputs(part.reads, known or {}), output_bytes, part.scratch_bytes)
         self._part = part
         self._upload = upload
         self._facts = facts
@@ -202,6 +129,7 @@ class PartRun(Task):
                     raise
         self._refuse_nonfinite(self._part.allow_nonfinite)
         if not self._part.source:
+            self._scratch = memoryview(b"")
             self._tools.arena.give_back(self._extents.pop())
 
     def write(self) -> None:
@@ -275,14 +203,14 @@ class PartRun(Task):
 
     def _merge(self, piece: MergePiece, target: memoryview) -> None:
         kernels, method = self._tools.kernels, bind(piece.arithmetic)
-        operands = self._inputs.operands(piece.arithmetic)
+        operands = self._operands(piece.arithmetic, self._problems)
         if method.whole is not None:
             self._merge_whole(piece, method.whole, operands, target)
             return
         facts = self._facts[piece.survey] if piece.survey else survey(method.passes, operands, kernels)
         out = torch.frombuffer(target, dtype=TORCH_DTYPES[piece.dtype])
         found = kernels.merge(operands, method.formula(facts), out)
-        self._problems.add_inputs(piece.name, piece.arithmetic.refs, found.nonfinite)
+        self._problems.add_inputs(piece.name, piece.arithmetic.sources, found.nonfinite)
         self._problems.add_overflow(piece, found.overflowed)
 
     def _merge_whole(self, piece: MergePiece, whole: Whole, operands: Operands, target: memoryview) -> None:
@@ -295,7 +223,7 @@ class PartRun(Task):
         for elements in operands.inputs:
             bad &= torch.isfinite(elements)
         found = kernels_of("cpu").nonfinite(operands)
-        self._problems.add_inputs(piece.name, piece.arithmetic.refs, found)
+        self._problems.add_inputs(piece.name, piece.arithmetic.sources, found)
         out = torch.frombuffer(target, dtype=TORCH_DTYPES[piece.dtype])
         out.copy_(round_to(merged, out.dtype))
         bad |= torch.isinf(out) & torch.isfinite(merged)
@@ -359,8 +287,8 @@ def run_part(
     :raises NonFiniteError: an input holds NaN or Inf and the part does not allow it, or an output overflowed.
     :raises StoreError: reading or uploading failed.
     """
-    nbytes = padded(Inputs(part.reads).nbytes) + padded(part.lead + part.nbytes)
-    arena = Arena(nbytes, pin_of(device))
+    made = padded(part.scratch_bytes) + padded(part.lead + part.nbytes)
+    arena = Arena(padded(Inputs(part.reads).nbytes) + made, pin_of(device))
     run = PartRun(part, upload, facts, Tools(store, arena, kernels_of(device)))
     _alone(run)
     return run.result
@@ -372,7 +300,7 @@ def run_survey(task: SurveyTask, store: ObjectStore, device: str = "cpu") -> Sum
     :raises NonFiniteError: an input holds NaN or Inf and the task does not allow it.
     :raises StoreError: reading failed.
     """
-    arena = Arena(Inputs(task.refs).nbytes, pin_of(device))
+    arena = Arena(padded(Inputs(task.refs).nbytes) + padded(task.scratch_bytes), pin_of(device))
     run = SurveyRun(task, Tools(store, arena, kernels_of(device)))
     _alone(run)
     return run.value

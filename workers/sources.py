@@ -20,7 +20,7 @@ Frozen, JSON round-trips, and no import of torch: this is what plans are made of
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import accumulate, chain
 from typing import Annotated, Final, Literal, NamedTuple
@@ -31,9 +31,6 @@ from workers.canonical import DTYPE_BYTES, JSONValue
 
 JOINED_BYTES: Final = 64 << 10
 """Rows of one tensor that lie this close together are read in one request: what is between costs less than another."""
-
-SCRATCH_ALIGNMENT: Final = 64
-"""Every operand that is made begins on a multiple of it within the scratch memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +104,8 @@ class LowRank:
     An element is widened to float32. For each change, in order, the products ``b * a`` are added up over the ranks,
     from the first to the last, beginning with zero; the sum is multiplied by the scale, and added. Each of these is
     one float32 operation, rounded by itself (none is fused); the outcome is rounded once more, to the source's dtype.
-    PEFT rounds ``scale * (b @ a)`` to the dtype before it adds it, so in bfloat16 its merges differ in the last bit.
+    PEFT's merge rounds once as well, unless ``safe_merge`` or ``autocast_adapter_dtype=False`` has it round the
+    product first.
     """
 
     kind: Literal["low_rank"]
@@ -213,6 +211,10 @@ class Gathered:
             for first, last in _joined(spans, gap):
                 reads |= dict.fromkeys(source.elements(first, last).reads)
         return tuple(reads)
+
+    def taken(self, run: RowRun) -> tuple[Source, ...]:
+        """The runs of the sources that one of the runs is made of."""
+        return tuple(self.sources[number].elements(at, at + run.numel) for number, at in run.takes)
 
     def elements(self, first: int, last: int) -> Gathered:
         """The run of elements ``[first, last)`` of this one."""
@@ -340,58 +342,6 @@ SOURCE: TypeAdapter[Source] = TypeAdapter(Source)
 def refs_of(arithmetics: Iterable[Arithmetic]) -> tuple[TensorRef, ...]:
     """All byte ranges that some runs read."""
     return tuple(ref for arithmetic in arithmetics for ref in arithmetic.refs)
-
-
-def inner(source: Source) -> tuple[Arithmetic, ...]:
-    """The arithmetics whose outcomes a source is made of, however deep."""
-    if isinstance(source, LowRank):
-        return inner(source.source)
-    if isinstance(source, Gathered):
-        return tuple(chain.from_iterable(map(inner, source.sources)))
-    if isinstance(source, Derived):
-        nested = chain.from_iterable(map(inner, source.arithmetic.sources))
-        return (source.arithmetic, *nested)
-    return ()
-
-
-def scratch_bytes(sources: Iterable[Source]) -> int:
-    """Scratch memory that it takes to have all of these at once, with all that is needed to make them one by one."""
-    held = most = 0
-    for source in sources:
-        if not source.is_plain:
-            held += aligned_bytes(source.nbytes)
-            most = max(most, held + _making_bytes(source))
-    return most
-
-
-def aligned_bytes(nbytes: int) -> int:
-    """``nbytes`` rounded up to :data:`SCRATCH_ALIGNMENT`: what they take of the scratch memory."""
-    return -(-nbytes // SCRATCH_ALIGNMENT) * SCRATCH_ALIGNMENT
-
-
-def _making_bytes(source: Source) -> int:
-    """Scratch memory beside its own that it takes to make a source."""
-    if isinstance(source, LowRank):  # is made where the tensor without adapters was made
-        return _making_bytes(source.source)
-    if isinstance(source, Derived):
-        return scratch_bytes(source.arithmetic.sources)
-    if isinstance(source, Gathered) and not all(of.is_plain for of in source.sources):
-        return max((_taking_bytes(taken(source, run), source.dtype) for run in source.runs), default=0)
-    return 0
-
-
-def _taking_bytes(parts: list[Source], dtype: str) -> int:
-    return _making_bytes(parts[0]) if is_copied(parts, dtype) else scratch_bytes(parts)
-
-
-def is_copied(parts: Sequence[Source], dtype: str) -> bool:
-    """Whether a run of these is made where it belongs: it is no mean, and not rounded."""
-    return len(parts) == 1 and parts[0].dtype == dtype
-
-
-def taken(gathered: Gathered, run: RowRun) -> list[Source]:
-    """The runs of sources that a run of a gathered tensor is made of."""
-    return [gathered.sources[number].elements(at, at + run.numel) for number, at in run.takes]
 
 
 def _joined(spans: list[tuple[int, int]], gap: int) -> list[tuple[int, int]]:

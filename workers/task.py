@@ -24,6 +24,7 @@ from workers.canonical import (
     JSONValue,
     canonical_json,
 )
+from workers.scratch import most_scratch_bytes
 from workers.sources import Arithmetic, ModelInput, TensorRef, refs_of
 
 __all__ = [
@@ -175,6 +176,16 @@ class Part:
         return tuple(ref for piece in self.pieces for ref in piece.refs)
 
     @property
+    def arithmetics(self) -> tuple[Arithmetic, ...]:
+        """What is computed for it, in order."""
+        return tuple(piece.arithmetic for piece in self.pieces if isinstance(piece, MergePiece))
+
+    @property
+    def scratch_bytes(self) -> int:
+        """Memory that its operands are made in, where they are not plain: one arithmetic's at a time."""
+        return most_scratch_bytes(self.arithmetics)
+
+    @property
     def lead(self) -> int:
         """Bytes left free before a buffer's part, so that its pages lie in memory as they do in the file."""
         return self.offset % PAGE_BYTES
@@ -242,6 +253,11 @@ class SurveyTask:
     def refs(self) -> tuple[TensorRef, ...]:
         """All byte ranges that it reads."""
         return refs_of(self.arithmetics)
+
+    @property
+    def scratch_bytes(self) -> int:
+        """Memory that its operands are made in, where they are not plain: one arithmetic's at a time."""
+        return most_scratch_bytes(self.arithmetics)
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,6 +11,7 @@ from pydantic import ValidationError
 
 from tests.workers.test_task import PART_OF_THREE
 from workers.ranges import Arrangement
+from workers.scratch import inner, scratch_bytes
 from workers.sources import (
     JOINED_BYTES,
     SOURCE,
@@ -23,8 +24,6 @@ from workers.sources import (
     RowRun,
     Source,
     TensorRef,
-    inner,
-    scratch_bytes,
 )
 from workers.task import PART, MergePiece, part_id
 

@@ -30,15 +30,10 @@ from workers.kernels.base import (
     refuse_cuts,
 )
 from workers.kernels.cpu_compile import Records, Words
+from workers.kernels.cpu_low_rank import add_products
+from workers.kernels.low_rank import Product
 from workers.kernels.program import Program, Writer
 from workers.kernels.reference import float32
-
-_CODES = {
-    torch.float32: dtypes.FLOAT32,
-    torch.bfloat16: dtypes.BFLOAT16,
-    torch.float16: dtypes.FLOAT16,
-}
-
 
 _GOLDEN = 0x9E3779B9
 """2**32 over the golden ratio: its multiples are spread evenly, and in no step with anything."""
@@ -174,6 +169,7 @@ def prepare() -> None:
     alone = replace(formula, program=_terms_alone(1))
     kernels.merge(operands, alone, torch.empty(1))
     kernels.histogram(operands, alone, None, np.zeros((1, passes.BINS), dtype=np.int64))
+    add_products(one, [Product(one.view(1, 1), one.view(1, 1), 1.0)], 0, 1, torch.empty(1))
 
 
 def _run(operands: Operands, formula: Formula) -> tuple[Records, Records, int, int, bool]:
@@ -199,7 +195,7 @@ def _places(*tensors: torch.Tensor) -> Records:
     for tensor in tensors:
         if tensor.device.type != "cpu" or not tensor.is_contiguous() or tensor.numel() != numel:
             raise ValueError("compiled kernels take contiguous tensors of one length, in main memory")
-    places = [(tensor.data_ptr(), _CODES[tensor.dtype], tensor.element_size()) for tensor in tensors]
+    places = [(tensor.data_ptr(), dtypes.CODES[tensor.dtype], tensor.element_size()) for tensor in tensors]
     return np.array(places, dtype=passes.PLACE)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
+import torch
 from numba.np.numpy_support import carray
 
 from workers.kernels.cpu_compile import (
@@ -23,6 +24,8 @@ from workers.kernels.cpu_compile import (
 
 FLOAT32, BFLOAT16, FLOAT16 = 0, 1, 2
 """Codes of the dtypes."""
+
+CODES = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16, torch.float16: FLOAT16}
 
 Widen = Callable[[np.unsignedinteger], np.float32]
 Narrow = Callable[[np.float32], np.unsignedinteger]
@@ -137,6 +140,17 @@ def load(
 def widen(place: np.void, start: int, less: Floats, row: Floats) -> np.uint32:
     """As :func:`load`, neither trimmed nor weighed."""
     return load(place, start, less, np.uint32(0), ONE, row)
+
+
+@inlined
+def element(place: np.void, at: int) -> np.float32:
+    """One element of a place, widened."""
+    address = pointer(place["address"] + at * place["width"])
+    if place["dtype"] == BFLOAT16:
+        return _widen_bfloat16(carray(address, (1,), np.uint16)[0])
+    if place["dtype"] == FLOAT16:
+        return _widen_float16(carray(address, (1,), np.uint16)[0])
+    return _widen_float32(carray(address, (1,), np.uint32)[0])
 
 
 @inlined
