@@ -219,13 +219,13 @@ def _told(
     new: tuple[Added, ...],
 ) -> str:
     """What became of the vocabulary, in a sentence."""
-    rows = {voice.rows for voice in voices.values()}
+    rows = voices[owner_of(recipe)].rows
     text = f"vocabulary: {len(vocabulary.tokens)} tokens, those of {owner_of(recipe)}"
     if new:
         shown = ", ".join(repr(one.token) for one in new[:_SHOWN])
         text += f" and {len(new)} more ({shown}{', …' if new[_SHOWN:] else ''})"
-    if max(rows) > vocabulary.size:
-        text += f"; rows of padding are left out ({max(rows)} → {vocabulary.size})"
+    if rows > vocabulary.size:
+        text += f"; rows of padding are left out ({rows} → {vocabulary.size})"
     elif vocabulary.size > 1 + max(vocabulary.tokens.values(), default=-1):
         text += f"; {vocabulary.size} rows, the last of them zeros"
     return text

@@ -25,6 +25,14 @@ from tests.oracle.methods import DELLA_MASKS, METHOD_CASES
 from tests.oracle.ours import merge_by_service, merge_in_process
 from tests.oracle.report import Results, markdown, total
 from tests.oracle.spoken import compare_spoken, spoken_problems
+from tests.oracle.vocabularies import (
+    TEXTS,
+    Worded,
+    compare_words,
+    words_problems,
+    worded,
+    write_vocabulary_inputs,
+)
 
 SEED = 1234
 """mergekit's; ours is the recipe's default."""
@@ -39,8 +47,10 @@ def main() -> int:
     arguments.add_argument("--output", type=Path, default=Path("docs/parity.md"), help="the report")
     arguments.add_argument("--in-process", action="store_true", help="the mathematics alone, no service")
     arguments.add_argument("--recipes", type=int, default=100, help="random recipes in all of the language")
+    arguments.add_argument("--words", type=int, default=96, help="random recipes over different vocabularies")
     options = arguments.parse_args()
-    recipes = [spoken(number) for number in range(options.recipes)]
+    recipes: list[Spoken | Worded] = [spoken(number) for number in range(options.recipes)]
+    recipes += [worded(number) for number in range(options.words)]
     console = Console()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(prefix="mergemill-oracle-") as directory:
@@ -48,6 +58,7 @@ def main() -> int:
         with console.status("Merging with Mergemill"):
             merge(bench, in_process=options.in_process)
             write_language_inputs(bench.root / "inputs")
+            write_vocabulary_inputs(bench.root / "inputs")
             merge_in_process(
                 {
                     _ours(bench, each): each.placed(bench.root / "inputs", profile="mergekit")
@@ -71,6 +82,18 @@ def main() -> int:
             spoken=[
                 compare_spoken(bench.root / "inputs", each, _ours(bench, each), _theirs(bench, each))
                 for each in recipes
+                if isinstance(each, Spoken)
+            ],
+            words=[
+                compare_words(
+                    each,
+                    bench.root / "inputs",
+                    _ours(bench, each),
+                    _theirs(bench, each),
+                    reply["encoded"][str(_ours(bench, each))],
+                )
+                for each in recipes
+                if isinstance(each, Worded)
             ],
         )
         results.exact.update(
@@ -91,6 +114,7 @@ def main() -> int:
         problems = [
             *results.problems(),
             *spoken_problems(results.spoken),
+            *words_problems(results.words),
             *(problem for case in (*PARITY, *ROUNDED) for problem in bench.checkpoint_problems(case)),
             *(problem for case in METHOD_CASES for problem in bench.checkpoint_problems(case)),
             *(f"{Path(made).name}: {found['problem']}" for made, found in loaded.items() if found["problem"]),
@@ -121,15 +145,15 @@ def merge(bench: Bench, *, in_process: bool) -> None:
     merge_by_service(jobs, bench.root / "state")
 
 
-def _ours(bench: Bench, recipe: Spoken) -> Path:
+def _ours(bench: Bench, recipe: Spoken | Worded) -> Path:
     return bench.root / "ours" / recipe.name
 
 
-def _theirs(bench: Bench, recipe: Spoken) -> Path:
+def _theirs(bench: Bench, recipe: Spoken | Worded) -> Path:
     return bench.root / "theirs" / recipe.name
 
 
-def ask(bench: Bench, recipes: Sequence[Spoken]) -> dict[str, Any]:
+def ask(bench: Bench, recipes: Sequence[Spoken | Worded]) -> dict[str, Any]:
     """Run the other tools, in their environment."""
     merges = [
         {"recipe": bench.recipe(case), "output": str(bench.theirs(case)), "seed": SEED}
@@ -141,7 +165,9 @@ def ask(bench: Bench, recipes: Sequence[Spoken]) -> dict[str, Any]:
     ]
     request, reply = bench.root / "request.json", bench.root / "reply.json"
     opened = [str(bench.ours(case)) for case in (*PARITY, *ROUNDED)]
-    request.write_text(json.dumps({"merge": merges, "load": opened}))
+    words = [str(_ours(bench, each)) for each in recipes if isinstance(each, Worded)]
+    wanted = {"merge": merges, "load": [*opened, *words], "encode": dict.fromkeys(words, TEXTS)}
+    request.write_text(json.dumps(wanted))
     python = os.environ.get("MERGEMILL_ORACLE_PYTHON", ".venv-oracle/bin/python")
     offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_HOME": str(bench.root / "hub")}
     command = [python, str(Path(__file__).with_name("foreign.py")), str(request), str(reply)]

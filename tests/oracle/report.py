@@ -13,6 +13,7 @@ from tests.oracle.compare import Distance, Mask
 from tests.oracle.exact import Nearness
 from tests.oracle.methods import COUNT, EXCEPTIONS, METHOD_CASES, RECIPES, is_excepted
 from tests.oracle.spoken import Compared, spoken_table
+from tests.oracle.vocabularies import ComparedWords, words_table
 
 SIGMAS = 5
 """A mask's share may be this many standard deviations from its density."""
@@ -65,6 +66,35 @@ bfloat16 inputs often lies in the very middle.
 |---|---|---:|---:|---:|---:|---:|
 {spoken}
 
+## Vocabularies
+
+{worded} random recipes over models of different vocabularies: byte-level BPE, WordPiece and Unigram tokenizers, and all
+three together (*mixed*), tied and untied, one model padded beyond its tokens. Rows of embeddings and heads are compared
+by their tokens, within 10⁻⁶ · Σ\\|w\\| · max \\|θ\\|; both tokenizers have to have the same tokens and to encode the same
+texts alike, and transformers has to read ours to the same numbers.
+
+| | recipes | elements | same bits | beyond the bound | worst |
+|---|---:|---:|---:|---:|---:|
+{words}
+
+Where Mergemill does otherwise than mergekit, on purpose:
+
+- **Order.** mergekit numbers the tokens that a union adds in an order that changes from run to run, and without a base
+  model even takes another model's tokenizer for the base. Here it is the recipe's order, and the first model's.
+- **Padding.** mergekit's rows of `pad_to_multiple_of` are the mean of all rows of each model's; here they are zeros: they
+  stand for no token, and a mean over all rows would have every task read the whole tensor.
+- **Numbers of special tokens.** mergekit leaves `bos_token_id` and its like as they were, so with another model's
+  tokenizer they may be those of other tokens. Here config.json and generation_config.json (which mergekit leaves out)
+  keep the tokens and change the numbers.
+- **Rows that no operand has.** Where a tensor is one model's alone, as in `passthrough` slices, mergekit fills what that
+  model lacks with zeros; here with the rows of the recipe's other models.
+- **New tokens** under `tokens` with `source: base` or a model's end mergekit with a KeyError; here they are appended.
+- **Nothing differs.** When all tokenizers and row counts are the same and nothing else is asked for, rows beyond the
+  tokens stay; mergekit cuts them off.
+- **Gaps.** A base with gaps between its tokens' numbers ends mergekit with an IndexError; here the base's rows stay.
+- **Tied heads.** A model with a head of its own on a tied base gives mergekit an output with both, whose config says
+  tied; here it is an error that names `extra_tensors: drop`.
+
 ## Where the bound is wider
 
 It is ten times as wide for `multislerp`, twice for `karcher` and four times for `sce`; and for `task_arithmetic` with
@@ -114,6 +144,8 @@ class Results:
     """Masks, by case, tool and rescale factor."""
     spoken: Sequence[Compared] = ()
     """Random recipes in all of the language."""
+    words: Sequence[ComparedWords] = ()
+    """Random recipes over different vocabularies."""
     exact: MutableMapping[str, Nearness] = field(default_factory=dict)
     """How far both tools are from float64 where the bound is wider, by method."""
 
@@ -145,8 +177,8 @@ def markdown(results: Results, opened: int, problems: Sequence[str]) -> str:
     """The document."""
     tools = ", ".join(f"{tool} {version}" for tool, version in results.versions.items())
     outcome = (
-        f"{sum(not is_excepted(case) for case in results.parity) + len(results.spoken)} recipes agree in every "
-        f"element that is defined, and transformers opens all\n{opened} merged checkpoints and generates from them."
+        f"{sum(not is_excepted(case) for case in results.parity) + len(results.spoken) + len(results.words)} "
+        f"recipes agree in every element that is defined, and transformers opens all\n{opened} merged checkpoints and generates from them."
         if not problems
         else "**Not as it should be:**\n\n" + "\n".join(f"- {problem}" for problem in problems)
     )
@@ -163,6 +195,8 @@ def markdown(results: Results, opened: int, problems: Sequence[str]) -> str:
         exceptions="\n".join(f"- `{method}`: {reason}." for method, reason in EXCEPTIONS.items()),
         languages=len(results.spoken),
         spoken=spoken_table(results.spoken),
+        worded=len(results.words),
+        words=words_table(results.words),
         exact="\n".join(_exact(method, found) for method, found in results.exact.items()),
         rounded="\n".join(_rounded(case, distance) for case, distance in results.rounded.items()),
         dare="\n".join(
