@@ -18,7 +18,22 @@ def with_names(data: Mapping[str, Any], rename: Callable[[str, Any], Any]) -> di
             changed[field] = rename(field, changed[field])
     if isinstance(tokenizer := data.get("tokenizer"), dict):
         changed["tokenizer"] = _tokenizer_renamed(tokenizer, rename)
-    return _lists_renamed(changed, "", rename)
+    changed = _lists_renamed(changed, "", rename)
+    if isinstance(template := data.get("chat_template"), str) and template in _named(data):
+        changed["chat_template"] = rename("chat_template", template)
+    return changed
+
+
+def _named(data: Mapping[str, Any]) -> set[str]:
+    """The models of a recipe, by the names in its lists: what else may stand where a model may is none of these."""
+    names: set[str] = {data["base_model"]} if isinstance(data.get("base_model"), str) else set()
+
+    def note(_place: str, name: Any) -> Any:
+        names.update([name] if isinstance(name, str) else [])
+        return name
+
+    _lists_renamed(dict(data), "", note)
+    return names
 
 
 def _tokenizer_renamed(tokenizer: dict[str, Any], rename: Callable[[str, Any], Any]) -> dict[str, Any]:

@@ -118,7 +118,7 @@ def _merged(
     old = voices[recipe.reference].tokenizer.tokens
     renumbering = Renumbering(old, tokens)
     seen = _seen(inputs, vocabulary, named.names)
-    reference = replace(seen.reference, config=_config(seen.reference, vocabulary, renumbering, first))
+    reference = replace(seen.reference, config=_config(inputs.reference, vocabulary, renumbering, first))
     models = {name: reference if model is seen.reference else model for name, model in seen.models.items()}
     notices += [
         f"config.json: {lost} is the number of a token that the output does not have"

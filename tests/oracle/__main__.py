@@ -29,8 +29,8 @@ from tests.oracle.vocabularies import (
     TEXTS,
     Worded,
     compare_words,
-    words_problems,
     worded,
+    words_problems,
     write_vocabulary_inputs,
 )
 

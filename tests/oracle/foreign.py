@@ -1,8 +1,8 @@
 """The other tools' side. Runs in their environment, and imports nothing of ours.
 
-``python foreign.py REQUEST REPLY`` reads ``{"merge": [{"recipe", "output", "seed"}], "load": [directory], "encode":
-{directory: [text]}}`` and writes ``{"versions": {tool: version}, "loaded": {directory: {"problem", "dtype"}}, "encoded":
-{directory: {text: [number]}}}``. An error ends it.
+``python foreign.py REQUEST REPLY`` reads ``{"merge": [{"recipe", "output", "seed"}], "load": [directory],
+"encode": {directory: [text]}}`` and writes ``{"versions": {tool: version}, "loaded": {directory: {"problem",
+"dtype"}}, "encoded": {directory: {text: [number]}}}``. An error ends it.
 """
 
 import importlib.metadata

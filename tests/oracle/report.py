@@ -70,8 +70,8 @@ bfloat16 inputs often lies in the very middle.
 
 {worded} random recipes over models of different vocabularies: byte-level BPE, WordPiece and Unigram tokenizers, and all
 three together (*mixed*), tied and untied, one model padded beyond its tokens. Rows of embeddings and heads are compared
-by their tokens, within 10⁻⁶ · Σ\\|w\\| · max \\|θ\\|; both tokenizers have to have the same tokens and to encode the same
-texts alike, and transformers has to read ours to the same numbers.
+by their tokens, within 10⁻⁶ · Σ\\|w\\| · max \\|θ\\|; both tokenizers have to have the same tokens and to encode
+the same texts alike, and transformers has to read ours to the same numbers.
 
 | | recipes | elements | same bits | beyond the bound | worst |
 |---|---:|---:|---:|---:|---:|
@@ -81,13 +81,13 @@ Where Mergemill does otherwise than mergekit, on purpose:
 
 - **Order.** mergekit numbers the tokens that a union adds in an order that changes from run to run, and without a base
   model even takes another model's tokenizer for the base. Here it is the recipe's order, and the first model's.
-- **Padding.** mergekit's rows of `pad_to_multiple_of` are the mean of all rows of each model's; here they are zeros: they
-  stand for no token, and a mean over all rows would have every task read the whole tensor.
+- **Padding.** mergekit's rows of `pad_to_multiple_of` are the mean of all rows of each model's; here they are zeros:
+  they stand for no token, and a mean over all rows would have every task read the whole tensor.
 - **Numbers of special tokens.** mergekit leaves `bos_token_id` and its like as they were, so with another model's
   tokenizer they may be those of other tokens. Here config.json and generation_config.json (which mergekit leaves out)
   keep the tokens and change the numbers.
-- **Rows that no operand has.** Where a tensor is one model's alone, as in `passthrough` slices, mergekit fills what that
-  model lacks with zeros; here with the rows of the recipe's other models.
+- **Rows that no operand has.** Where a tensor is one model's alone, as in `passthrough` slices, mergekit fills what
+  that model lacks with zeros; here with the rows of the recipe's other models.
 - **New tokens** under `tokens` with `source: base` or a model's end mergekit with a KeyError; here they are appended.
 - **Nothing differs.** When all tokenizers and row counts are the same and nothing else is asked for, rows beyond the
   tokens stay; mergekit cuts them off.
@@ -178,7 +178,8 @@ def markdown(results: Results, opened: int, problems: Sequence[str]) -> str:
     tools = ", ".join(f"{tool} {version}" for tool, version in results.versions.items())
     outcome = (
         f"{sum(not is_excepted(case) for case in results.parity) + len(results.spoken) + len(results.words)} "
-        f"recipes agree in every element that is defined, and transformers opens all\n{opened} merged checkpoints and generates from them."
+        f"recipes agree in every element that is defined, and transformers opens all\n{opened} merged "
+        "checkpoints and generates from them."
         if not problems
         else "**Not as it should be:**\n\n" + "\n".join(f"- {problem}" for problem in problems)
     )

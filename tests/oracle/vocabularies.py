@@ -231,7 +231,7 @@ def _texts(
 def _numbers(
     worded: Worded, root: Path, ours: Path, theirs: Path, numbers: Mapping[str, int]
 ) -> Iterator[str]:
-    """What is wrong with config.json: its size is mergekit's, and its numbers are those of the same tokens as before."""
+    """What is wrong with config.json: its size has to be mergekit's, and its numbers those of the same tokens."""
     config, other = (json.loads((place / "config.json").read_text()) for place in (ours, theirs))
     if config["vocab_size"] != other["vocab_size"]:
         yield f"config.json says {config['vocab_size']} tokens, mergekit's {other['vocab_size']}"
