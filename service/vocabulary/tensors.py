@@ -24,7 +24,8 @@ _LIKELY = re.compile(
     r"(head|embed_out|predictions|logits|vocab|proj_out|output|decoder\.(weight|bias)$|embed)"
 )
 _NEVER = re.compile(
-    r"(position|wpe|token_type|norm|(^|\.)ln|segment|pooler|classifier|score|vision|visual|audio)"
+    r"(position|wpe|token_type|norm|(^|\.)ln|segment|pooler|classifier|score|vision|visual|audio)",
+    re.IGNORECASE,
 )
 
 _SHOWN = 4
