@@ -106,6 +106,7 @@ class _Matcher:
             self.spellings.setdefault(id(checkpoint), set()).add(name)
         self.config = inputs.reference.config
         self.are_digested = inputs.are_digested
+        self.are_vocabularies_told = inputs.are_vocabularies_told
         self.found: dict[tuple[str, str, str], dict[str, None]] = {}
         self.misfits: set[str] = set()
         self.notices: list[str] = []
@@ -315,6 +316,9 @@ class _Matcher:
             if stored.shape == tensor.shape:
                 continue
             vocabulary = row.name in (*EMBEDDING_NAMES, *TIED_NAMES)
+            if vocabulary and self.are_vocabularies_told and stored.shape[1:] == tensor.shape[1:]:
+                self.misfits.add(row.name)
+                continue
             self._problem(
                 f"{'vocabulary size' if vocabulary else 'shape'} differs from {against}",
                 source.model,

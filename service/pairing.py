@@ -36,6 +36,8 @@ class Inputs:
     """Whether the tensors that no arithmetic is done on could be read to compare them."""
     notices: tuple[str, ...] = ()
     """What came up while they were looked at."""
+    are_vocabularies_told: bool = False
+    """Whether something about their vocabularies is a problem already, so that their sizes are none of their own."""
 
 
 @dataclass(frozen=True, slots=True)

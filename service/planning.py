@@ -202,7 +202,7 @@ def examine(
         nearest = next(name for name in names if name in opened)
         wanted, inputs = _completed(recipe, opened, uris, nearest)
         words = attempt(lambda: _vocabularies(store, wanted, inputs))
-        inputs = inputs if words is None else words.inputs
+        inputs = replace(inputs, are_vocabularies_told=True) if words is None else words.inputs
         digested = attempt(lambda: _with_digests(store, wanted, inputs))
         inputs = digested or replace(inputs, are_digested=False)
         plan, misfits = draft_plan(wanted, inputs, options, baseline_bytes)

@@ -20,10 +20,16 @@ _KEPT = (
     "missing_tensors",
     "extra_tensors",
     "mismatched_tensors",
+    "vocabularies",
 )
 """Fields that decide what is read and what fits together, besides the method and the models."""
 
-_MOST_ALLOWING = {"missing_tensors": "base", "extra_tensors": "drop", "mismatched_tensors": "base"}
+_MOST_ALLOWING = {
+    "missing_tensors": "base",
+    "extra_tensors": "drop",
+    "mismatched_tensors": "base",
+    "vocabularies": "ignore",
+}
 
 
 def salvage(value: Any) -> Recipe | None:
@@ -41,6 +47,8 @@ def salvage(value: Any) -> Recipe | None:
     known = value.get("merge_method")
     method = METHODS.get(known) if isinstance(known, str) else None
     allowed = {name: most for name, most in _MOST_ALLOWING.items() if name in value and name not in sound}
+    if value.get("tokenizer_source") is not None or value.get("tokenizer") is not None:
+        allowed |= {"vocabularies": "ignore", "mismatched_tensors": "base"}  # what it would have made fit
     if sound.get("base_model") is None and (
         method is None or method.base == "required" or value.get("base_model") is not None
     ):  # what the base would have decided

@@ -101,7 +101,7 @@ def _merged(
     }
     others = ((voice.tokenizer, voice.rows) for name, voice in voices.items() if name != owner)
     entries = entry.tokens or {}
-    new = tuple(missing_tokens(first, others if entry.source == UNION else (), entries))
+    new = tuple(missing_tokens(first, others if entry.source == UNION else (), sorted(entries)))
     if _is_plain(entry, new, voices):
         return Vocabularies(replace(inputs, notices=(*inputs.notices, *notices))), ()
     tokens = numbered(first, new)

@@ -129,6 +129,16 @@ def test_a_new_token_goes_to_the_bases_tokenizer_too(models: list[Path], tmp_pat
     assert rows(found, tmp_path / "out")[8] == 0
 
 
+def test_the_order_in_which_tokens_are_written_changes_nothing(models: list[Path]) -> None:
+    said = {f"<{name}>": {"source": {"kind": "zero"}} for name in "qpr"}
+    turned = dict(reversed(said.items()))
+    one, two = (
+        planned(models, tokenizer={"source": "union", "tokens": tokens}).texts["tokenizer.json"]
+        for tokens in (said, turned)
+    )
+    assert one == two
+
+
 def test_padding_adds_rows_of_zeros_and_the_config_says_how_many(models: list[Path], tmp_path: Path) -> None:
     found = planned(models, **base(models[0]), tokenizer={"source": "union", "pad_to_multiple_of": 16})
     values = rows(found, tmp_path / "out")
@@ -269,6 +279,14 @@ def test_sentencepiece_alone_is_refused_with_what_to_do(source: str, tmp_path: P
         planned([one, two], **base(one), tokenizer_source=source)
 
 
+def test_one_that_cannot_be_merged_is_one_problem(tmp_path: Path) -> None:
+    one = write_model(tmp_path / "one", 1, ONE)
+    two = write_model(tmp_path / "two", 2, None, rows=9, more={"spiece.model": "pieces"})
+    with pytest.raises(PlanError) as caught:
+        planned([one, two], tokenizer_source="union")
+    assert len(caught.value.problems) == 1
+
+
 def test_models_that_have_only_sentencepiece_are_copied_as_ever(tmp_path: Path) -> None:
     places = [write_model(tmp_path / f"{n}", n, None, more={"tokenizer.model": "pieces"}) for n in (1, 2)]
     assert "tokenizer.model" in planned(places).copied
@@ -302,8 +320,9 @@ def test_different_vocabularies_without_an_option_are_an_error_that_says_what_to
     assert planned([one, two], vocabularies="ignore").plan.parts
     assert planned([one, two], tokenizer_source="union").plan.parts
     wider = write_model(tmp_path / "wider", 3, bpe(["a", "b", "c", "d"]), rows=17)
-    with pytest.raises(PlanError, match="tokenizer_source: union"):
+    with pytest.raises(PlanError, match="tokenizer_source: union") as wide:
         planned([one, wider])
+    assert len(wide.value.problems) == 1  # that the sizes differ is not said again
     assert planned([one, wider], mismatched_tensors="base").plan.parts
 
 
