@@ -58,7 +58,7 @@ def merge_vocabularies(store: ObjectStore, recipe: Recipe, inputs: Inputs) -> Vo
     :raises PlanError: lists everything that keeps them from being merged.
     :raises StoreError: their files cannot be read.
     """
-    tokenizers = Tokenizers(store, recipe.vocabulary is None)
+    tokenizers = Tokenizers(store, is_lenient=_may_be_plain(recipe.vocabulary, inputs))
     found = Vocabularies(inputs)
     new: tuple[Added, ...] = ()
     if recipe.vocabulary is not None:
@@ -70,6 +70,14 @@ def merge_vocabularies(store: ObjectStore, recipe: Recipe, inputs: Inputs) -> Vo
     owner = inputs.models[owner_of(recipe)]
     template = None if recipe.chat_template is None else chat_template(store, recipe, inputs.models)
     return _with_files(store, found, owner, tokenizers, new, template)
+
+
+def _may_be_plain(entry: TokenizerEntry | None, inputs: Inputs) -> bool:
+    """Whether nothing is asked for that could not be done by copying files, as far as is known without reading them."""
+    if entry is None:
+        return True
+    sizes = {rows_of(model) for model in inputs.models.values()}
+    return entry.source != UNION and not entry.tokens and not entry.pad_to_multiple_of and len(sizes) == 1
 
 
 def owner_of(recipe: Recipe) -> str:

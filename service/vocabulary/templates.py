@@ -25,7 +25,7 @@ NAMED = {
     ),
     "mistral": (
         "{% set has_system = messages[0].role == 'system' %}{{ bos_token }}"
-        "{% for message in messages[1:] if has_system else messages %}"
+        "{% for message in (messages[1:] if has_system else messages) %}"
         "{% if message.role not in ('user', 'assistant') or (message.role == 'user') != (loop.index0 % 2 == 0) %}"
         "{{ raise_exception('After an optional system message, user and assistant take turns.') }}{% endif %}"
         "{% if message.role == 'user' %}"

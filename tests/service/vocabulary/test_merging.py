@@ -290,6 +290,8 @@ def test_one_that_cannot_be_merged_is_one_problem(tmp_path: Path) -> None:
 def test_models_that_have_only_sentencepiece_are_copied_as_ever(tmp_path: Path) -> None:
     places = [write_model(tmp_path / f"{n}", n, None, more={"tokenizer.model": "pieces"}) for n in (1, 2)]
     assert "tokenizer.model" in planned(places).copied
+    for source in ("base", str(places[1])):
+        assert "tokenizer.model" in planned(places, tokenizer_source=source).copied
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from workers.sources import Gathered, Source, TensorRef
 pytestmark = pytest.mark.fast
 
 WIDTH = 4
-WORDS = st.lists(st.sampled_from("abcdefghijklmnop"), unique=True, min_size=1, max_size=12)
+WORDS = st.lists(st.sampled_from("abcdefghijklmnop"), unique=True, min_size=2, max_size=12)
 
 
 def stored(uri: str, rows: int, dtype: str = "F32", width: int = WIDTH) -> StoredTensor:
