@@ -12,7 +12,7 @@ from typing import Any
 from workers.errors import HeaderError
 from workers.json_text import most_values
 from workers.safetensors_format import MAX_TENSORS, Header, clip, unique
-from workers.sources import Change, Derived, LowRank, Source
+from workers.sources import Change, Derived, Gathered, LowRank, Source
 from workers.store.base import ObjectInfo
 from workers.store.uris import join
 from workers.task import MERGEABLE_DTYPES, TensorRef
@@ -80,10 +80,14 @@ class StoredTensor:
     """How an earlier merge makes it that is stored nowhere."""
     changes: tuple[Change, ...] = ()
     """What an adapter adds to it."""
+    gathered: Gathered | None = None
+    """Its rows as another vocabulary orders and fills them; then :attr:`shape` is that of these."""
 
     @property
     def source(self) -> Source:
         """Its elements: stored, or computed as they are read."""
+        if self.gathered is not None:
+            return self.gathered
         found = self.made or self.ref
         if not self.changes:
             return found

@@ -30,6 +30,8 @@ EMBEDDING_NAMES = (
 )
 """Input embeddings that a tied head stands for."""
 
+_BY_TOKENS = "set `tokenizer_source: union` (or `base`) to merge the rows by their tokens, or "
+
 _SHOWN = 8
 """How many tensor names a problem lists before it counts the rest."""
 
@@ -105,9 +107,10 @@ class _Matcher:
             self.spellings.setdefault(id(checkpoint), set()).add(name)
         self.config = inputs.reference.config
         self.are_digested = inputs.are_digested
+        self.are_vocabularies_told = inputs.are_vocabularies_told
         self.found: dict[tuple[str, str, str], dict[str, None]] = {}
         self.misfits: set[str] = set()
-        self.notices: list[str] = []
+        self.notices = list(inputs.notices)
         self.owners: dict[str, list[Checkpoint]] = {}
         kind = self.method.statistic
         self.statistics = None if kind is None else Statistics(recipe, inputs, kind)
@@ -366,10 +369,13 @@ class _Matcher:
             if stored.shape == tensor.shape:
                 continue
             vocabulary = row.name in (*EMBEDDING_NAMES, *TIED_NAMES)
+            if vocabulary and self.are_vocabularies_told and stored.shape[1:] == tensor.shape[1:]:
+                self.misfits.add(row.name)
+                continue
             self._problem(
                 f"{'vocabulary size' if vocabulary else 'shape'} differs from {against}",
                 source.model,
-                "set `mismatched_tensors: base` to keep the base's unmerged",
+                f"{_BY_TOKENS if vocabulary else ''}set `mismatched_tensors: base` to keep the base's unmerged",
                 row.name,
                 f" {list(stored.shape)}, not {list(tensor.shape)}",
             )

@@ -36,6 +36,10 @@ class Inputs:
     """Whether the tensors that no arithmetic is done on could be read to compare them."""
     statistics: Mapping[str, Checkpoint] = field(default_factory=dict)
     """The checkpoints of statistics that opened, by their names in the recipe."""
+    notices: tuple[str, ...] = ()
+    """What came up while they were looked at."""
+    are_vocabularies_told: bool = False
+    """Whether something about their vocabularies is a problem already, so that their sizes are none of their own."""
 
     @property
     def checkpoints(self) -> tuple[Checkpoint, ...]:

@@ -215,9 +215,10 @@ def _laid_out(recipe: Recipe, matched: Match, options: PlanOptions, baseline_byt
     if together:
         surveys.append(survey_together(together, counted, limits))
     if recipe.profile is not None:
-        notices: tuple[str, ...] = (f"semantics follow the profile `{recipe.profile}`", *matched.notices)
+        said: tuple[str, ...] = (f"semantics follow the profile `{recipe.profile}`",)
     else:
-        notices = (*_differences(recipe, matched), *matched.notices)
+        said = _differences(recipe, matched)
+    notices = (*said, *matched.notices)
     part_ids = tuple(part_id(part) for part in parts)
     weight_map = dict(sorted(weight_map.items()))
     files = [[shard.name, shard.size] for shard in shards]

@@ -7,7 +7,7 @@ byte for byte; planning does no other I/O. Everything that can be wrong is looke
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TypeVar
 from urllib.parse import quote
@@ -23,6 +23,7 @@ from service.plan import Plan, PlanOptions, draft_plan, with_stages
 from service.price import BASELINE_BYTES, Price
 from service.recipe import Graph, Recipe, graph_of
 from service.stages import Stage, draft_stage
+from service.vocabulary import Vocabularies, merge_vocabularies, owner_of
 from workers.errors import PlanError, StoreError, StoreUnavailableError
 from workers.store.base import ObjectInfo, ObjectStore
 from workers.store.uris import name as base_name
@@ -53,6 +54,18 @@ class Planned:
     """Every opened checkpoint, once: not the merges in between."""
     pins: dict[str, dict[str, str]]
     """ETags of all files that are merged, by the checkpoint or adapter that they are of."""
+    texts: Mapping[str, bytes] = field(default_factory=dict, repr=False)
+    """Files beside the weights that are written anew, by name."""
+    left_out: frozenset[str] = frozenset()
+    """Files that would be copied beside the weights, and say something else than these."""
+
+    @property
+    def copied(self) -> dict[str, ObjectInfo]:
+        """The files that are copied beside the weights, by name."""
+        found = copied_files(self.inputs.reference, self.tokenizer)
+        return {
+            name: info for name, info in found.items() if name not in self.texts and name not in self.left_out
+        }
 
 
 @dataclass(frozen=True)
@@ -111,6 +124,18 @@ def examine(
     return examination.plan()
 
 
+@dataclass(frozen=True, slots=True)
+class _Given:
+    """What one merge is planned of."""
+
+    recipe: Recipe
+    """The merge, as far as its models have opened."""
+    inputs: Inputs
+    """Their checkpoints."""
+    words: Vocabularies | None
+    """What came of their vocabularies; ``None`` when they do not fit."""
+
+
 class _Examination:
     """A recipe that is looked into, and what was found wrong so far."""
 
@@ -143,7 +168,7 @@ class _Examination:
         last, plan = self._graph.output, None
         given = self._given(last)
         if given is not None:
-            plan, misfits = draft_plan(*given, self._options, self._baseline_bytes)
+            plan, misfits = draft_plan(given.recipe, given.inputs, self._options, self._baseline_bytes)
             self._problems += misfits
         if plan is not None:
             staged = [stage.plan for stage in stages if stage.plan is not None]
@@ -152,13 +177,31 @@ class _Examination:
         self._files(last)
         price = None if plan is None else plan.total
         tokenizer = self._tokenizer(last)
-        if plan is None or given is None or tokenizer is None or self._problems or self._away:
+        words = None if given is None else given.words
+        if (
+            plan is None
+            or given is None
+            or words is None
+            or tokenizer is None
+            or self._problems
+            or self._away
+        ):
             return Outcome(None, price, _once(self._problems), _once(self._away))
         read = {each.uri: each for name, each in self._checkpoints.items() if name in self._uris}
         pins = {each.uri: dict(each.pins) for each in read.values()}
         pins |= {each.uri: dict(each.pins) for each in self._adapters.values()}
-        uris, graph = self._uris, self._graph
-        planned = Planned(last, given[1], plan, uris, tokenizer, graph, tuple(read.values()), pins)
+        planned = Planned(
+            recipe=last,
+            inputs=given.inputs,
+            plan=plan,
+            uris=self._uris,
+            tokenizer=tokenizer,
+            graph=self._graph,
+            checkpoints=tuple(read.values()),
+            pins=pins,
+            texts=words.texts,
+            left_out=words.left_out,
+        )
         return Outcome(planned, price, (), ())
 
     def _attempt(self, work: Callable[[], T]) -> T | None:
@@ -185,14 +228,21 @@ class _Examination:
             if (given := self._given(earlier)) is None:
                 continue
             files = self._files(earlier)
-            stage, misfits = draft_stage(*given, files, self._options, self._baseline_bytes, self._output)
+            if given.words is not None and given.words.texts:
+                self._problems.append(
+                    f"{earlier.name}: writes tokenizer or template files anew, which only the last merge can: give "
+                    "it the option instead"
+                )
+            stage, misfits = draft_stage(
+                given.recipe, given.inputs, files, self._options, self._baseline_bytes, self._output
+            )
             self._problems += [f"{earlier.name}: {misfit}" for misfit in misfits]
             if stage is not None:
                 stages.append(stage)
                 self._checkpoints[stage.name] = stage.checkpoint
         return stages
 
-    def _given(self, recipe: Recipe) -> tuple[Recipe, Inputs] | None:
+    def _given(self, recipe: Recipe) -> _Given | None:
         """What a merge is planned of; ``None`` when none of its models has opened."""
         for name, (model, adapter) in recipe.adapted.items():
             if name in self._opened or (found := self._checkpoints.get(model)) is None:
@@ -207,13 +257,14 @@ class _Examination:
         if nearest is None:
             return None
         wanted, inputs = _completed(recipe, self._opened, self._uris, nearest)
+        words = self._attempt(lambda: _vocabularies(self._store, wanted, inputs))
+        inputs = replace(inputs, are_vocabularies_told=True) if words is None else words.inputs
         digested = self._attempt(lambda: _with_digests(self._store, wanted, inputs))
-        return wanted, digested or replace(inputs, are_digested=False)
+        return _Given(wanted, digested or replace(inputs, are_digested=False), words)
 
     def _tokenizer(self, recipe: Recipe) -> Checkpoint | None:
         """Whose tokenizer goes to the output, as far as it has opened."""
-        source = recipe.tokenizer_source
-        return self._opened.get(recipe.reference if source in {None, "base"} else str(source))
+        return self._opened.get(owner_of(recipe))
 
     def _files(self, recipe: Recipe) -> dict[str, ObjectInfo]:
         """The files that go beside a merge's weights; one that is too long is a problem."""
@@ -231,6 +282,19 @@ class _Examination:
 
 def _once(said: Iterable[str]) -> tuple[str, ...]:
     return tuple(sorted(set(said)))
+
+
+def _vocabularies(store: ObjectStore, recipe: Recipe, inputs: Inputs) -> Vocabularies:
+    """What comes of the models' vocabularies.
+
+    :raises PlanError: they do not fit together, or cannot be read.
+    """
+    try:
+        return merge_vocabularies(store, recipe, inputs)
+    except StoreUnavailableError:
+        raise
+    except StoreError as error:
+        raise PlanError(str(error)) from error
 
 
 def _completed(

@@ -8,7 +8,7 @@ from importlib.metadata import version
 
 from service.adapters.output import errors
 from service.adapters.reading import CONFIG as ADAPTER_CONFIG
-from service.checkpoint import INDEX_FILE, copied_files
+from service.checkpoint import INDEX_FILE
 from service.commit import Output
 from service.planning import Planned
 from service.sidecars import (
@@ -78,12 +78,13 @@ def published(output: Output, plan_digest: str) -> list[OutputFile] | None:
 
 
 def _small_files(planned: Planned, output: Output) -> Iterator[tuple[str, bytes]]:
-    """Card and config, and the reference's other files with the tokenizer of the chosen model, one at a time."""
+    """Card, config, what is written anew, and the other files of the reference and its tokenizer, one at a time."""
     yield CARD, model_card(planned, version("mergemill")).encode()
     if planned.recipe.output_kind == "adapter":  # its config makes it loadable, and comes last
         yield ADAPTER_CONFIG, adapter_config_json(planned).encode()
         return
     if (config := config_json(planned)) is not None:
         yield CONFIG, config.encode()
-    for name, info in copied_files(planned.inputs.reference, planned.tokenizer).items():
+    yield from planned.texts.items()
+    for name, info in planned.copied.items():
         yield name, output.read(info.uri, info.etag)

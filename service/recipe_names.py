@@ -41,6 +41,10 @@ def split_adapter(name: str) -> tuple[str, str | None]:
     return parts[0], parts[1]
 
 
+_VOCABULARIES = ("base", "union")
+"""What may stand where a model's name decides the vocabulary."""
+
+
 def with_names(data: Mapping[str, Any], rename: Callable[[str, Any], Any]) -> dict[str, Any]:
     """A recipe's data with every model in it called what ``rename`` says, given its place and its name.
 
@@ -66,10 +70,50 @@ def _document_renamed(
 ) -> dict[str, Any]:
     changed = dict(data)
     for field in ("base_model", "tokenizer_source", "buffers"):
-        keyword = field == "tokenizer_source" and changed.get(field) in ("base", "union")
+        keyword = field == "tokenizer_source" and changed.get(field) in _VOCABULARIES
         if changed.get(field) is not None and not keyword:
             changed[field] = rename(f"{path}{field}", changed[field])
-    return _lists_renamed(changed, path, rename)
+    if isinstance(tokenizer := data.get("tokenizer"), dict):
+        changed["tokenizer"] = _tokenizer_renamed(tokenizer, path, rename)
+    changed = _lists_renamed(changed, path, rename)
+    if isinstance(template := data.get("chat_template"), str) and template in _named(data):
+        changed["chat_template"] = rename(f"{path}chat_template", template)
+    return changed
+
+
+def _named(data: Mapping[str, Any]) -> set[str]:
+    """The models of a recipe, by the names in its lists: what else may stand where a model may is none of these."""
+    names: set[str] = {data["base_model"]} if isinstance(data.get("base_model"), str) else set()
+
+    def note(_place: str, name: Any) -> Any:
+        names.update([name] if isinstance(name, str) else [])
+        return name
+
+    _lists_renamed(dict(data), "", note)
+    return names
+
+
+def _tokenizer_renamed(
+    tokenizer: dict[str, Any], path: str, rename: Callable[[str, Any], Any]
+) -> dict[str, Any]:
+    changed = dict(tokenizer)
+    if changed.get("source") is not None and changed["source"] not in _VOCABULARIES:
+        changed["source"] = rename(f"{path}tokenizer.source", changed["source"])
+    if isinstance(tokens := changed.get("tokens"), dict):
+        changed["tokens"] = {
+            token: _token_renamed(entry, f"{path}tokenizer.tokens.{token}.source", rename)
+            for token, entry in tokens.items()
+        }
+    return changed
+
+
+def _token_renamed(entry: Any, path: str, rename: Callable[[str, Any], Any]) -> Any:
+    source = entry.get("source") if isinstance(entry, dict) else None
+    if isinstance(source, dict):
+        if source.get("model") is None:
+            return entry
+        return entry | {"source": source | {"model": rename(f"{path}.model", source["model"])}}
+    return entry if source is None else entry | {"source": rename(path, source)}
 
 
 def _lists_renamed(data: dict[str, Any], path: str, rename: Callable[[str, Any], Any]) -> dict[str, Any]:

@@ -27,10 +27,16 @@ _KEPT = (
     "missing_tensors",
     "extra_tensors",
     "mismatched_tensors",
+    "vocabularies",
 )
 """Fields that decide what is read and what fits together, besides the method and the models."""
 
-_MOST_ALLOWING = {"missing_tensors": "base", "extra_tensors": "drop", "mismatched_tensors": "base"}
+_MOST_ALLOWING = {
+    "missing_tensors": "base",
+    "extra_tensors": "drop",
+    "mismatched_tensors": "base",
+    "vocabularies": "ignore",
+}
 
 _NO_LAYERS = (0, 0)
 
@@ -53,6 +59,8 @@ def salvage(value: Any) -> Recipe | None:
         return None
     base = sound.get("base_model")
     allowed = {name: most for name, most in _MOST_ALLOWING.items() if name in value and name not in sound}
+    if value.get("tokenizer_source") is not None or value.get("tokenizer") is not None:
+        allowed |= {"vocabularies": "ignore", "mismatched_tensors": "base"}  # what it would have made fit
     if (
         base is None and (method is None or method.base == "required" or value.get("base_model") is not None)
     ) or (not _are_bases_sound(value)):  # what the base would have decided

@@ -26,6 +26,7 @@ from service.recipe.entries import (
     SliceEntry,
 )
 from service.recipe.regions import DEFAULT_MODULES, Region, Section, region_of
+from service.recipe.tokenizers import KEYWORDS, MAX_TEMPLATE, TokenizerEntry
 from service.recipe_names import split_adapter, with_names
 from workers.errors import RecipeError
 from workers.methods import METHODS, get_method
@@ -66,8 +67,13 @@ class Recipe(Frozen):
     """What is written: the merged model, or a LoRA adapter that makes it of the base model."""
     rank: int | None = Field(default=None, ge=1, le=MAX_RANK, strict=True)
     """Highest rank of that adapter's factors; without it they are the models' own, put together."""
-    tokenizer_source: str | None = None
-    """Whose tokenizer files to copy: `base`, or one of the recipe's models. The base's by default."""
+    tokenizer_source: str | None = Field(default=None, max_length=2048)
+    """Whose tokens the output has: `union`, `base`, or one of the recipe's models. The base's files are copied when
+    neither this nor `tokenizer` is set, and then all vocabularies have to be the same."""
+    tokenizer: TokenizerEntry | None = None
+    """The same with more to say: where single tokens come from, and padding."""
+    chat_template: str | None = Field(default=None, max_length=MAX_TEMPLATE)
+    """`auto` (the one that most models have), a template's name, one of the models, or a Jinja template."""
     profile: Profile | None = None
     """Where implementations differ, follow the paper's authors or mergekit 0.1.5."""
     seed: int = Field(default=0, ge=0, lt=2**63, strict=True)
@@ -80,6 +86,8 @@ class Recipe(Frozen):
     """Shapes differ: refuse, or keep the base's (or first model's) tensor unmerged."""
     buffers: str | None = None
     """The model whose integer and boolean buffers win when they differ."""
+    vocabularies: Literal["error", "ignore"] = "error"
+    """Tokens differ and there is no tokenizer option: refuse, or merge row by row whatever the rows stand for."""
 
     @model_validator(mode="after")
     def _check(self) -> Recipe:
@@ -128,10 +136,10 @@ class Recipe(Frozen):
         known = {*self.names, self.base_model}
         if len(known) > MAX_MODELS + 1:
             problems.append(f"models: {len(known)} different ones, more than the {MAX_MODELS} that are read")
-        if self.tokenizer_source == "union":
-            problems.append("tokenizer_source: `union` is not supported yet; use `base` or one of the models")
-        elif self.tokenizer_source not in {None, "base", *known}:
-            problems.append(f"tokenizer_source: {self.tokenizer_source!r} is not one of the recipe's models")
+        if self.tokenizer is not None and self.tokenizer_source is not None:
+            problems.append("tokenizer_source: there is a `tokenizer` already; a recipe has one of the two")
+        problems += [f"{place}: {model!r} is not one of the recipe's models"
+                     for place, model in self._tokenizer_models if model not in known]  # fmt: skip
         if self.buffers is not None and self.buffers not in known:
             problems.append(f"buffers: {self.buffers!r} is not one of the recipe's models")
         return problems
@@ -207,6 +215,21 @@ class Recipe(Frozen):
             yield from holder.models or ()
             for each in holder.slices or ():
                 yield from each.sources
+
+    @property
+    def vocabulary(self) -> TokenizerEntry | None:
+        """What it says of the output's vocabulary, however it is written; ``None`` when it says nothing."""
+        if self.tokenizer is None and self.tokenizer_source is not None:
+            return TokenizerEntry(source=self.tokenizer_source)
+        return self.tokenizer
+
+    @property
+    def _tokenizer_models(self) -> list[tuple[str, str]]:
+        """The models that are named for the vocabulary, each after the place where they are."""
+        if self.tokenizer is not None:
+            return [(f"tokenizer.{place}", model) for place, model in self.tokenizer.models]
+        source = self.tokenizer_source
+        return [] if source is None or source in KEYWORDS else [("tokenizer_source", source)]
 
     @property
     def most_inputs(self) -> int:

@@ -19,8 +19,6 @@ MAX_RECIPE_CHARACTERS = 1 << 18
 """Longest recipe text that is read."""
 
 _NOT_YET = {
-    "tokenizer": "building tokenizers is not supported yet; `tokenizer_source` may name `base` or a model",
-    "chat_template": "setting a chat template is not supported yet; it is copied with the tokenizer",
     "residual_weight": "is not supported; mergekit reads it and makes nothing of it",
 }
 
@@ -38,7 +36,8 @@ _DEEPEST = 8
 """How deep a recipe's own keys lie, at most."""
 
 _OWN_FIELDS = ("dtype", "out_dtype", "tokenizer_source", "profile", "seed", "missing_tensors", "extra_tensors",
-               "mismatched_tensors", "buffers", "output_kind", "rank")  # fmt: skip
+               "mismatched_tensors", "buffers", "output_kind", "rank", "vocabularies", "tokenizer",
+               "chat_template")  # fmt: skip
 """Fields without which the rest of a recipe still makes sense."""
 
 _LISTS = {"models", "slices", "modules"}

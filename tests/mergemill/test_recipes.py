@@ -33,6 +33,18 @@ def test_directories_become_uris_and_other_names_stay(here: Path) -> None:
             {"model": str(here / "a#b")},
         ],
         "tokenizer_source": "org/tuned",
+        "tokenizer": {
+            "source": "base",
+            "tokens": {
+                "<a>": {"source": "org/tuned"},
+                "<b>": {"source": {"kind": "zero"}},
+                "<c>": {
+                    "source": {"kind": "model_token", "model": "org/tuned", "token": "base"},
+                    "force": True,
+                },
+            },
+        },
+        "chat_template": "org/tuned",
         "buffers": "base",
     }
     before = repr(recipe)
@@ -49,6 +61,22 @@ def test_directories_become_uris_and_other_names_stay(here: Path) -> None:
             {"model": (here / "a#b").as_uri()},
         ],
         "tokenizer_source": (here / "org/tuned").as_uri(),
+        "tokenizer": {
+            "source": "base",
+            "tokens": {
+                "<a>": {"source": (here / "org/tuned").as_uri()},
+                "<b>": {"source": {"kind": "zero"}},
+                "<c>": {
+                    "source": {
+                        "kind": "model_token",
+                        "model": (here / "org/tuned").as_uri(),
+                        "token": "base",
+                    },
+                    "force": True,
+                },
+            },
+        },
+        "chat_template": (here / "org/tuned").as_uri(),
         "buffers": (here / "base").as_uri(),
     }
     assert "%20" in found["base_model"]

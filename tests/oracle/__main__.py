@@ -28,6 +28,14 @@ from tests.oracle.ours import merge_by_service, merge_in_process
 from tests.oracle.report import Results, markdown, total
 from tests.oracle.several import Several, compare_several, several, several_problems
 from tests.oracle.spoken import compare_spoken, spoken_problems
+from tests.oracle.vocabularies import (
+    TEXTS,
+    Worded,
+    compare_words,
+    worded,
+    words_problems,
+    write_vocabulary_inputs,
+)
 
 SEED = 1234
 """mergekit's; ours is the recipe's default."""
@@ -43,9 +51,11 @@ def main() -> int:
     arguments.add_argument("--in-process", action="store_true", help="the mathematics alone, no service")
     arguments.add_argument("--recipes", type=int, default=100, help="random recipes in all of the language")
     arguments.add_argument("--several", type=int, default=28, help="random recipes of several documents")
+    arguments.add_argument("--words", type=int, default=96, help="random recipes over different vocabularies")
     options = arguments.parse_args()
     chains = [several(number) for number in range(options.several)]
-    recipes = [spoken(number) for number in range(options.recipes)]
+    recipes: list[Spoken | Worded] = [spoken(number) for number in range(options.recipes)]
+    recipes += [worded(number) for number in range(options.words)]
     console = Console()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(prefix="mergemill-oracle-") as directory:
@@ -55,6 +65,7 @@ def main() -> int:
         with console.status("Merging with Mergemill"):
             merge(bench, in_process=options.in_process)
             write_language_inputs(bench.root / "inputs")
+            write_vocabulary_inputs(bench.root / "inputs")
             merge_in_process(
                 {
                     _ours(bench, each): each.placed(bench.root / "inputs", profile="mergekit")
@@ -82,6 +93,18 @@ def main() -> int:
             spoken=[
                 compare_spoken(bench.root / "inputs", each, _ours(bench, each), _theirs(bench, each))
                 for each in recipes
+                if isinstance(each, Spoken)
+            ],
+            words=[
+                compare_words(
+                    each,
+                    bench.root / "inputs",
+                    _ours(bench, each),
+                    _theirs(bench, each),
+                    reply["encoded"][str(_ours(bench, each))],
+                )
+                for each in recipes
+                if isinstance(each, Worded)
             ],
             several=[
                 compare_several(bench.root / "inputs", each, _ours(bench, each), _theirs(bench, each))
@@ -109,6 +132,7 @@ def main() -> int:
             *misfits,
             *spoken_problems(results.spoken),
             *several_problems(results.several),
+            *words_problems(results.words),
             *(problem for case in (*PARITY, *ROUNDED) for problem in bench.checkpoint_problems(case)),
             *(problem for case in METHOD_CASES for problem in bench.checkpoint_problems(case)),
             *(f"{Path(made).name}: {found['problem']}" for made, found in loaded.items() if found["problem"]),
@@ -138,15 +162,15 @@ def merge(bench: Bench, *, in_process: bool) -> None:
     merge_by_service(jobs, bench.root / "state")
 
 
-def _ours(bench: Bench, recipe: Spoken | Several) -> Path:
+def _ours(bench: Bench, recipe: Spoken | Several | Worded) -> Path:
     return bench.root / "ours" / recipe.name
 
 
-def _theirs(bench: Bench, recipe: Spoken | Several) -> Path:
+def _theirs(bench: Bench, recipe: Spoken | Several | Worded) -> Path:
     return bench.root / "theirs" / recipe.name
 
 
-def ask(bench: Bench, recipes: Sequence[Spoken | Several]) -> dict[str, Any]:
+def ask(bench: Bench, recipes: Sequence[Spoken | Several | Worded]) -> dict[str, Any]:
     """Run the other tools, in their environment."""
     merges = [
         {"recipe": bench.recipe(case), "output": str(bench.theirs(case)), "seed": SEED}
@@ -158,7 +182,9 @@ def ask(bench: Bench, recipes: Sequence[Spoken | Several]) -> dict[str, Any]:
     ]
     request, reply = bench.root / "request.json", bench.root / "reply.json"
     opened = [str(bench.ours(case)) for case in (*PARITY, *ROUNDED)]
-    request.write_text(json.dumps({"merge": merges, "load": opened}))
+    words = [str(_ours(bench, each)) for each in recipes if isinstance(each, Worded)]
+    wanted = {"merge": merges, "load": [*opened, *words], "encode": dict.fromkeys(words, TEXTS)}
+    request.write_text(json.dumps(wanted))
     foreign(bench, "foreign.py", request, reply)
     found: dict[str, Any] = json.loads(reply.read_text())
     return found

@@ -1,7 +1,8 @@
 """The other tools' side. Runs in their environment, and imports nothing of ours.
 
-``python foreign.py REQUEST REPLY`` reads ``{"merge": [{"recipe", "output", "seed"}], "load": [directory]}``
-and writes ``{"versions": {tool: version}, "loaded": {directory: {"problem", "dtype"}}}``. An error ends it.
+``python foreign.py REQUEST REPLY`` reads ``{"merge": [{"recipe", "output", "seed"}], "load": [directory],
+"encode": {directory: [text]}}`` and writes ``{"versions": {tool: version}, "loaded": {directory: {"problem",
+"dtype"}}, "encoded": {directory: {text: [number]}}}``. An error ends it.
 """
 
 import importlib.metadata
@@ -16,7 +17,7 @@ import yaml
 from mergekit.config import MergeConfiguration
 from mergekit.merge import MergeOptions, run_merge
 from mergekit.scripts.multimerge import main as multimerge
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
 def merge(recipe: dict | list, output: str, seed: int) -> None:
@@ -56,6 +57,12 @@ def load(directory: str) -> dict:
     return {"problem": problem, "dtype": str(logits.dtype).removeprefix("torch.")}
 
 
+def encode(directory: str, texts: list[str]) -> dict:
+    """What a checkpoint's tokenizer makes of texts, by transformers."""
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    return {text: tokenizer(text)["input_ids"] for text in texts}
+
+
 def main(request_path: str, reply_path: str) -> None:
     """Do all that is asked in one process: importing takes longer than merging."""
     transformers.logging.set_verbosity_error()
@@ -66,6 +73,7 @@ def main(request_path: str, reply_path: str) -> None:
     reply = {
         "versions": {tool: importlib.metadata.version(tool).split("+")[0] for tool in tools},
         "loaded": {directory: load(directory) for directory in request["load"]},
+        "encoded": {directory: encode(directory, texts) for directory, texts in request["encode"].items()},
     }
     Path(reply_path).write_text(json.dumps(reply))
 

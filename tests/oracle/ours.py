@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -18,7 +19,7 @@ from service.sidecars import adapter_config_json, config_json
 from tests.oracle.cases import Recipe
 from tests.workers.execute import run
 from workers.store.local import LocalStore
-from workers.store.uris import from_path
+from workers.store.uris import from_path, to_path
 
 Jobs = Mapping[Path, Recipe | list[Recipe]]
 """Recipes, their models named by absolute path, by the directory that they go to."""
@@ -35,6 +36,10 @@ def merge_in_process(jobs: Jobs) -> None:
             (output / "adapter_config.json").write_text(adapter_config_json(planned))
             continue
         (output / "config.json").write_text(config_json(planned) or "")
+        for name, text in planned.texts.items():
+            (output / name).write_bytes(text)
+        for name, info in planned.copied.items():
+            shutil.copyfile(to_path(info.uri), output / name)
         (output / "model.safetensors.index.json").write_text(planned.plan.index)
 
 

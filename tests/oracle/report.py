@@ -16,6 +16,7 @@ from tests.oracle.exact import Nearness
 from tests.oracle.methods import COUNT, EXCEPTIONS, METHOD_CASES, RECIPES, is_excepted
 from tests.oracle.several import SeveralCompared, several_table
 from tests.oracle.spoken import Compared, spoken_table
+from tests.oracle.vocabularies import ComparedWords, words_table
 
 SIGMAS = 5
 """A mask's share may be this many standard deviations from its density."""
@@ -83,17 +84,6 @@ bfloat16 inputs often lies in the very middle.
 
 ## Several documents
 
-{chains} random recipes of two or three documents, in any order, of which later ones use earlier ones, beside
-`mergekit-multi`: earlier merges that are computed on the way, staged or copied. The bound is 4 · 10⁻⁶ of the largest
-magnitude in tensors of a shape, since layers move. Where an earlier merge is rounded to bfloat16, one in a thousand may
-be beyond it: its float32 result lay on the other side of the middle of two steps.
-
-| | recipes | elements | same bits | beyond the bound | worst |
-|---|---|---:|---:|---:|---:|---:|
-{spoken}
-
-## Several documents
-
 {chains} random recipes of two or three documents, in any order, of which later ones use earlier ones,
 beside `mergekit-multi`: earlier merges that are computed on the way, staged or copied. The bound is 4 · 10⁻⁶ of the
 largest magnitude in tensors of a shape, since layers move. Where an earlier merge is rounded to bfloat16, one in a
@@ -102,6 +92,35 @@ thousand may be beyond it: its float32 result lay on the other side of the middl
 | | recipes | elements | same bits | beyond the bound | worst |
 |---|---:|---:|---:|---:|---:|
 {several}
+
+## Vocabularies
+
+{worded} random recipes over models of different vocabularies: byte-level BPE, WordPiece and Unigram tokenizers, and all
+three together (*mixed*), tied and untied, one model padded beyond its tokens. Rows of embeddings and heads are compared
+by their tokens, within 10⁻⁶ · Σ\\|w\\| · max \\|θ\\|; both tokenizers have to have the same tokens and to encode
+the same texts alike, and transformers has to read ours to the same numbers.
+
+| | recipes | elements | same bits | beyond the bound | worst |
+|---|---:|---:|---:|---:|---:|
+{words}
+
+Where Mergemill does otherwise than mergekit, on purpose:
+
+- **Order.** mergekit numbers the tokens that a union adds in an order that changes from run to run, and without a base
+  model even takes another model's tokenizer for the base. Here it is the recipe's order, and the first model's.
+- **Padding.** mergekit's rows of `pad_to_multiple_of` are the mean of all rows of each model's; here they are zeros:
+  they stand for no token, and a mean over all rows would have every task read the whole tensor.
+- **Numbers of special tokens.** mergekit leaves `bos_token_id` and its like as they were, so with another model's
+  tokenizer they may be those of other tokens. Here config.json and generation_config.json (which mergekit leaves out)
+  keep the tokens and change the numbers.
+- **Rows that no operand has.** Where a tensor is one model's alone, as in `passthrough` slices, mergekit fills what
+  that model lacks with zeros; here with the rows of the recipe's other models.
+- **New tokens** under `tokens` with `source: base` or a model's end mergekit with a KeyError; here they are appended.
+- **Nothing differs.** When all tokenizers and row counts are the same and nothing else is asked for, rows beyond the
+  tokens stay; mergekit cuts them off.
+- **Gaps.** A base with gaps between its tokens' numbers ends mergekit with an IndexError; here the base's rows stay.
+- **Tied heads.** A model with a head of its own on a tied base gives mergekit an output with both, whose config says
+  tied; here it is an error that names `extra_tensors: drop`.
 
 ## Where the bound is wider
 
@@ -171,6 +190,8 @@ class Results:
     """Merges with LoRA adapters."""
     several: Sequence[SeveralCompared] = ()
     """Random recipes of several documents."""
+    words: Sequence[ComparedWords] = ()
+    """Random recipes over different vocabularies."""
     exact: MutableMapping[str, Nearness] = field(default_factory=dict)
     """How far both tools are from float64 where the bound is wider, by method."""
 
@@ -202,7 +223,10 @@ def markdown(results: Results, opened: int, problems: Sequence[str]) -> str:
     """The document."""
     tools = ", ".join(f"{tool} {version}" for tool, version in results.versions.items())
     agreeing = (
-        sum(not is_excepted(case) for case in results.parity) + len(results.spoken) + len(results.several)
+        sum(not is_excepted(case) for case in results.parity)
+        + len(results.spoken)
+        + len(results.several)
+        + len(results.words)
     )
     outcome = (
         f"{agreeing} recipes agree in every element that is defined, and transformers opens all\n{opened} merged "
@@ -226,6 +250,8 @@ def markdown(results: Results, opened: int, problems: Sequence[str]) -> str:
         spoken=spoken_table(results.spoken),
         chains=len(results.several),
         several=several_table(results.several),
+        worded=len(results.words),
+        words=words_table(results.words),
         exact="\n".join(_exact(method, found) for method, found in results.exact.items()),
         adapters=adapter_table(results.adapters),
         rounded="\n".join(_rounded(case, distance) for case, distance in results.rounded.items()),

@@ -74,7 +74,7 @@ def test_every_misfit_of_every_model_is_listed_at_once_with_its_remedy() -> None
     text = "\n".join(found.problems)
     for line in (
         "/m0: lacks tensors of /base: layer1, layer2, layer3, layer4, layer5, layer6, layer7, layer8 and 3 more; set",
-        f"/m0: vocabulary size differs from /base: {EMBEDDING} [101, 8], not [100, 8]; set `mismatched_tensors: base`",
+        f"/m0: vocabulary size differs from /base: {EMBEDDING} [101, 8], not [100, 8]; set `tokenizer_source",
         "/m0: integer or boolean buffers differ from /base: ids; they are never averaged: set `buffers:`",
         "/m1: shape differs from /base: layer3 [3, 4], not [4, 3]; set `mismatched_tensors: base`",
         "/m1: tensors that /base does not have: new; set `extra_tensors: drop`",

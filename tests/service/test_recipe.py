@@ -115,12 +115,25 @@ def test_a_key_without_a_value_is_as_if_it_were_not_there(null: str) -> None:
         ({"seed": "abc"}, "seed: "),
         ({"missing_tensors": "ignore"}, "missing_tensors: "),
         ({"buffers": "s3://b/three"}, "buffers: 's3://b/three' is not one of the recipe's models"),
-        ({"tokenizer_source": "union"}, "tokenizer_source: `union` is not supported yet"),
+        ({"tokenizer_source": "union", "tokenizer": {}}, "tokenizer_source: there is a `tokenizer` already"),
         ({"tokenizer_source": "/other"}, "tokenizer_source: '/other' is not one of"),
         ({"slices": []}, "slices: Tuple should have at least 1 item"),
         ({"slices": [{"sources": [{"model": "/a", "layer_range": [0, 1]}]}]}, "slices: there are `models` already"),
-        ({"tokenizer": {"source": "union"}}, "tokenizer: building tokenizers is not supported yet"),
-        ({"chat_template": "auto"}, "chat_template: "),
+        ({"tokenizer": {"source": "/other"}}, "tokenizer.source: '/other' is not one of the recipe's models"),
+        ({"tokenizer": {"surce": "union"}}, "tokenizer.surce: "),
+        ({"tokenizer": {"pad_to_multiple_of": 0}}, "tokenizer.pad_to_multiple_of: "),
+        ({"tokenizer": {"pad_to_multiple_of": True}}, "tokenizer.pad_to_multiple_of: "),
+        ({"tokenizer": {"embeddings": []}}, "tokenizer.embeddings: "),
+        ({"tokenizer": {"tokens": {"<x>": {}}}}, "tokenizer.tokens.<x>.source: Field required"),
+        ({"tokenizer": {"tokens": {"<x>": {"source": "/other"}}}}, "tokenizer.tokens.<x>.source: '/other' is not one"),
+        ({"tokenizer": {"tokens": {"<x>": {"source": {"kind": "one"}}}}}, "tokenizer.tokens.<x>.source"),
+        (
+            {"tokenizer": {"tokens": {"<x>": {"source": {"kind": "model_token", "model": "s3://b/base"}}}}},
+            "a `model_token` has either `token` or `token_id`",
+        ),
+        ({"chat_template": ["auto"]}, "chat_template: "),
+        ({"chat_template": "{" * 65_537}, "chat_template: "),
+        ({"vocabularies": "base"}, "vocabularies: "),
         ({"parameters": {"lamda": 1}}, "parameters.lamda: is not a parameter of ties; did you mean 'lambda'?"),
         ({"parameters": {"density": 1.01}}, "parameters.density: "),
         ({"parameters": {"density": -0.1}}, "parameters.density: "),
@@ -191,7 +204,7 @@ def test_all_problems_are_said_at_once() -> None:
             seeed=1,
             dtype="int4",
             seed=-3,
-            tokenizer_source="union",
+            tokenizer_source="/nobody",
             buffers="nobody",
             base_model=...,
             models=[
@@ -202,7 +215,7 @@ def test_all_problems_are_said_at_once() -> None:
         )
     )
     for start in (
-        "slices: ", "seeed: ", "dtype: ", "seed: ", "tokenizer_source: `union`", "buffers: 'nobody'",
+        "slices: ", "seeed: ", "dtype: ", "seed: ", "tokenizer_source: '/nobody'", "buffers: 'nobody'",
         "base_model: `ties`", "models[0].parameters.density", "models[0].parameters.weigth",
         "models[1].paramters", "models[1].parameters.density", "parameters.lambda", "parameters.zero_sign",
     ):  # fmt: skip
@@ -211,7 +224,7 @@ def test_all_problems_are_said_at_once() -> None:
 
 
 def test_an_unknown_method_does_not_hide_other_problems() -> None:
-    found = problems(recipe(merge_method="tise", buffers="nobody", tokenizer_source="union"))
+    found = problems(recipe(merge_method="tise", buffers="nobody", tokenizer_source="/nobody"))
     assert len(found) == 3
 
 

@@ -37,8 +37,6 @@ def left(**changes: Any) -> Recipe:
     "changes",
     [
         {"slices": []},
-        {"tokenizer_source": "union"},
-        {"tokenizer_source": 3},
         {"profil": "paper"},
         {"parameters": {"density": 0.25, "wieght": 1}},
         {"parameters": {"density": 0.25, "lambda": "much"}},
@@ -48,6 +46,12 @@ def left(**changes: Any) -> Recipe:
 )
 def test_a_wrong_field_leaves_the_rest(changes: dict[str, Any]) -> None:
     assert left(**changes).to_json() == TIES
+
+
+@pytest.mark.parametrize("changes", [{"tokenizer_source": 3}, {"tokenizer": {"source": "/nobody"}}])
+def test_what_a_wrong_tokenizer_would_have_made_fit_is_let_be(changes: dict[str, Any]) -> None:
+    found = left(**changes)
+    assert found.to_json() == TIES | {"vocabularies": "ignore", "mismatched_tensors": "base"}
 
 
 def test_wrong_parameters_leave_the_others_of_their_section() -> None:
