@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 from service.checkpoint import TIED_NAMES, Checkpoint, StoredTensor
 from service.depth import with_depths
+from service.misfits import Misfits, listed
 from service.pairing import Inputs, Row, pair
 from service.recipe import Recipe, Source
 from service.recipe.resolve import Resolved, Resolver, unused_filters
@@ -31,9 +32,6 @@ EMBEDDING_NAMES = (
 """Input embeddings that a tied head stands for."""
 
 _BY_TOKENS = "set `tokenizer_source: union` (or `base`) to merge the rows by their tokens, or "
-
-_SHOWN = 8
-"""How many tensor names a problem lists before it counts the rest."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,8 +106,7 @@ class _Matcher:
         self.config = inputs.reference.config
         self.are_digested = inputs.are_digested
         self.are_vocabularies_told = inputs.are_vocabularies_told
-        self.found: dict[tuple[str, str, str], dict[str, None]] = {}
-        self.misfits: set[str] = set()
+        self.misfits = Misfits()
         self.notices = list(inputs.notices)
         self.owners: dict[str, list[Checkpoint]] = {}
         kind = self.method.statistic
@@ -121,12 +118,12 @@ class _Matcher:
         self._extras()
         self._strangers()
         outputs = [self._tensor(row) for row in self.pairing.rows]
-        problems = (*self.pairing.problems, *self._sentences())
-        fitting = tuple(output for output in outputs if output and output.name not in self.misfits)
+        problems = (*self.pairing.problems, *self.misfits.sentences())
+        fitting = tuple(output for output in outputs if output and output.name not in self.misfits.tensors)
         filters = unused_filters(self.recipe, self._names()) if self.pairing.rows else []
         _, depths = with_depths(self.config, self.pairing.slicings)
         if (kind := self.method.statistic) is not None and self.without:
-            said = f"without a `{kind.name}`, and merged by `{kind.without}`: {_listed(self.without)}"
+            said = f"without a `{kind.name}`, and merged by `{kind.without}`: {listed(self.without)}"
             self.notices.append(said)
         notices = dict.fromkeys([*self.pairing.notices, *depths, *self.notices, *filters])
         return Match(self._tied(fitting), problems, tuple(notices))
@@ -167,16 +164,6 @@ class _Matcher:
             for output in outputs
         )
 
-    def _problem(self, what: str, model: str, remedy: str, tensor: str, how: str = "") -> None:
-        self.found.setdefault((what, model, remedy), {})[tensor + how] = None
-        self.misfits.add(tensor)
-
-    def _sentences(self) -> list[str]:
-        sentences = []
-        for (what, model, remedy), tensors in self.found.items():
-            sentences.append(f"{model}: {what}: {_listed(list(tensors))}{'; ' + remedy if remedy else ''}")
-        return sentences
-
     def _strangers(self) -> None:
         """Statistics of tensors that there are none of: most likely of another model."""
         for place, model, names in self.strangers:
@@ -185,7 +172,7 @@ class _Matcher:
             else:
                 remedy = "set `extra_tensors: drop` to leave them out"
                 for name in names:
-                    self._problem(f"tensors that {model} does not have", place, remedy, name)
+                    self.misfits.add(f"tensors that {model} does not have", place, remedy, name)
 
     def _extras(self) -> None:
         for bound, source, checkpoint, names in self.pairing.extras:
@@ -196,14 +183,14 @@ class _Matcher:
                 elif self.recipe.extra_tensors == "drop":
                     self.notices.append(f"{label}: {name} is not in {bound.against} and left out")
                 elif name in TIED_NAMES:
-                    self._problem(
+                    self.misfits.add(
                         f"has an output head of its own, which {bound.against} ties to the embedding",
                         label,
                         "set `extra_tensors: drop` to keep the base's tied head",
                         name,
                     )
                 else:
-                    self._problem(
+                    self.misfits.add(
                         f"tensors that {bound.against} does not have",
                         label,
                         "set `extra_tensors: drop` to leave them out",
@@ -235,7 +222,7 @@ class _Matcher:
         except RecipeError as error:
             for problem in error.problems:
                 where, _, what = problem.partition(": ")
-                self._problem(what, where, "", row.name)
+                self.misfits.add(what, where, "", row.name)
             return None
         return self._merged(row, present, resolved)
 
@@ -296,7 +283,7 @@ class _Matcher:
             models.append(Merged(source, (own, stored.name, *embeddings), stored))
         found = self.statistics.of(models, parameters)
         for misfit in found.misfits:
-            self._problem(misfit.what, misfit.place, misfit.remedy, row.name, misfit.how)
+            self.misfits.add(misfit.what, misfit.place, misfit.remedy, row.name, misfit.how)
         return None if found.misfits else found.refs or nothing
 
     def _find(self, row: Row, own: str, source: Source, checkpoint: Checkpoint) -> StoredTensor | None:
@@ -313,13 +300,13 @@ class _Matcher:
         if self.recipe.missing_tensors == "base":
             self.notices.append(f"{label}: lacks {own}, taken from {against}")
             return tensor if row.bound.stretch.has_task_vectors else None
-        self._problem(
+        self.misfits.add(
             f"lacks tensors of {against}",
             label,
             "set `missing_tensors: base` to take them from the base (or to let the model sit out)",
             own,
         )
-        self.misfits.add(row.name)
+        self.misfits.tensors.add(row.name)
         return None
 
     def _buffer(
@@ -334,7 +321,7 @@ class _Matcher:
             if stored.ref == tensor.ref:
                 continue
             if (stored.dtype, stored.shape) != (tensor.dtype, tensor.shape):
-                self._problem(
+                self.misfits.add(
                     f"dtype or shape differs from {against} where no arithmetic is possible",
                     source.model,
                     "set `buffers:` to the model whose values win",
@@ -343,7 +330,7 @@ class _Matcher:
                 )
             elif self.are_digested and (own is None or checkpoint.digests.get(stored.name) != own):
                 kind = "integer or boolean buffers" if tensor.dtype[0] in "IUB" else f"{tensor.dtype} tensors"
-                self._problem(
+                self.misfits.add(
                     f"{kind} differ from {against}",
                     source.model,
                     "they are never averaged: set `buffers:` to the model whose values win",
@@ -370,9 +357,9 @@ class _Matcher:
                 continue
             vocabulary = row.name in (*EMBEDDING_NAMES, *TIED_NAMES)
             if vocabulary and self.are_vocabularies_told and stored.shape[1:] == tensor.shape[1:]:
-                self.misfits.add(row.name)
+                self.misfits.tensors.add(row.name)
                 continue
-            self._problem(
+            self.misfits.add(
                 f"{'vocabulary size' if vocabulary else 'shape'} differs from {against}",
                 source.model,
                 f"{_BY_TOKENS if vocabulary else ''}set `mismatched_tensors: base` to keep the base's unmerged",
@@ -399,11 +386,6 @@ def _sources(row: Row) -> Iterator[tuple[str, Checkpoint]]:
 
 def _mergeable(tensor: StoredTensor, others: Sequence[StoredTensor | None]) -> bool:
     return tensor.is_float and all(other is None or other.is_float for other in others)
-
-
-def _listed(names: Sequence[str]) -> str:
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(names[:_SHOWN]) + more
 
 
 def _copy(row: Row, source: StoredTensor) -> OutputTensor:
