@@ -144,7 +144,6 @@ METHODS: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
     "passthrough": (1, {}, {}),
     "linear": (3, {}, {"weight": 0.3}),
     "ties": (2, {}, {"weight": 0.7, "density": 0.4}),
-    "dare_linear": (2, {"rescale": "l1"}, {"weight": 0.7, "density": 0.4}),
     "model_stock": (2, {"filter_wise": True}, {}),
 }
 """Of each: models, parameters and the models' own."""
@@ -154,7 +153,7 @@ def arithmetic(method: str, operands: list[Source]) -> Arithmetic:
     """A method on operands of the same elements; the last is the base, where it takes one."""
     count, shared, own = METHODS[method]
     models = tuple(ModelInput(k, operands[k % 3], own) for k in range(count))
-    base = operands[2] if method in ("ties", "dare_linear", "model_stock") else None
+    base = operands[2] if method in ("ties", "model_stock") else None
     return Arithmetic("w", method, shared, base, models, 7, NUMEL, 0, NUMEL, (ROWS, COLUMNS))
 
 
@@ -170,8 +169,7 @@ def test_every_method_makes_of_sources_what_it_makes_of_files_that_hold_the_same
         assert merged(arithmetic(method, made), CUT, tmp_path / "cut") == wanted
 
 
-@pytest.mark.parametrize("method", ["linear", "ties"])
-@pytest.mark.parametrize("limits", [WHOLE, CUT])
+@pytest.mark.parametrize(("method", "limits"), [("linear", WHOLE), ("ties", CUT)])
 def test_a_task_takes_the_arena_that_it_is_priced_with_and_not_a_page_less(
     method: str, limits: Limits, both: tuple[list[Source], list[TensorRef]], tmp_path: Path
 ) -> None:
