@@ -48,7 +48,7 @@ def ties(root: Path, *models: str, **parameters: Any) -> dict[str, Any]:
         ({"models": []}, ["models"]),
         ({"parameters": {"density": 1.5}}, ["density", "1"]),
         ({"parameters": {"densty": 0.5}}, ["densty", "density"]),
-        ({"parameters": {"density": [0.1, 0.9]}}, ["density", "gradient"]),
+        ({"parameters": {"density": [0.1, 1.9]}}, ["density", "1"]),
         ({"slices": []}, ["slices"]),
         ({"dtyp": "float32"}, ["dtyp", "dtype"]),
         ({"models": [{"model": "../elsewhere"}]}, ["../elsewhere", "relative"]),
@@ -177,6 +177,28 @@ def test_an_unknown_method_does_not_hide_what_is_wrong_with_the_models(
         assert "absent: no model here" in second
         assert "overlaps the input" in third
     assert not (tmp_path / "base" / "inside").exists()
+
+
+def test_a_refused_recipe_of_slices_is_answered_with_all_that_is_wrong(
+    service: RunningService, base: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    listed = [("one", 0, 1), ("base", 3, 9), ("absent", 0, 1)]
+    slices = [
+        {"sources": [{"model": str(tmp_path / name), "layer_range": [first, last]}]}
+        for name, first, last in listed
+    ]
+    body = {
+        "recipe": {"merge_method": "passthrough", "slices": slices, "sed": 1},
+        "output": str(tmp_path / "out"),
+    }
+    for route in ("/v1/merges", "/v1/plans"):
+        answer = service.http.post(route, json=body)
+        assert answer.status_code == 422
+        first, *others = answer.json()["errors"]
+        assert "did you mean `seed`" in first
+        assert len(others) == 2
+        assert any("slices[1].sources[0].layer_range: [3, 9] goes beyond" in each for each in others)
+        assert any("absent: no model here" in each for each in others)
 
 
 def test_differing_buffers(service: RunningService, base: dict[str, torch.Tensor], tmp_path: Path) -> None:
