@@ -65,7 +65,8 @@ class Objects:
             )
             return out
         if isinstance(source, Gathered):
-            return torch.cat([self._taken(source, run) for run in source.runs])
+            values = [self.value(each) for each in source.sources]
+            return torch.cat([_taken(values, run, TORCH_DTYPES[source.dtype]) for run in source.runs])
         return self._merged(source)
 
     def _product(self, change: Change, rows: int, columns: int) -> Product:
@@ -75,16 +76,6 @@ class Objects:
             return Product(a.view(rank, rows).T, b.view(columns, rank).T, change.scale)
         rank = b.numel() // rows
         return Product(b.view(rows, rank), a.view(rank, columns), change.scale)
-
-    def _taken(self, source: Gathered, run: RowRun) -> torch.Tensor:
-        dtype = TORCH_DTYPES[source.dtype]
-        taken = [self.value(source.sources[number])[at : at + run.numel].float() for number, at in run.takes]
-        if not taken:
-            return torch.zeros(run.numel, dtype=dtype)
-        total = taken[0]
-        for other in taken[1:]:
-            total = total + other
-        return round_to(total / torch.tensor([len(taken)]), dtype)
 
     def _merged(self, source: Derived) -> torch.Tensor:
         arithmetic = source.arithmetic
@@ -98,6 +89,16 @@ class Objects:
             mask_keys=[mask_key(arithmetic.seed, m.index, arithmetic.name) for m in arithmetic.models],
         )
         return round_to(merged, TORCH_DTYPES[source.dtype])
+
+
+def _taken(values: list[torch.Tensor], run: RowRun, dtype: torch.dtype) -> torch.Tensor:
+    taken = [values[number][at : at + run.numel].float() for number, at in run.takes]
+    if not taken:
+        return torch.zeros(run.numel, dtype=dtype)
+    total = taken[0]
+    for other in taken[1:]:
+        total = total + other
+    return round_to(total / torch.tensor([len(taken)]), dtype)
 
 
 @st.composite
