@@ -171,6 +171,16 @@ def test_embeddings_and_modules_that_are_held_whole(root: Path, tmp_path: Path) 
     assert torch.equal(found["model.norm.weight"], BASE["model.norm.weight"])
 
 
+def test_an_embedding_that_is_square_is_still_one(root: Path, tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(6)
+    weight, a, b = (torch.randn(*shape, generator=generator) for shape in ((8, 8), (4, 8), (8, 4)))
+    write_checkpoint(root / "base", {"embed_tokens.weight": weight})
+    at = f"{PREFIX}embed_tokens.lora_embedding_"
+    write_adapter(root / "lora", {f"{at}A": a, f"{at}B": b})
+    (found,) = opened(run(plan(root, "passthrough", ["org/base+org/lora"]), tmp_path / "out")).values()
+    assert (found.double() - weight.double() - 2 * (b.double() @ a.double()).T).abs().max() <= 2e-6
+
+
 def test_keys_may_name_the_adapter_and_lack_the_head(root: Path, tmp_path: Path) -> None:
     headless = {
         f"{PREFIX}{key.removeprefix(f'{PREFIX}model.')}".replace("A.w", "A.default.w"): LORA[key]
