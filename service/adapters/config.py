@@ -24,6 +24,10 @@ MAX_MATCHES = 1 << 21
 """Most comparisons of a pattern with the name of a module: every pattern may meet every module."""
 MAX_EXPRESSION_MATCHES = 1 << 13
 """Of these, most where the pattern is more than a name."""
+MAX_PATTERNS = 1 << 14
+"""Most patterns of a mapping: each is compiled."""
+MAX_SAVED = 256
+"""Most modules that are held whole: each is looked for in the names of tensors."""
 MAX_EXPRESSIONS = 64
 """Most patterns that are more than a name."""
 
@@ -140,6 +144,10 @@ def read_config(document: Mapping[str, Any]) -> tuple[AdapterConfig | None, list
     saved = document.get("modules_to_save") or []
     if not isinstance(saved, list) or not all(isinstance(name, str) for name in saved):
         problems.append("`modules_to_save` must be a list of names")
+    elif len(saved) > MAX_SAVED:
+        problems.append(
+            f"`modules_to_save` names {len(saved)} modules, more than the {MAX_SAVED} that are read"
+        )
     flags = {name: document.get(name) or False for name in ("use_rslora", "fan_in_fan_out")}
     problems += [
         f"`{name}` must be true or false" for name, value in flags.items() if value not in (True, False)
@@ -197,6 +205,8 @@ def pattern_problems(name: str, patterns: Sequence[str]) -> list[str]:
     matched with: names, ``.``, ``\\d``, sets, simple groups of alternatives, and two repeats at most.
     """
     problems = []
+    if len(patterns) > MAX_PATTERNS:
+        return [f"`{name}` has {len(patterns)} patterns, more than the {MAX_PATTERNS} that are read"]
     expressions = [pattern for pattern in patterns if not _LITERAL.fullmatch(pattern)]
     if len(expressions) > MAX_EXPRESSIONS:
         problems.append(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import islice
 
 from service.adapters.reading import Adapter, Factors
 from service.checkpoint import TIED_NAMES, Checkpoint, Laid, StoredTensor
@@ -17,6 +18,7 @@ from workers.sources import Change
 
 _SHOWN = 8
 _MOST_STRIPPED = 2
+_MOST_PREFIXES = 16
 
 
 def adapted(checkpoint: Checkpoint, adapter: Adapter) -> Checkpoint:
@@ -79,11 +81,8 @@ def _called(wanted: Sequence[str], names: Mapping[str, StoredTensor]) -> dict[st
     for count in range(1, _MOST_STRIPPED + 1):
         ways.append({name: name.split(".", count)[-1] for name in wanted})
     first = wanted[0]
-    ways += [
-        {name: f"{known.removesuffix(first)}{name}" for name in wanted}
-        for known in names
-        if known.endswith(f".{first}")
-    ]
+    fuller = (known.removesuffix(first) for known in names if known.endswith(f".{first}"))
+    ways += [{name: f"{prefix}{name}" for name in wanted} for prefix in islice(fuller, _MOST_PREFIXES)]
     fitting = [way for way in ways if all(own in names for own in way.values())]
     return fitting[0] if len(fitting) == 1 else {}
 

@@ -140,6 +140,16 @@ def test_weights_that_are_stored_the_other_way_round(root: Path, tmp_path: Path)
     assert (found[f"{square}.weight"].double() - plain).abs().max() <= 1e-7
 
 
+def test_convolutions(root: Path, tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(8)
+    kernel, a, b = (torch.randn(*s, generator=generator) for s in ((6, 3, 2, 2), (4, 3, 2, 2), (6, 4, 1, 1)))
+    write_checkpoint(root / "base", {"conv.weight": kernel})
+    write_adapter(root / "lora", {f"{PREFIX}conv.lora_A.weight": a, f"{PREFIX}conv.lora_B.weight": b})
+    (found,) = opened(run(plan(root, "passthrough", ["org/base+org/lora"]), tmp_path / "out")).values()
+    delta = torch.nn.functional.conv2d(a.double().permute(1, 0, 2, 3), b.double()).permute(1, 0, 2, 3)
+    assert (found.double() - kernel.double() - 2 * delta).abs().max() <= 2e-6
+
+
 def test_embeddings_and_modules_that_are_held_whole(root: Path, tmp_path: Path) -> None:
     generator = torch.Generator().manual_seed(9)
     a, b = torch.randn(4, 32, generator=generator), torch.randn(16, 4, generator=generator)
@@ -159,6 +169,16 @@ def test_embeddings_and_modules_that_are_held_whole(root: Path, tmp_path: Path) 
     name = "model.layers.0.input_layernorm.weight"
     assert torch.equal(found[name], saved[name])
     assert torch.equal(found["model.norm.weight"], BASE["model.norm.weight"])
+
+
+def test_an_embedding_that_is_square_is_still_one(root: Path, tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(6)
+    weight, a, b = (torch.randn(*shape, generator=generator) for shape in ((8, 8), (4, 8), (8, 4)))
+    write_checkpoint(root / "base", {"embed_tokens.weight": weight})
+    at = f"{PREFIX}embed_tokens.lora_embedding_"
+    write_adapter(root / "lora", {f"{at}A": a, f"{at}B": b})
+    (found,) = opened(run(plan(root, "passthrough", ["org/base+org/lora"]), tmp_path / "out")).values()
+    assert (found.double() - weight.double() - 2 * (b.double() @ a.double()).T).abs().max() <= 2e-6
 
 
 def test_keys_may_name_the_adapter_and_lack_the_head(root: Path, tmp_path: Path) -> None:
