@@ -17,6 +17,7 @@ import structlog
 
 from service.checkpoint import (
     CONFIG_FILE,
+    HIDDEN,
     INDEX_FILE,
     MANIFEST_FILE,
     PLAN_METADATA,
@@ -26,7 +27,7 @@ from service.checkpoint import (
     is_staged,
     is_tokenizer_file,
 )
-from service.claim import CLAIM, HIDDEN, Claim, read_claim
+from service.claim import CLAIM, Claim, read_claim
 from service.plan import Plan, Shard
 from service.sidecars import CARD
 from workers.errors import (

@@ -63,28 +63,6 @@ results lie on either side of the middle: fewer than one in a thousand of float3
 bfloat16 inputs often lies in the very middle.
 
 | | | recipes | elements | same bits | beyond the bound | worst |
-|---|---|---:|---:|---:|---:|---:|
-{spoken}
-
-## Several documents
-
-{chains} random recipes of two or three documents, in any order, of which later ones use earlier ones, beside
-`mergekit-multi`: earlier merges that are computed on the way, staged or copied. The bound is 4 · 10⁻⁶ of the largest
-magnitude in tensors of a shape, since layers move. Where an earlier merge is rounded to bfloat16, one in a thousand may
-be beyond it: its float32 result lay on the other side of the middle of two steps.
-
-| | recipes | elements | same bits | beyond the bound | worst |
-|---|---|---:|---:|---:|---:|---:|
-{spoken}
-
-## Several documents
-
-{chains} random recipes of two or three documents, in any order, of which later ones use earlier ones, beside `mergekit-multi`:
-earlier merges that are computed on the way, staged or copied. The bound is 4 · 10⁻⁶ of the largest magnitude in
-tensors of a shape, since layers move. Where an earlier merge is rounded to bfloat16, one in a thousand may be beyond it: its
-float32 result lay on the other side of the middle of two steps.
-
-| | recipes | elements | same bits | beyond the bound | worst |
 |---|---:|---:|---:|---:|---:|
 {several}
 
