@@ -106,7 +106,11 @@ def test_cancelled_while_it_stages_it_leaves_nothing(
     bench: Bench, models: Path, wanted: Any, step: str
 ) -> None:
     job = submit(bench, models, wanted["out"])
-    record = bench.run(job, at_step(step, lambda: bench.jobs.apply(job, CancelRequested()), "after"))
+
+    def cancel() -> None:
+        bench.jobs.apply(job, CancelRequested())
+
+    record = bench.run(job, at_step(step, cancel, "after"))
     assert record.state == JobState.CANCELLED
     assert nothing_at(wanted["out"])
 

@@ -123,8 +123,11 @@ def derived(planned: Planned) -> list[Derived]:
     return [source for source in sources if isinstance(source, Derived)]
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", None])
-@pytest.mark.parametrize("earlier", ["linear", "dare", "slices", "ties", "stock"])
+@pytest.mark.parametrize(
+    ("earlier", "dtype"),
+    [("linear", "bfloat16"), ("linear", "float32"), ("dare", None), ("slices", "float32"), ("ties", "bfloat16"),
+     ("ties", "float32"), ("stock", None)],
+)  # fmt: skip
 def test_documents_together_make_what_they_make_one_by_one(
     models: Path, tmp_path: Path, earlier: str, dtype: str | None
 ) -> None:
