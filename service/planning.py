@@ -38,20 +38,23 @@ T = TypeVar("T")
 class Planned:
     """A plan and what it was made from."""
 
-    recipe: Recipe
-    """The recipe; of several documents the one that makes the output."""
+    graph: Graph
+    """The recipe."""
     inputs: Inputs
-    """Its checkpoints."""
+    """The checkpoints of the merge that makes the output."""
     plan: Plan
     """The plan."""
     uris: Mapping[str, str]
     """Where each model named in the recipe is."""
     tokenizer: Checkpoint
     """Whose tokenizer files go to the output."""
-    graph: Graph
-    """The whole recipe."""
     checkpoints: tuple[Checkpoint, ...]
     """Every opened checkpoint, once: not the merges in between."""
+
+    @property
+    def recipe(self) -> Recipe:
+        """The recipe; of several documents the one that makes the output."""
+        return self.graph.output
 
 
 @dataclass(frozen=True)
@@ -224,7 +227,7 @@ def examine(
     if plan is None or given is None or tokenizer is None or problems or away:
         return Outcome(None, price, tuple(sorted(set(problems))), tuple(sorted(set(away))))
     places = tuple(checkpoint for checkpoint in by_uri.values() if checkpoint is not None)
-    return Outcome(Planned(last, given[1], plan, uris, tokenizer, graph, places), price, (), ())
+    return Outcome(Planned(graph, given[1], plan, uris, tokenizer, places), price, (), ())
 
 
 def _tokenizer(recipe: Recipe, opened: Mapping[str, Checkpoint]) -> Checkpoint | None:

@@ -24,7 +24,7 @@ def test_every_recipe_is_one_that_is_read_and_made_by_its_number_alone() -> None
 
 
 @pytest.mark.parametrize(
-    ("change", "says"), [(0.0, None), (1e-6, "elements beyond the bound"), (None, "only one has")]
+    ("change", "says"), [(0.0, None), (1e-5, "elements beyond the bound"), (None, "only one has")]
 )
 def test_what_is_apart_is_told(tmp_path: Path, change: float | None, says: str | None) -> None:
     recipe = several(0)
