@@ -23,6 +23,12 @@ COPY_BYTES = 1 << 20
 READ_THREADS = 4
 """Ranges read at once; more gain nothing on one worker's share of the network."""
 
+SHORT_BYTES = 256 << 10
+"""A range below it is waited for rather than read: rows of an embedding that were gathered, or tiny tensors."""
+
+SHORT_READ_THREADS = 16
+"""Ranges read at once where most are short."""
+
 
 Known = Mapping[tuple[str, int, int], bytes]
 """The SHA-256 of each block of ranges, one after the other, by URI, start and end."""
@@ -71,7 +77,9 @@ class Inputs:
         if count == 1:
             read(0)
         elif count:
-            with ThreadPoolExecutor(min(READ_THREADS, count), thread_name_prefix="read") as pool:
+            short = sum(run.nbytes < SHORT_BYTES for run, _ in self._arrangement.runs)
+            threads = SHORT_READ_THREADS if 2 * short > count else READ_THREADS
+            with ThreadPoolExecutor(min(threads, count), thread_name_prefix="read") as pool:
                 list(pool.map(read, range(count)))
         for ref, digests in self._known:
             self._check(store, ref, digests)

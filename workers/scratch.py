@@ -10,7 +10,8 @@ from collections.abc import Iterable, Sequence
 from itertools import chain
 from typing import Final
 
-from workers.sources import Arithmetic, Derived, Gathered, LowRank, Source
+from workers.canonical import DTYPE_BYTES
+from workers.sources import Arithmetic, Derived, Gathered, LowRank, RowRun, Source
 
 SCRATCH_ALIGNMENT: Final = 64
 """Every operand that is made begins on a multiple of it within the scratch memory."""
@@ -60,9 +61,19 @@ def _making_bytes(source: Source) -> int:
     if isinstance(source, Derived):
         return scratch_bytes(source.arithmetic.sources)
     if isinstance(source, Gathered) and not all(of.is_plain for of in source.sources):
-        return max((_taking_bytes(source.taken(run), source.dtype) for run in source.runs), default=0)
+        is_deep = any(map(_making_bytes, source.sources))
+        return max((_taking_bytes(source, run, is_deep) for run in source.runs), default=0)
     return 0
 
 
-def _taking_bytes(parts: Sequence[Source], dtype: str) -> int:
-    return _making_bytes(parts[0]) if is_in_place(parts, dtype) else scratch_bytes(parts)
+def _taking_bytes(source: Gathered, run: RowRun, is_deep: bool) -> int:
+    """Scratch memory beside its own that it takes to make a run of a gathered source.
+
+    :param is_deep: whether a source takes more than its own to make. Where none does, no run is cut out of any.
+    """
+    parts = source.taken(run) if is_deep else [source.sources[number] for number, _ in run.takes]
+    if is_in_place(parts, source.dtype):
+        return _making_bytes(parts[0]) if is_deep else 0
+    if is_deep:
+        return scratch_bytes(parts)
+    return sum(aligned_bytes(run.numel * DTYPE_BYTES[of.dtype]) for of in parts if not of.is_plain)

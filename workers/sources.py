@@ -20,7 +20,7 @@ Frozen, JSON round-trips, and no import of torch: this is what plans are made of
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from itertools import accumulate, chain
 from typing import Annotated, Final, Literal, NamedTuple
@@ -171,6 +171,10 @@ class RowRun(NamedTuple):
     takes: tuple[tuple[int, int], ...]
     """Where they come from: the number of the source, and the first element there. None: they are zeros."""
 
+    def elements(self, first: int, last: int) -> RowRun:
+        """The run of elements ``[first, last)`` of this one."""
+        return RowRun(last - first, tuple((number, at + first) for number, at in self.takes))
+
 
 @dataclass(frozen=True, slots=True)
 class Gathered:
@@ -219,16 +223,14 @@ class Gathered:
 
     def elements(self, first: int, last: int) -> Gathered:
         """The run of elements ``[first, last)`` of this one."""
-        return Gathered("gathered", self.sources, tuple(self._cut(first, last)), self.dtype)
-
-    def _cut(self, first: int, last: int) -> Iterator[RowRun]:
-        ends = list(accumulate(run.numel for run in self.runs))
-        begun = bisect_right(ends, first)
-        for run, end in zip(self.runs[begun:], ends[begun : bisect_left(ends, last) + 1], strict=False):
-            skipped = max(0, first - (end - run.numel))
-            numel = min(end, last) - (end - run.numel) - skipped
-            if numel > 0:
-                yield RowRun(numel, tuple((number, at + skipped) for number, at in run.takes))
+        ends = list(accumulate([run.numel for run in self.runs]))
+        begun, ended = bisect_right(ends, first), bisect_left(ends, last)
+        runs = list(self.runs[begun : ended + 1]) if first < last else []
+        if runs:
+            runs[-1] = runs[-1].elements(0, runs[-1].numel - (ends[ended] - last))
+            skipped = first - (ends[begun] - self.runs[begun].numel)
+            runs[0] = runs[0].elements(skipped, runs[0].numel)
+        return Gathered("gathered", self.sources, tuple(runs), self.dtype)
 
 
 @dataclass(frozen=True, slots=True)

@@ -55,7 +55,7 @@ def made(
     )
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=40)
 @given(st.data(), st.sampled_from([(1, 1), (1, 7), (6, 5), (9, 33)]))
 def test_every_run_of_every_source_is_that_of_the_whole_in_just_the_memory_that_is_said(
     data: st.DataObject, shape: tuple[int, int]
