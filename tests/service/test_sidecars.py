@@ -96,7 +96,7 @@ def test_the_cards_front_matter_is_yaml_and_its_recipe_is_the_recipe(tmp_path: P
         "tags": ["mergemill", "merge"],
         "base_model": ["org/base", "org/one"],
     }
-    assert parse_yaml(body.split("```yaml\n")[1].split("```")[0]) == recipe
+    assert parse_yaml(body.split("```yaml\n")[1].split("```")[0]) == recipe.output
     assert "https://arxiv.org/abs/2306.01708" in body
     assert "(base)" in body
 
