@@ -19,7 +19,8 @@ def read(text: str) -> dict[str, Any]:
 
     :raises RecipeError: it is not YAML, not a mapping, or asks for too much.
     """
-    documents = load_documents(text)
+    found = load_documents(text)
+    documents = [each for each in found if each is not None] or found  # after a last `---` there is nothing
     if not documents:
         raise RecipeError("the recipe is empty")
     if len(documents) > 1:

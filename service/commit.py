@@ -19,6 +19,7 @@ from service.adapters.reading import CONFIG as ADAPTER_CONFIG
 from service.adapters.reading import WEIGHTS as ADAPTER_WEIGHTS
 from service.checkpoint import (
     CONFIG_FILE,
+    HIDDEN,
     INDEX_FILE,
     MANIFEST_FILE,
     PLAN_METADATA,
@@ -28,7 +29,7 @@ from service.checkpoint import (
     is_staged,
     is_tokenizer_file,
 )
-from service.claim import CLAIM, HIDDEN, Claim, read_claim
+from service.claim import CLAIM, Claim, read_claim
 from service.plan import Plan, Shard
 from service.sidecars import CARD
 from workers.errors import (

@@ -38,18 +38,16 @@ T = TypeVar("T")
 class Planned:
     """A plan and what it was made from."""
 
-    recipe: Recipe
-    """The recipe; of several documents the one that makes the output."""
+    graph: Graph
+    """The recipe."""
     inputs: Inputs
-    """Its checkpoints."""
+    """The checkpoints of the merge that makes the output."""
     plan: Plan
     """The plan."""
     uris: Mapping[str, str]
     """Where everything is that the recipe names to be read."""
     tokenizer: Checkpoint
     """Whose tokenizer files go to the output."""
-    graph: Graph
-    """The whole recipe."""
     checkpoints: tuple[Checkpoint, ...]
     """Every opened checkpoint, once: not the merges in between."""
     pins: dict[str, dict[str, str]]
@@ -66,6 +64,11 @@ class Planned:
         return {
             name: info for name, info in found.items() if name not in self.texts and name not in self.left_out
         }
+
+    @property
+    def recipe(self) -> Recipe:
+        """The recipe; of several documents the one that makes the output."""
+        return self.graph.output
 
 
 @dataclass(frozen=True)
@@ -191,12 +194,11 @@ class _Examination:
         pins = {each.uri: dict(each.pins) for each in read.values()}
         pins |= {each.uri: dict(each.pins) for each in self._adapters.values()}
         planned = Planned(
-            recipe=last,
+            graph=self._graph,
             inputs=given.inputs,
             plan=plan,
             uris=self._uris,
             tokenizer=tokenizer,
-            graph=self._graph,
             checkpoints=tuple(read.values()),
             pins=pins,
             texts=words.texts,

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 
 import structlog
 
-from service.claim import HIDDEN
+from service.checkpoint import HIDDEN
 from service.commit import Output
 from service.plan import Plan
 from workers.errors import ObjectNotFoundError

@@ -38,6 +38,7 @@ from service.planning import Planned
 from service.preparation import facts, plan_job
 from service.publish import publish, published
 from service.sidecars import OutputFile
+from service.staging import carry_out
 from service.work import Tools, Work
 from workers import tracing
 from workers.errors import (
@@ -52,7 +53,6 @@ from workers.errors import (
     UploadNotFoundError,
     to_json,
 )
-from workers.store.uris import join
 
 MAX_ATTEMPTS = 5
 """How often a job is planned, because its scheduler ended or its uploads vanished, before it fails."""
@@ -201,9 +201,9 @@ class JobRunner:
             self._open(planned)
         if self.record.state == JobState.RUNNING:
             for stage in planned.plan.stages:
-                self._stage(planned, stage)
-            Work(self.record, self.lease, self.tools, self._output, planned, self.check).run()
-            self.check()
+                make = partial(self._make, planned, stage)
+                carry_out(stage, planned.plan.digest, self._output, lambda: self.record, self._apply, make)
+            self._make(planned)
             self._apply(CommitStarted())
         self._commit(planned)
 
@@ -248,29 +248,10 @@ class JobRunner:
         self._output.give_up()
         self._apply(Restarted(reason))
 
-    @tracing.traced("stage")
-    def _stage(self, planned: Planned, stage: Plan) -> None:
-        """Carry out an earlier merge, whose shards later ones read; nothing where they are complete.
-
-        :raises UploadNotFoundError: one of them is gone.
-        """
-        digest = planned.plan.digest
-        for shard in stage.shards:
-            made = self._output.made_by(join(self._output.uri, shard.name), digest)
-            is_known = shard.name in self.record.completed_shards
-            if made is not None and made.size == shard.size:
-                if not is_known:  # its completion was not recorded
-                    self._apply(ShardCompleted(shard.name))
-            elif is_known:
-                raise UploadNotFoundError(f"{shard.name} of an earlier merge is gone")
-        missing = [shard for shard in stage.shards if shard.name not in self.record.completed_shards]
-        if not missing:
-            return
-        Work(self.record, self.lease, self.tools, self._output, planned, self.check, stage).run()
-        for shard in missing:
-            self.check()
-            self._output.complete(shard, self.record.uploads, digest)
-            self._apply(ShardCompleted(shard.name))
+    def _make(self, planned: Planned, plan: Plan | None = None) -> None:
+        """Make what is missing of the output's plan, or of an earlier merge's."""
+        Work(self.record, self.lease, self.tools, self._output, planned, self.check, plan).run()
+        self.check()
 
     @tracing.traced("commit")
     def _commit(self, planned: Planned) -> None:

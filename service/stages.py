@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from service.checkpoint import STAGED, Checkpoint, StoredTensor, tensors_of
+from service.checkpoint import HIDDEN, STAGED, Checkpoint, StoredTensor, tensors_of
 from service.config import merged_config
 from service.layout import arithmetic_json, shards_of
 from service.matching import OutputTensor, match
@@ -76,9 +76,11 @@ def draft_stage(
     # As in the files that it would have been written to.
     ordered = [tensor for shard in shards_of(matched.tensors, options.shard_bytes) for tensor in shard]
     name = recipe.name or ""
-    tensors = _stored(f"merge:{name}", ordered, {} if plan is None else _refs(plan, output or NOWHERE))
+    place = output or NOWHERE
+    uri = join(place, f"{HIDDEN}/merge-{digest(name)[:32]}")  # nothing is there
+    tensors = _stored(uri, ordered, {} if plan is None else _refs(plan, place))
     config = merged_config(recipe, inputs, {tensor.dtype for tensor in ordered})
-    seen = Checkpoint(f"merge:{name}", tensors, config, files, {})
+    seen = Checkpoint(uri, tensors, config, files, {})
     return Stage(name, plan, tuple(f"{name}: {notice}" for notice in notices), seen), problems
 
 

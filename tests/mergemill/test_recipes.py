@@ -172,6 +172,7 @@ def test_the_hint_names_what_the_service_did_not_know(here: Path) -> None:
 def test_yaml_is_read_safely() -> None:
     assert read("models: [{model: a}]") == {"models": [{"model": "a"}]}
     assert read('{"models": []}') == {"models": []}
-    for text in ("!!python/object/apply:os.system [true]", "a: 1\n---\nb: 2", "- a", "", "\0", "&a [*a"):
+    assert read("a: 1\n---\nb: 2\n---\n") == {"documents": [{"a": 1}, {"b": 2}]}
+    for text in ("!!python/object/apply:os.system [true]", "- a", "", "\0", "&a [*a"):
         with pytest.raises(RecipeError):
             read(text)

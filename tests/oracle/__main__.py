@@ -69,7 +69,11 @@ def main() -> int:
             merge_in_process(
                 {
                     _ours(bench, each): each.placed(bench.root / "inputs", profile="mergekit")
-                    for each in (*recipes, *chains)
+                    for each in recipes
+                }
+                | {
+                    _ours(bench, each): each.placed(bench.root / "inputs", profile="mergekit")
+                    for each in chains
                 }
             )
         with console.status("Merging with mergekit, opening with transformers"):

@@ -25,9 +25,6 @@ MOST_ROUNDED_APART = 1e-3
 """Share of results that may be beyond the bound where an earlier merge is rounded to bfloat16: a float32 result on the
 other side of the middle of two steps is a step apart from there on."""
 
-SCALE = 4
-"""The bound is 1e-6 times this often the largest magnitude in tensors of that shape: layers may have moved."""
-
 GROUPS = ("llama", "llama-bfloat16", "gpt2")
 FIRST = ("linear", "task_arithmetic", "slerp", "nuslerp", "model_stock", "passthrough", "slices")
 """What the first documents do: their tensors are computed on the way, staged or copied."""
@@ -139,7 +136,7 @@ def compare_several(root: Path, recipe: Several, ours: Path, theirs: Path) -> Se
     for name, tensor in one.items():
         if (tensor.shape, tensor.dtype) != (two[name].shape, two[name].dtype):
             return SeveralCompared(recipe, Distance(), f"{name} is {tensor.dtype} and {two[name].dtype}")
-        scale = torch.full(tensor.shape, SCALE * largest[tensor.shape])
+        scale = torch.full(tensor.shape, largest[tensor.shape])  # of that shape, since layers may have moved
         found += distance(tensor, two[name], scale, torch.zeros(tensor.shape, dtype=torch.bool))
     configs = [json.loads((directory / "config.json").read_text()) for directory in (ours, theirs)]
     for key in ("num_hidden_layers", "n_layer"):

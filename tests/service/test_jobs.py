@@ -291,3 +291,13 @@ def test_a_record_does_not_share_the_callers_dicts() -> None:
 
 def test_final_states() -> None:
     assert {state for state in JobState if state.is_terminal} == {"succeeded", "failed", "cancelled"}
+
+
+def test_while_parts_are_made_only_shards_that_nobody_sees_are_completed() -> None:
+    hidden = f".mergemill/stage-{'0' * 32}-model-00001-of-00001.safetensors"
+    running = at(JobState.RUNNING).model_copy(update={"uploads": {**UPLOADS, hidden: "c"}})
+    assert advance(running, ShardCompleted(hidden), 0).completed_shards == (hidden,)
+    with pytest.raises(IllegalTransitionError, match=r"no shard model-00001.* to complete yet"):
+        advance(running, ShardCompleted(next(iter(UPLOADS))), 0)
+    with pytest.raises(IllegalTransitionError, match="1 of its shards are not complete"):
+        follow(running, CommitStarted(), *ALL_COMPLETE, Succeeded({}))

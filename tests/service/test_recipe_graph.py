@@ -114,15 +114,15 @@ def test_the_order_is_one_that_can_be_run_and_the_same_however_it_is_written(
         written.append(document(None if number == count - 1 else name, "/a", *used))
     found = order(parse_documents(written))
     done: set[str] = set()
-    needed = {None}
-    for name in reversed(found):
-        own = written[names.index(name) if name else count - 1]
-        assert name in needed
+    needed: set[str | None] = {None}
+    for each in reversed(found):
+        own = written[names.index(each) if each else count - 1]
+        assert each in needed
         needed |= {entry["model"] for entry in own["models"]} - {"/a"}
-    for name in found:
-        own = written[names.index(name) if name else count - 1]
+    for each in found:
+        own = written[names.index(each) if each else count - 1]
         assert {entry["model"] for entry in own["models"]} - {"/a"} <= done
-        done.add(str(name))
+        done.add(str(each))
     assert found[-1] is None
     assert needed == set(found)
     chance.shuffle(written)

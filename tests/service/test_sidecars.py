@@ -14,7 +14,7 @@ import torch
 import yaml
 
 from service.plan import PlanOptions
-from service.recipe import parse_recipe, parse_yaml
+from service.recipe import parse_documents, parse_yaml
 from service.sidecars import (
     CONFIG,
     OutputFile,
@@ -81,7 +81,7 @@ def test_no_config_stays_no_config(tmp_path: Path) -> None:
 
 def test_the_cards_front_matter_is_yaml_and_its_recipe_is_the_recipe(tmp_path: Path) -> None:
     planned = planned_with(tmp_path, {"model_type": "llama"})
-    recipe = parse_recipe(
+    recipe = parse_documents(
         {
             "merge_method": "ties",
             "base_model": "org/base",
@@ -89,14 +89,14 @@ def test_the_cards_front_matter_is_yaml_and_its_recipe_is_the_recipe(tmp_path: P
             "parameters": {"density": 0.5},
         }
     )
-    card = model_card(replace(planned, recipe=recipe), "0.1.0")
+    card = model_card(replace(planned, graph=recipe), "0.1.0")
     _, front, body = card.split("---\n", 2)
     assert yaml.safe_load(front) == {
         "library_name": "transformers",
         "tags": ["mergemill", "merge"],
         "base_model": ["org/base", "org/one"],
     }
-    assert parse_yaml(body.split("```yaml\n")[1].split("```")[0]) == recipe
+    assert parse_yaml(body.split("```yaml\n")[1].split("```")[0]) == recipe.output
     assert "https://arxiv.org/abs/2306.01708" in body
     assert "(base)" in body
 
@@ -109,7 +109,7 @@ def test_a_card_shows_no_directory_of_the_server(tmp_path: Path) -> None:
         "models": [{"model": "/srv/a/tuned"}, {"model": "/srv/b/tuned"}, {"model": "file:///"}],
         "tokenizer_source": "/srv/b/tuned",
     }
-    card = model_card(replace(planned, recipe=parse_recipe(value)), "0.1.0")
+    card = model_card(replace(planned, graph=parse_documents(value)), "0.1.0")
     _, front, body = card.split("---\n", 2)
     assert yaml.safe_load(front) == {
         "tags": ["mergemill", "merge"]
@@ -129,7 +129,7 @@ def test_a_card_names_adapters_by_themselves(tmp_path: Path) -> None:
         "base_model": "org/base@v1+/srv/lora",
         "models": [{"model": "org/base+org/lora"}, {"model": "file:///srv/a", "adapter": "org/lora"}],
     }
-    card = model_card(replace(planned, recipe=parse_recipe(value)), "0.1.0")
+    card = model_card(replace(planned, graph=parse_documents(value)), "0.1.0")
     _, front, body = card.split("---\n", 2)
     assert yaml.safe_load(front)["base_model"] == ["org/base"]
     assert "- `org/base@v1+lora` (base)\n- `org/base+org/lora`\n- `a+org/lora`\n" in body
@@ -152,7 +152,7 @@ def test_every_methods_source_is_a_link_or_nothing(
     }
     if "ties" in method:
         value["base_model"] = "/base"
-    card = model_card(replace(planned, recipe=parse_recipe(value | {"parameters": parameters})), "0.1.0")
+    card = model_card(replace(planned, graph=parse_documents(value | {"parameters": parameters})), "0.1.0")
     assert ("](https://arxiv.org/abs/" in card) is (method != "slerp")
     assert "arXiv:arXiv" not in card
     assert "base_model:" not in card.split("---\n")[1]  # no hub names
@@ -203,7 +203,7 @@ def test_the_manifest_is_all_that_is_needed_to_make_the_same_again(tmp_path: Pat
     files = [text_file(CONFIG, b"{}"), OutputFile("s", 5, "sha256-tree-1mib:00")]
     found = manifest(planned, {"w": ["ab" * 32]}, files, {"w: m": 2}, "0.1.0")
     assert json.loads(json.dumps(found, allow_nan=False)) == found
-    assert parse_recipe(found["recipe"]) == planned.recipe
+    assert parse_documents(found["recipe"]) == planned.graph
     assert found["seed"] == 3
     assert found["plan_digest"] == planned.plan.digest
     assert found["semantics_version"] == planned.plan.semantics_version

@@ -123,8 +123,11 @@ def derived(planned: Planned) -> list[Derived]:
     return [source for source in sources if isinstance(source, Derived)]
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", None])
-@pytest.mark.parametrize("earlier", ["linear", "dare", "slices", "ties", "stock"])
+@pytest.mark.parametrize(
+    ("earlier", "dtype"),
+    [("linear", "bfloat16"), ("linear", "float32"), ("dare", None), ("slices", "float32"), ("ties", "bfloat16"),
+     ("ties", "float32"), ("stock", None)],
+)  # fmt: skip
 def test_documents_together_make_what_they_make_one_by_one(
     models: Path, tmp_path: Path, earlier: str, dtype: str | None
 ) -> None:
@@ -176,7 +179,7 @@ def test_the_card_and_the_manifest_tell_of_all_documents_and_of_no_stage(
     assert "- `first`" not in card
     blocks = tensor_blocks(done.planned.plan, done.results)
     told = manifest(done.planned, blocks, [], {}, "1")
-    assert told["recipe"] == {"documents": wanted}
+    assert told["recipe"] == parse_documents(wanted).to_json()
     assert told["inputs"].keys() == {from_path(str(models / name)) for name in ("base", "a", "b", "c")}
     assert "stage-" not in str(told)
 
@@ -195,7 +198,7 @@ def test_what_is_only_copied_is_copied_from_where_it_is(models: Path, tmp_path: 
     ]
     planned = plan(wanted)
     assert not planned.plan.stages
-    assert planned.plan.price.bytes_copied > 0.9 * planned.plan.price.bytes_written
+    assert {piece.kind for part in planned.plan.parts for piece in part.pieces} == {"header", "copy"}
     assert {ref.uri for part in planned.plan.parts for ref in part.refs} == {
         from_path(str(models / "a" / "model.safetensors"))
     }
