@@ -8,7 +8,7 @@ different vocabularies are refused, since their rows would be added up whatever 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -120,8 +120,9 @@ def _merged(
         [model for model in inputs.models.values() if model is not inputs.reference],
         entry.embeddings,
     )
-    if problems or named.problems:
-        raise PlanError(*problems, *named.problems)
+    wrong = [*problems, *named.problems, *_not_renumbered(inputs, named.names)]
+    if wrong:
+        raise PlanError(*wrong)
     notices.append(_told(recipe, entry, vocabulary, voices, new))
     old = voices[recipe.reference].tokenizer.tokens
     renumbering = Renumbering(old, tokens)
@@ -155,6 +156,24 @@ def _is_plain(entry: TokenizerEntry, new: tuple[Added, ...], voices: Mapping[str
 
 def _rows(checkpoint: Checkpoint, tokenizer: Tokenizer) -> int:
     return rows_of(checkpoint) or tokenizer.size
+
+
+def _not_renumbered(inputs: Inputs, names: Iterable[str]) -> Iterator[str]:
+    """What has rows by the old numbers of the tokens, and is not read by the new ones."""
+    names = list(names)
+    for model, checkpoint in inputs.models.items():
+        tensors = [tensor for name in names if (tensor := checkpoint.tensors.get(name)) is not None]
+        if changed := next((tensor.name for tensor in tensors if tensor.changes), None):
+            yield (
+                f"{model}: the adapter changes {changed}, whose rows would be put into another order: merge the "
+                "adapter into its model first"
+            )
+    for model, checkpoint in inputs.statistics.items():
+        if held := next((name for name in names if name in checkpoint.tensors), None):
+            yield (
+                f"{model}: {held} has statistics by row, and the rows would be put into another order: leave it out "
+                "of this checkpoint"
+            )
 
 
 def _seen(inputs: Inputs, vocabulary: Vocabulary, names: Iterable[str]) -> Inputs:
