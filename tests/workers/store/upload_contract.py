@@ -31,9 +31,11 @@ class UploadContract:
     """Takes the fixtures ``store`` and ``root`` of the whole contract."""
 
     min_part_bytes = MIN_PART_BYTES
+    """Smallest part that is not the last."""
     tells_when = True
     """Whether it knows when an upload was opened."""
-    """Smallest part that is not the last."""
+    writers_of_a_part = 2
+    """How many may write the same part at once."""
 
     def _uploaded(
         self, store: ObjectStore, uri: str, pieces: list[bytes]
@@ -99,10 +101,11 @@ class UploadContract:
                 upload, number, (number - 1) * size, data[(number - 1) * size : number * size]
             )
 
-        with ThreadPoolExecutor(8) as pool:  # every part twice at once
-            parts = list(pool.map(write, [1, 1, 2, 2, 3, 3, 4, 4]))
-        assert parts[::2] == parts[1::2] == store.list_parts(upload)
-        store.complete(upload, parts[::2])
+        times = self.writers_of_a_part
+        with ThreadPoolExecutor(8) as pool:
+            parts = list(pool.map(write, [number for number in range(1, 5) for _ in range(times)]))
+        assert parts[::times] == parts[times - 1 :: times] == store.list_parts(upload)
+        store.complete(upload, parts[::times])
         assert read_range(store, upload.uri, 0, len(data)) == data
 
     def test_one_of_several_versions_of_a_part_is_kept_whole(self, store: ObjectStore, root: str) -> None:
