@@ -172,6 +172,9 @@ def test_a_tokenizer_with_more_tokens_than_its_model_has_rows_lacks_the_last(tmp
     short = write_model(tmp_path / "short", 2, TWO, rows=8)
     found = planned([one, short], [0, 1], **base(one), tokenizer_source="union")
     assert not {"<sys>", "<y>"} & vocabulary(found).keys()
+    tokens = {"a": {"source": {"kind": "model_token", "model": str(short), "token": "<sys>"}}}
+    with pytest.raises(PlanError, match="has no token '<sys>'"):
+        planned([one, short], **base(one), tokenizer={"source": "union", "tokens": tokens})
     assert by_token(found, rows(found, tmp_path / "out"))["bc"] == 2007
 
 
@@ -192,6 +195,7 @@ def test_numbers_follow_their_tokens(tmp_path: Path) -> None:
     assert (config["eos_token_id"], config["pad_token_id"], config["bos_token_id"]) == (7, 7, 1)
     assert config["text_config"] == {"vocab_size": 8, "eos_token_id": [7, 2]}
     assert config["vocab_size"] == 8
+    assert "generation_config.json" not in found.copied
     written = json.loads(found.texts["generation_config.json"])
     assert written == {"eos_token_id": [7, 2], "bos_token_id": 1, "max_new_tokens": 6}
     lost = planned([two, one], **base(two), tokenizer_source=str(one), dtype="float32")
@@ -204,8 +208,9 @@ def test_numbers_follow_their_tokens(tmp_path: Path) -> None:
 def test_files_of_the_old_vocabulary_stay_behind(models: list[Path]) -> None:
     for name in ("vocab.json", "merges.txt", "added_tokens.json", "special_tokens_map.json", "notes.txt"):
         (models[0] / name).write_text("{}")
+    (models[0] / "chat_template.jinja").write_text("{{ 'T' }}")
     found = planned(models, **base(models[0]), tokenizer_source="union")
-    assert found.copied.keys() == {"special_tokens_map.json", "notes.txt"}
+    assert found.copied.keys() == {"special_tokens_map.json", "notes.txt", "chat_template.jinja"}
     assert found.texts.keys() == {"tokenizer.json", "tokenizer_config.json"}
     plain = planned(models, **base(models[0]), tokenizer_source="base")
     assert {"vocab.json", "merges.txt", "tokenizer.json"} <= plain.copied.keys()
@@ -320,6 +325,9 @@ def test_different_vocabularies_without_an_option_are_an_error_that_says_what_to
         "they are"
     )
     assert planned([one, two], vocabularies="ignore").plan.parts
+    swapped = write_model(tmp_path / "swapped", 4, bpe(["a", "c", "b"]), rows=16)
+    with pytest.raises(PlanError, match="2 rows differ, row 4 is 'c', not 'b'"):
+        planned([one, swapped])
     assert planned([one, two], tokenizer_source="union").plan.parts
     wider = write_model(tmp_path / "wider", 3, bpe(["a", "b", "c", "d"]), rows=17)
     with pytest.raises(PlanError, match="tokenizer_source: union") as wide:

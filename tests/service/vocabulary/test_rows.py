@@ -109,6 +109,24 @@ def test_runs_of_consecutive_rows_are_one_range() -> None:
     assert seen.dtype == "F32"
 
 
+def test_a_tensor_with_fewer_rows_than_the_embedding_lacks_the_last() -> None:
+    vocabulary = Vocabulary({}, 3, {"file:///a": np.array([0, 1, 2])}, {2: (("file:///b", 0),)})
+    tensors = {"file:///a": stored("file:///a", 2), "file:///b": stored("file:///b", 2)}
+    seen = seen_through(vocabulary, "file:///a", tensors).source
+    assert isinstance(seen, Gathered)
+    assert [tuple(run) for run in seen.runs] == [(2 * WIDTH, ((0, 0),)), (WIDTH, ((1, 0),))]
+
+
+def test_a_token_that_one_model_has_and_another_added_is_an_added_one() -> None:
+    entry = {"content": "b", "special": True, "lstrip": True}
+    plain = Tokenizer("1", {"a": 0, "b": 1, "c": 2}, {})
+    added = Tokenizer("2", {"a": 0, "d": 1, "b": 2}, {"b": entry})
+    new = missing_tokens(Tokenizer("0", {"a": 0}, {}), [(plain, None), (added, None)], [])
+    assert [one.token for one in new] == ["c", "d", "b"]
+    assert new[-1].entry["special"] is True
+    assert new[-1].entry["lstrip"] is True
+
+
 def test_rows_of_another_width_are_not_taken() -> None:
     own = {"file:///a": np.array([0, -1])}
     vocabulary = Vocabulary({}, 2, own, {1: (("file:///b", 1),)})
