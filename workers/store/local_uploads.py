@@ -179,11 +179,16 @@ class LocalUploads:
     ) -> None:
         """Check the parts, and move the data into place."""
         directory, opening = self._opened(path, upload)
-        fence.enter()()
+        still = fence.enter()
+        still()
         _check_complete(upload.uri, opening.size, parts, self._records(directory))
         with _gone_is_not_found(upload), self._disk.opened(directory / "data", os.O_RDWR) as fd:
             os.fsync(fd)
             with files.locked(fd, fcntl.LOCK_EX, self._lock_timeout_s, upload.uri):
+                still()
+                self._disk.own_status(
+                    directory / "data"
+                )  # else another completed it: the file is in its place
                 files.stamp(fd)
                 keep_metadata(path, os.fstat(fd), opening.metadata)
                 self._disk.rename(directory / "data", path)

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from workers.errors import ObjectNotFoundError, StoreUnavailableError, UploadNotFoundError
-from workers.store import StoreSettings, from_path, join, read_bytes
+from workers.store import StoreSettings, files, from_path, join, read_bytes
 from workers.store.local import LocalStore
 
 
@@ -51,6 +51,7 @@ def _child(program: str, *arguments: str) -> Iterator[subprocess.Popen[str]]:
 _STOPS_AFTER_WRITING = """
 import sys, threading
 from workers.store import Upload
+from workers.store import files
 from workers.store import files
 from workers.store.local import LocalStore
 write_at = files.write_at
@@ -179,4 +180,28 @@ def test_what_was_half_opened_or_half_removed_is_found_and_can_be_aborted(
     assert whole in found
     for upload in found:
         store.abort(upload)
+    assert not any(directory.iterdir())
+
+
+def test_who_comes_late_does_not_touch_what_another_has_completed(
+    store: LocalStore, root: str, directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    upload = store.open_upload(join(root, "object"), 4, {"plan": "one"})
+    parts = [store.put_part(upload, 1, 0, b"data")]
+    locked, late = files.locked, []
+
+    @contextlib.contextmanager
+    def completed_before(fd: int, how: int, timeout_s: float, uri: str) -> Iterator[None]:
+        if not late:
+            late.append(uri)
+            store.complete(upload, parts)
+            late.append(store.head(upload.uri))
+        with locked(fd, how, timeout_s, uri):
+            yield
+
+    monkeypatch.setattr(files, "locked", completed_before)
+    with pytest.raises(UploadNotFoundError):
+        store.complete(upload, parts)
+    assert store.head(upload.uri) == late[1]
+    store.delete(upload.uri)
     assert not any(directory.iterdir())
