@@ -32,9 +32,6 @@ _PARAMETERS = frozenset(
 
 _MOST_PROBLEMS = 50
 _MOST_CHARACTERS = 500
-_DEEPEST = 8
-"""How deep a recipe's own keys lie, at most."""
-
 _OWN_FIELDS = ("dtype", "out_dtype", "tokenizer_source", "profile", "seed", "missing_tensors", "extra_tensors",
                "mismatched_tensors", "buffers", "output_kind", "rank", "vocabularies", "tokenizer",
                "chat_template")  # fmt: skip
@@ -158,8 +155,11 @@ def _without_wrong_fields(value: Mapping[Any, Any], error: ValidationError) -> A
     if len(_LISTS & value.keys()) > 1:
         wrong |= empty & {(name,) for name in _LISTS}
 
+    # Looked into is only what holds something wrong: by aliases a short text may stand for very much.
+    holders = {place[:depth] for place in wrong for depth in range(len(place))}
+
     def pruned(node: Any, path: tuple[Any, ...]) -> Any:
-        if len(path) > _DEEPEST:
+        if path not in holders:
             return node
         if isinstance(node, Mapping):
             return {

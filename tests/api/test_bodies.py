@@ -220,7 +220,7 @@ def test_many_models_are_not_looked_into(lonely_api: httpx.Client, route: str) -
     body = {"recipe": LINEAR | {"models": [{"modell": 1}] * 100_000}, "output": "/o"}
     begun = time.monotonic()
     found = problem(lonely_api.post(route, json=body), 422)
-    assert found["errors"] == ["models: 100000 models, more than the 64 that are read"]
+    assert found["errors"] == ["models: 100000 of them, more than the 64 that are read"]
     assert time.monotonic() - begun < 5
 
 

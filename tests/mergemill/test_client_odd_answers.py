@@ -176,7 +176,7 @@ class TestOddAnswers:
             fake(handler).submit(RECIPE, "s3://b/o", idempotency_key="a\nb")
         assert len(asked) == 2
 
-    @pytest.mark.parametrize("recipe", ["a: [", "- list", "", "a: 1\n---\nb: 2", "x: 2020-01-01", "x: .nan"])
+    @pytest.mark.parametrize("recipe", ["a: [", "- list", "", "x: 2020-01-01", "x: .nan"])
     def test_a_recipe_that_is_none_is_not_even_sent(self, recipe: str) -> None:
         def never(_: httpx.Request) -> httpx.Response:
             raise AssertionError

@@ -61,10 +61,16 @@ def ranges(found: JSON) -> list[list[tuple[str, int, int]]]:
     return [[(each["model"], *each["layer_range"]) for each in entry["sources"]] for entry in found["slices"]]
 
 
-@pytest.mark.parametrize("change", [{"profil": "paper"}, {"seed": -1}, {"tokenizer_source": 3}])
+@pytest.mark.parametrize("change", [{"profil": "paper"}, {"seed": -1}, {"rank": "none"}])
 def test_a_wrong_field_leaves_slices_and_modules(change: JSON) -> None:
     assert left(SLICED, lambda value: value.update(change)) == parse_recipe(SLICED).to_json()
     assert left(PARTS, lambda value: value.update(change)) == parse_recipe(PARTS).to_json()
+
+
+def test_a_wrong_tokenizer_leaves_slices_and_whatever_it_would_have_made_fit() -> None:
+    allowed = {"vocabularies": "ignore", "mismatched_tensors": "base"}
+    found = left(SLICED, lambda value: value.update({"tokenizer_source": 3}))
+    assert found == parse_recipe(SLICED).to_json() | allowed
 
 
 def test_wrong_parameters_leave_the_layers() -> None:
