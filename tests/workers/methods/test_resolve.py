@@ -36,7 +36,7 @@ def test_the_methods_are_known_by_name() -> None:
     assert set(METHODS) == {
         "linear", "slerp", "nuslerp", "multislerp", "karcher", "task_arithmetic", "ties", "dare_linear", "dare_ties",
         "della", "della_linear", "breadcrumbs", "breadcrumbs_ties", "sce", "ram", "ramplus_tl", "consensus", "tsv",
-        "knots", "model_stock", "nearswap", "arcee_fusion", "passthrough",
+        "knots", "model_stock", "nearswap", "arcee_fusion", "passthrough", "fisher", "fisher_ties", "regmean",
     }  # fmt: skip
     assert get_method("ties") is METHODS["ties"]
 
