@@ -27,7 +27,7 @@ from workers.store import fence
 pytestmark = pytest.mark.valkey
 
 WATCHED = JOB_CHANGES | {"renew"}
-LEASE_S = 1.5
+LEASE_S = 3.0
 DEADLINE_S = 60.0
 
 
