@@ -77,7 +77,7 @@ def test_the_fleet_of_an_owner_that_lives_is_left_alone() -> None:
     with tempfile.TemporaryDirectory(dir="/tmp") as parent, owner(Path(parent)) as (_, made, leader):
         before = session(leader)
         with fleet_directory(Path(parent)):
-            assert session(leader) == before
+            assert {*before} <= {*session(leader)}  # its leader may be about to start the others
             assert made.exists()
 
 
