@@ -7,7 +7,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr
 
-from service.jobpages import JobStatus, Progress
+from service.jobpages import JobStatus
+from service.jobprogress import Progress
 from service.jobrecord import JobState
 
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from mergemill.jobs import File as File
     from mergemill.jobs import Job as Job
     from mergemill.jobs import JobPage as JobPage
-    from mergemill.jobs import Progress as Progress
+    from service.jobprogress import Progress as Progress
     from workers.errors import AccessDeniedError as AccessDeniedError
     from workers.errors import AlreadyExistsError as AlreadyExistsError
     from workers.errors import JobCancelledError as JobCancelledError
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from workers.errors import StoreError as StoreError
     from workers.errors import StoreUnavailableError as StoreUnavailableError
 
-_JOBS = ("File", "Job", "JobPage", "Progress")
+_JOBS = ("File", "Job", "JobPage")
 _ERRORS = (
     "AccessDeniedError", "AlreadyExistsError", "JobCancelledError", "JobError", "JobFailedError", "JobNotFoundError",
     "JobTimeoutError", "MergemillError", "NonFiniteError", "NotReadyError", "OutputConflictError",
@@ -42,11 +42,12 @@ _ERRORS = (
     "StoreUnavailableError",
 )  # fmt: skip
 
-__all__ = ["Client", "Event", *_JOBS, *_ERRORS]  # noqa: PLE0604 - all of them are texts
+__all__ = ["Client", "Event", "Progress", *_JOBS, *_ERRORS]  # noqa: PLE0604 - all of them are texts
 
 _HOMES = {
     "Client": "mergemill.client",
     "Event": "mergemill.events",
+    "Progress": "service.jobprogress",
     **dict.fromkeys(_JOBS, "mergemill.jobs"),
     **dict.fromkeys(_ERRORS, "workers.errors"),
 }

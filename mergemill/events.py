@@ -11,7 +11,8 @@ from typing import Any, Self
 
 import httpx
 
-from mergemill.jobs import TERMINAL_STATES, Job, Progress
+from mergemill.jobs import TERMINAL_STATES, Job
+from service.jobprogress import Progress
 from workers.errors import MergemillError
 
 SILENCE_S = 45.0

@@ -13,7 +13,8 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import Final
 
-from service.jobpages import JobStatus, Progress
+from service.jobpages import JobStatus
+from service.jobprogress import Progress
 from service.jobrecord import JobRecord, JobState
 from service.jobs import TRANSITIONS, event_name_of
 from workers.errors import MalformedRequestError

@@ -5,36 +5,11 @@ from __future__ import annotations
 import base64
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
-from pydantic import ConfigDict
-
+from service.jobprogress import Progress
 from service.jobrecord import JOB_ID, JobRecord
 from workers.errors import CursorError
-
-
-@dataclass(frozen=True, slots=True)
-class Progress:
-    """How far a job is."""
-
-    __pydantic_config__: ClassVar = ConfigDict(
-        use_attribute_docstrings=True, json_schema_serialization_defaults_required=True
-    )
-
-    bytes_done: int = 0
-    """Output bytes in finished parts."""
-    bytes_total: int = 0
-    """Output bytes of all parts."""
-    bytes_read: int = 0
-    """Input bytes read so far."""
-    parts_done: int = 0
-    """Finished parts."""
-    parts_total: int = 0
-    """All parts."""
-    surveys_done: int = 0
-    """Finished survey passes."""
-    surveys_total: int = 0
-    """All survey passes."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -98,8 +98,19 @@ class Change:
         return replace(self, b=self.b.elements(first * rank, last * rank))
 
 
+class _Made:
+    """A source that is made of others."""
+
+    __slots__ = ()
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether its elements are bytes of a file: they are not."""
+        return False
+
+
 @dataclass(frozen=True, slots=True)
-class LowRank:
+class LowRank(_Made):
     """A run of a matrix under adapters, LoRA's in PEFT's form (arXiv:2106.09685).
 
     An element is widened to float32. For each change, in order, the products ``b * a`` are added up over the ranks,
@@ -118,11 +129,6 @@ class LowRank:
     """Rows and columns of the whole tensor."""
     first: int
     """First element of the run within the whole tensor."""
-
-    @property
-    def is_plain(self) -> bool:
-        """Whether its elements are bytes of a file: they are not."""
-        return False
 
     @property
     def dtype(self) -> str:
@@ -177,7 +183,7 @@ class RowRun(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Gathered:
+class Gathered(_Made):
     """Runs of other sources, one after the other: the rows of an embedding in the order of another vocabulary.
 
     Elements with one source are that source's, rounded to ``dtype`` where it has another. The mean of several is their
@@ -191,11 +197,6 @@ class Gathered:
     """What is taken, in order: together, the elements."""
     dtype: str
     """Safetensors dtype of the elements."""
-
-    @property
-    def is_plain(self) -> bool:
-        """Whether its elements are bytes of a file: they are not."""
-        return False
 
     @property
     def nbytes(self) -> int:
@@ -234,7 +235,7 @@ class Gathered:
 
 
 @dataclass(frozen=True, slots=True)
-class Derived:
+class Derived(_Made):
     """What an earlier merge makes of these elements, by a method that is elementwise and needs no survey."""
 
     kind: Literal["derived"]
@@ -242,11 +243,6 @@ class Derived:
     """The earlier merge, of the same run."""
     dtype: str
     """Safetensors dtype that its outcome is rounded to."""
-
-    @property
-    def is_plain(self) -> bool:
-        """Whether its elements are bytes of a file: they are not."""
-        return False
 
     @property
     def nbytes(self) -> int:

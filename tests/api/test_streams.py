@@ -10,7 +10,7 @@ import pytest
 from api.streams import Streams
 from service.eventlog import EventLog, Look
 from service.events import JobEvent
-from service.jobpages import Progress
+from service.jobprogress import Progress
 from service.jobrecord import JobState
 from workers.errors import JobStoreUnavailableError
 

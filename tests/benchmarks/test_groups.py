@@ -113,7 +113,7 @@ def test_a_group_counts_processes_that_have_ended(fresh: Group) -> None:
 
 
 def test_a_group_leaves_nobody_behind(fresh: Group) -> None:
-    running = subprocess.Popen(fresh.command([sys.executable, "-S", "-c", "import time; time.sleep(600)"]))
+    running = subprocess.Popen(fresh.command([sys.executable, "-S", "-c", "import signal; signal.pause()"]))
     fresh.adopt(running.pid)
     assert running.pid in fresh.pids()
     if isinstance(fresh, Tree):

@@ -7,6 +7,7 @@ import contextlib
 import socket
 import struct
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Coroutine
 from typing import Any, Self, TypeVar
 
@@ -19,7 +20,7 @@ PIECE_BYTES = 1 << 18
 _PATIENCE_S = 30.0
 
 
-class Listener:
+class Listener(ABC):
     """Accepts until it is closed. Subclasses say what becomes of a connection; whatever they leave open is cut."""
 
     def __init__(self, port: int = 0) -> None:
@@ -33,9 +34,9 @@ class Listener:
         self.port: int = self._server.sockets[0].getsockname()[1]
         """Where it listens on loopback."""
 
+    @abstractmethod
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Serve one connection to its end."""
-        raise NotImplementedError
 
     def reset(self) -> int:
         """Cut every open connection hard; how many there were."""

@@ -10,8 +10,9 @@ import pytest
 from rich.console import Console
 
 from mergemill import show
-from mergemill.jobs import Job, Progress
+from mergemill.jobs import Job
 from mergemill.show import byte_progress, error_lines, job_lines, job_progress, price_table, state_text
+from service.jobprogress import Progress
 from workers.errors import JobFailedError, PlanError, RecipeError, StoreError
 
 pytestmark = pytest.mark.fast

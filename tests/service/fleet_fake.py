@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
-import time
 from pathlib import Path
 
 
@@ -25,10 +25,10 @@ def main() -> None:
             Path(file).touch()
             sys.exit(1)
         if behaviour == "mute":
-            time.sleep(60)
+            signal.pause()
         send(op="nodes", nodes=[(2, 1, 100), (4, 0, 300)])
         if behaviour == "silent":
-            time.sleep(60)
+            signal.pause()
         for line in sys.stdin:
             message = json.loads(line)
             if message["op"] == "submit":

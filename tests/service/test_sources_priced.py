@@ -23,6 +23,7 @@ from service.price import (
     price,
     workspace_bytes,
 )
+from tests.workers.made import ref
 from workers.arena import padded
 from workers.kernels.moves import device_bytes
 from workers.ranges import Arrangement
@@ -44,11 +45,6 @@ from workers.task import MergePiece, Part
 pytestmark = pytest.mark.fast
 
 MIB = 1 << 20
-
-
-def ref(name: str, numel: int, dtype: str = "F32") -> TensorRef:
-    """A tensor that fills a file."""
-    return TensorRef(f"file:///{name}", "e", 0, numel * (4 if dtype == "F32" else 2), dtype)
 
 
 def arithmetic(numel: int, *models: Source) -> Arithmetic:

@@ -16,7 +16,7 @@ from standardwebhooks import WebhookVerificationError
 
 from service.addresses import Destinations
 from service.events import JobEvent
-from service.jobpages import Progress
+from service.jobprogress import Progress
 from service.jobrecord import JobState
 from service.settings import Settings
 from service.webhooks import (

@@ -29,6 +29,12 @@ from workers.sources import (
 DTYPES = ("F32", "BF16", "F16")
 
 
+def ref(name: str, numel: int, dtype: str = "F32", start: int = 0) -> TensorRef:
+    """A tensor that a file of its own holds."""
+    nbytes = numel * TORCH_DTYPES[dtype].itemsize
+    return TensorRef(f"file:///{name}/model.safetensors", "e", start, start + nbytes, dtype)
+
+
 class Objects:
     """Objects in memory: the part of a store that reads."""
 

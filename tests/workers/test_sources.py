@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from tests.workers.made import ref
 from tests.workers.test_task import PART_OF_THREE
 from workers.ranges import Arrangement
 from workers.scratch import inner, scratch_bytes
@@ -23,7 +24,6 @@ from workers.sources import (
     ModelInput,
     RowRun,
     Source,
-    TensorRef,
 )
 from workers.task import PART, MergePiece, part_id
 
@@ -31,12 +31,6 @@ pytestmark = pytest.mark.fast
 
 ROWS, COLUMNS, RANK = 11, 7, 3
 NUMEL = ROWS * COLUMNS
-
-
-def ref(name: str, numel: int, dtype: str = "F32", start: int = 0) -> TensorRef:
-    """A tensor that a file of its own holds."""
-    width = {"F32": 4, "BF16": 2, "F16": 2}[dtype]
-    return TensorRef(f"file:///{name}/model.safetensors", "e", start, start + numel * width, dtype)
 
 
 TENSOR = ref("base", NUMEL, "BF16")
