@@ -41,7 +41,7 @@ demo: $(VENV)/.installed ## Install, merge small digit classifiers over REST and
 
 .PHONY: test
 test: $(VENV)/.installed test-packages ## Install what the tests need and run the whole suite (ARGS=... goes to pytest)
-	$(BIN)/python -m pytest -n 4 --dist loadfile --no-loadscope-reorder --durations=25 $(ARGS)
+	$(BIN)/python -m pytest -n 4 --dist loadfile --no-loadscope-reorder --max-worker-restart 0 --durations=25 $(ARGS)
 
 .PHONY: fuzz
 fuzz: $(VENV)/.installed ## Throw made-up headers, indexes, recipes, YAML and requests at the code, for MINUTES (10)
@@ -57,7 +57,7 @@ check: $(VENV)/.installed ## Formatting, lint, types, import directions and the 
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/python -m pytest -m fast -n 2 --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -m fast -n 2 --dist loadfile --max-worker-restart 0 $(ARGS)
 
 .PHONY: format
 format: $(VENV)/.installed ## Format the code and fix what ruff can fix

@@ -82,7 +82,7 @@ def _sweep(parent: Path) -> None:
 
 
 def _end_all_in(directory: Path) -> int:
-    """Kill every process without a session leader that has a file open below a directory; how many there were."""
+    """Kill every process of a fleet without a warden that has a file open below a directory; how many there were."""
     deadline, killed = time.monotonic() + SWEEP_S, set[int]()
     while (found := set(_users_of(directory))) and time.monotonic() < deadline:
         for pid in found:
@@ -94,12 +94,18 @@ def _end_all_in(directory: Path) -> int:
 
 
 def _users_of(directory: Path) -> Iterator[int]:
+    """Processes whose session has lost its leader, with a file open below a directory.
+
+    The lock does not count: who looks whether its owner lives has that open, and may be without a leader himself.
+    Session 0 is the one of whoever was put into a container from outside: its leader cannot be seen from here.
+    """
     beginning = f"{directory.resolve()}/"
+    lock = beginning + _LOCK
     running = list(processes())
-    pids = {process.pid for process in running}
+    leaders = {0, *(process.pid for process in running)}
     for process in running:
-        if process.session not in pids:
+        if process.session not in leaders:
             with contextlib.suppress(OSError):  # it has ended, or is somebody else's
                 links = (os.readlink(each) for each in Path(f"/proc/{process.pid}/fd").iterdir())  # noqa: PTH115
-                if any(link.startswith(beginning) for link in links):
+                if any(link.startswith(beginning) and link != lock for link in links):
                     yield process.pid

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -62,11 +63,18 @@ def session(leader: int) -> list[int]:
     return [process.pid for process in processes() if process.session == leader]
 
 
+def without_leader(leader: int) -> None:
+    """Kill the leader of a session, and wait until it has ended."""
+    os.kill(leader, 9)
+    while leader in session(leader):
+        time.sleep(0.01)
+
+
 def test_what_runs_for_an_owner_that_was_killed_with_its_warden_is_ended_by_the_next() -> None:
     with tempfile.TemporaryDirectory(dir="/tmp") as parent, owner(Path(parent)) as (process, made, leader):
         process.kill()
         process.wait()
-        os.kill(leader, 9)  # as a warden that is killed: those in its session go on
+        without_leader(leader)  # as a warden that is killed: those in its session go on
         assert session(leader)
         with fleet_directory(Path(parent)):
             assert not session(leader)
@@ -87,11 +95,38 @@ def test_who_reads_the_logs_of_the_dead_is_left_alone() -> None:
         process.wait()
         reader = ["tail", "-f", str(made / "log")]
         with subprocess.Popen(reader, start_new_session=True) as tail:
-            os.kill(leader, 9)
-            with fleet_directory(Path(parent)):
-                assert not session(leader)
-                assert tail.poll() is None
-            tail.kill()
+            try:
+                without_leader(leader)
+                with fleet_directory(Path(parent)):
+                    assert not session(leader)
+                    assert tail.poll() is None
+            finally:
+                tail.kill()
+
+
+SWEEPER = """
+import os, sys, time
+from pathlib import Path
+from service.fleet_directory import fleet_directory
+leader = os.getsid(0)
+while Path(f"/proc/{leader}/stat").exists() and " Z " not in Path(f"/proc/{leader}/stat").read_text():
+    time.sleep(0.01)
+with fleet_directory(Path(sys.argv[1])):
+    print("swept", flush=True)
+"""
+"""Sweeps once the leader of its own session has ended."""
+
+
+def test_who_sweeps_may_be_without_a_leader_himself() -> None:
+    with tempfile.TemporaryDirectory(dir="/tmp") as parent, owner(Path(parent)) as (process, made, leader):
+        process.kill()
+        process.wait()
+        without_leader(leader)
+        shell = ["setsid", "sh", "-c", '"$@" &', "sh", sys.executable, "-c", SWEEPER, parent]
+        done = subprocess.run(shell, stdout=subprocess.PIPE, text=True, check=True, timeout=60)
+        assert done.stdout.endswith("swept\n")
+        assert not session(leader)
+        assert not made.exists()
 
 
 def test_a_directory_that_nobody_owns_yet_is_left_alone() -> None:
