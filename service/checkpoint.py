@@ -56,7 +56,7 @@ STAGED = f"{HIDDEN}/stage-"
 """What the names of shards begin with that hold an earlier merge of the same job: nobody sees them."""
 
 _STAGED = re.compile(r"(\.mergemill/)?stage-[0-9a-f]{32}-model-\d{5}-of-\d{5}\.safetensors")
-_SHARD = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
+_SHARD = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|adapter_model\.safetensors")
 _WEIGHTS = re.compile(r"\.(safetensors|bin|pt|pth|ckpt|h5|msgpack|onnx|gguf|pkl|pickle|npz)(\.index\.json)?$")
 _SHARD_NAME = re.compile(r"[^/\\]+\.safetensors")
 _INDEX_EXTRAS = 1000
@@ -229,7 +229,7 @@ def is_weight_file(name: str) -> bool:
 
 
 def is_shard(name: str) -> bool:
-    """Whether a file is one that a checkpoint keeps its weights in, by Hugging Face's naming."""
+    """Whether a file is one that a checkpoint, or a LoRA adapter, keeps its weights in, by Hugging Face's naming."""
     return _SHARD.fullmatch(name) is not None
 
 

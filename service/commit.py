@@ -214,11 +214,12 @@ class Output:
     def delete_stale(self, ours: Container[str]) -> None:
         """Delete what an overwritten checkpoint left and would be loaded with the new one.
 
-        That is its shards and its tokenizer's files, but for those in ``ours``; whatever else lies there stays.
+        That is its shards, its tokenizer's files and the config of an adapter, with which transformers would load the
+        adapter's base, but for those in ``ours``; whatever else lies there stays.
         """
         for info in list(self.store.list(self.uri + "/", beside=True)):
             own = file_name(info.uri)
-            if own not in ours and (is_shard(own) or is_tokenizer_file(own)):
+            if own not in ours and (is_shard(own) or is_tokenizer_file(own) or own == ADAPTER_CONFIG):
                 with self._owned():
                     self.store.delete(info.uri)
 
@@ -360,7 +361,7 @@ def output_problems(store: ObjectStore, uri: str, overwrite: bool) -> list[str]:
 
 def _is_written(name: str) -> bool:
     """Whether a job writes files of this name."""
-    files = {CARD, CONFIG_FILE, MANIFEST_FILE, ADAPTER_CONFIG, ADAPTER_WEIGHTS}
+    files = {CARD, CONFIG_FILE, MANIFEST_FILE, ADAPTER_CONFIG}
     return is_shard(name) or is_copied(name) or name in files
 
 

@@ -236,7 +236,9 @@ def _ordered(recipes: tuple[Recipe, ...]) -> tuple[list[int], list[str]]:
 def _uses(recipes: tuple[Recipe, ...]) -> list[set[int]]:
     """The places of the documents that each of them uses."""
     by_name = {recipe.name: place for place, recipe in enumerate(recipes) if recipe.name is not None}
-    return [{by_name[name] for name in recipe.names if name in by_name} for recipe in recipes]
+    return [
+        {by_name[model] for model, _ in recipe.adapted.values() if model in by_name} for recipe in recipes
+    ]
 
 
 def _ends(recipes: tuple[Recipe, ...]) -> list[int]:

@@ -22,6 +22,8 @@ import pytest
 from botocore.exceptions import ClientError
 from moto import mock_aws
 
+from tests.processes import running
+
 ROOT = Path(__file__).parents[2]
 DOCKERFILE = (ROOT / "Dockerfile").read_text()
 
@@ -59,7 +61,7 @@ def _is_running(pid: str) -> bool:
 @contextlib.contextmanager
 def _schedule_on_ray(path: Path, *arguments: str) -> Iterator[subprocess.Popen[str]]:
     env = {"PATH": f"{path}:{os.environ['PATH']}", "RAY_ADDRESS": "ray-head:6379"}
-    with subprocess.Popen([ROOT / "deploy/schedule-on-ray", *arguments], env=env, text=True) as process:
+    with running([ROOT / "deploy/schedule-on-ray", *arguments], env=env, text=True) as process:
         try:
             yield process
         finally:

@@ -298,7 +298,13 @@ def test_overwrite_leaves_exactly_the_new_checkpoint(
 ) -> None:
     out = tmp_path / "out"
     old = llama_tensors(9, layers=1, hidden=32, heads=2, vocab=64, dtype=torch.float32)
-    others = {"added_tokens.json": "{}", "adapter_model.safetensors": b"somebody's", "notes.txt": "keep"}
+    adapter = {"adapter_model.safetensors": b"old", "adapter_config.json": "{}"}
+    others = {
+        "added_tokens.json": "{}",
+        **adapter,
+        "training.safetensors": b"somebody's",
+        "notes.txt": "keep",
+    }
     write_checkpoint(out, old, {"old": True}, None if before == "single file" else 4096, others)
     answer = service.http.post("/v1/merges", json={"recipe": recipe(models, "linear"), "output": str(out)})
     assert answer.status_code == 422
@@ -309,7 +315,8 @@ def test_overwrite_leaves_exactly_the_new_checkpoint(
     assert not (out / "model.safetensors").exists()
     assert len(list(out.glob("model*.safetensors"))) == 1
     assert not (out / "added_tokens.json").exists()  # it would be loaded with the new tokenizer
-    assert (out / "adapter_model.safetensors").exists()
+    assert not any((out / name).exists() for name in adapter)  # and so would an adapter
+    assert (out / "training.safetensors").exists()
     assert (out / "notes.txt").exists()
     assert "old" not in json.loads((out / "config.json").read_text())
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -26,9 +26,9 @@ from tests.checkpoints import (
     read_checkpoint,
     write_checkpoint,
 )
-from tests.servers.service import RunningService, running_service
-from workers.store import StoreSettings, join, open_stores
-from workers.store.stores import read_bytes
+from tests.e2e.hub import download, merge_all, upload
+from tests.servers.service import running_service
+from workers.store import StoreSettings, open_stores
 
 pytestmark = [pytest.mark.valkey, pytest.mark.ray]
 
@@ -171,7 +171,7 @@ def test_recipes_run_unchanged_on_directories(
     roots = {"": models.as_uri()}
     with running_service(valkey_url, driver, model_roots=roots) as service:
         outs = {name: tmp_path / name for name in RECIPES}
-        _merge_all(service, {name: str(out) for name, out in outs.items()})
+        merge_all(service, POSTED, {name: str(out) for name, out in outs.items()})
     for name, out in outs.items():
         _check(name, models, read_checkpoint(out), json.loads((out / "config.json").read_text()))
         assert (out / "tokenizer.json").exists() == (name != "modules")
@@ -187,37 +187,15 @@ def test_recipes_run_unchanged_on_s3(
     rgw_bucket: str,
 ) -> None:
     store = open_stores(rgw_settings)
-    for path in models.rglob("*.*"):
-        if path.is_file():
-            store.put(join(rgw_bucket, "hub", *path.relative_to(models).parts), path.read_bytes())
+    upload(store, models, f"{rgw_bucket}/hub")
     outs = {name: f"{rgw_bucket}/out/{name}" for name in RECIPES}
     with running_service(
         valkey_url, driver, store=rgw_settings, model_roots={"": f"{rgw_bucket}/hub"}
     ) as service:
-        _merge_all(service, outs)
+        merge_all(service, POSTED, outs)
     for name, out in outs.items():
-        here = tmp_path / name
-        here.mkdir()
-        for file in ("model.safetensors.index.json", "config.json", "model-00001-of-00001.safetensors"):
-            (here / file).write_bytes(read_bytes(store, f"{out}/{file}"))
+        here = download(store, out, tmp_path / name)
         _check(name, models, read_checkpoint(here), json.loads((here / "config.json").read_text()))
-
-
-def _merge_all(service: RunningService, outs: Mapping[str, str]) -> None:
-    """Post every recipe, all at once, and wait until they are merged."""
-    jobs = []
-    for name, out in outs.items():
-        answer = service.http.post(
-            "/v1/merges",
-            params={"output": out},
-            content=RECIPES[name][0],
-            headers={"content-type": "application/yaml"},
-        )
-        assert answer.status_code == 202, answer.text
-        jobs.append(answer.json()["id"])
-    for job in jobs:
-        done = service.wait(job)
-        assert done["state"] == "succeeded", done["error"]
 
 
 def _check(name: str, models: Path, merged: State, config: dict[str, Any]) -> None:
@@ -340,3 +318,4 @@ RECIPES: dict[str, tuple[str, Callable[[Models], Arrays], int]] = {
     "modules": (MODULES, _modules, 4),
 }
 """Each recipe, what it has to give, and how many layers."""
+POSTED = {name: text for name, (text, *_) in RECIPES.items()}

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from itertools import pairwise
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from mergemill.children import Child
 from mergemill.stack import EmbeddedStack
 from service import warden
 from tests.checkpoints import write_checkpoint
+from tests.processes import running
 from workers.errors import StackError, UnauthenticatedError
 
 pytest_plugins = ["tests.servers.valkey"]
@@ -151,9 +153,7 @@ def test_the_command_line_on_a_stack_of_its_own(models: Path) -> None:
     env.pop("MERGEMILL_URL", None)
     (models / "tmp").mkdir()
     command = [sys.executable, "-m", "mergemill", "merge", "recipe.yml", "out", "--json"]
-    with subprocess.Popen(
-        command, cwd=models, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    ) as process:
+    with running(command, cwd=models, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         printed, errors = process.communicate(timeout=240)
     assert process.returncode == 0, errors.decode()
     assert json.loads(printed)["state"] == "succeeded"
@@ -161,11 +161,12 @@ def test_the_command_line_on_a_stack_of_its_own(models: Path) -> None:
     assert list((models / "tmp").glob("mergemill-*")) == []
 
 
-def up(state: Path) -> subprocess.Popen[bytes]:
+def up(state: Path) -> AbstractContextManager[subprocess.Popen[bytes]]:
     """``mergemill up`` on a free port; what it prints is at ``stdout``."""
     env = {**os.environ, "MERGEMILL_RAY_CPUS": "1", "MERGEMILL_STATE_DIR": str(state), "MERGEMILL_PORT": "0"}
-    command = [sys.executable, "-m", "mergemill", "up"]
-    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, start_new_session=True)
+    # Whoever started the tests may have had them ignore it, as shells do in the background.
+    command = ["env", "--default-signal=INT", sys.executable, "-m", "mergemill", "up"]
+    return running(command, env=env, stdout=subprocess.PIPE, start_new_session=True)
 
 
 def url_of(process: subprocess.Popen[bytes]) -> str:

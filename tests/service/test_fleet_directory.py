@@ -15,6 +15,7 @@ import pytest
 
 from service.fleet_directory import fleet_directory
 from service.warden import processes
+from tests.processes import running
 
 
 @pytest.mark.parametrize("depth", [1, 60])
@@ -46,9 +47,7 @@ with fleet_directory(Path(sys.argv[1])) as made:
 @contextmanager
 def owner(parent: Path) -> Iterator[tuple[subprocess.Popen[str], Path, int]]:
     """The owner of a directory below ``parent``, and the leader of its fleet's session."""
-    with subprocess.Popen(
-        [sys.executable, "-c", OWNER, str(parent)], stdout=subprocess.PIPE, text=True
-    ) as process:
+    with running([sys.executable, "-c", OWNER, parent], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         made, leader = process.stdout.readline().split()
         try:
@@ -94,14 +93,12 @@ def test_who_reads_the_logs_of_the_dead_is_left_alone() -> None:
         process.kill()
         process.wait()
         reader = ["tail", "-f", str(made / "log")]
-        with subprocess.Popen(reader, start_new_session=True) as tail:
-            try:
-                without_leader(leader)
-                with fleet_directory(Path(parent)):
-                    assert not session(leader)
-                    assert tail.poll() is None
-            finally:
-                tail.kill()
+        with running(reader, start_new_session=True) as tail:
+            without_leader(leader)
+            with fleet_directory(Path(parent)):
+                assert not session(leader)
+                assert tail.poll() is None
+            tail.kill()
 
 
 SWEEPER = """

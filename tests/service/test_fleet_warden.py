@@ -8,24 +8,22 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
 
 from service.warden import kill_session, processes
+from tests.processes import running
 
 WARDEN = [sys.executable, "-m", "service.warden"]
-LITTER = "(setsid sleep 60 & sleep 60 & (sleep 60 &)); sleep 0.1;"
+LITTER = "(setsid sleep 60 & sleep 60 & (sleep 60 &));"
 """Leaves children, orphans, and a process in a session of its own."""
 
 
-def start(script: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [*WARDEN, str(os.getpid()), "--", "sh", "-c", script],
-        stdout=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
+def start(script: str) -> AbstractContextManager[subprocess.Popen[str]]:
+    command = [*WARDEN, os.getpid(), "--", "sh", "-c", script]
+    return running(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True)
 
 
 def descendants(pid: int) -> set[int]:
@@ -56,11 +54,14 @@ def test_the_exit_status_is_the_commands(script: str, status: int) -> None:
 
 
 def test_litter_goes_when_the_command_ends() -> None:
-    with start(f"{LITTER} echo ready; sleep 0.5; exit 3") as warden:
+    with start(f"{LITTER} echo ready; read line; exit 3") as warden:
         assert warden.stdout is not None
+        assert warden.stdin is not None
         assert warden.stdout.readline() == "ready\n"
+        wait_until(lambda: len(descendants(warden.pid)) >= 4)
         litter = descendants(warden.pid)
-        assert len(litter) >= 4
+        warden.stdin.write("\n")
+        warden.stdin.flush()
         assert warden.wait(20) == 3
         assert not alive(litter)
 
@@ -69,8 +70,8 @@ def test_sigterm_ends_all_of_it() -> None:
     with start(f"trap '' TERM; {LITTER} echo ready; sleep 60") as warden:
         assert warden.stdout is not None
         assert warden.stdout.readline() == "ready\n"
+        wait_until(lambda: len(descendants(warden.pid)) >= 4)
         below = descendants(warden.pid)
-        assert len(below) >= 4
         warden.terminate()
         assert warden.wait(20) == 143
         assert not alive(below)
@@ -86,20 +87,20 @@ def test_the_death_of_its_parent_ends_all_of_it(tmp_path: Path) -> None:
         "print(subprocess.Popen(command, start_new_session=True).pid, flush=True)\n"
         "time.sleep(60)\n"
     )
-    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as parent:
+    with running([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as parent:
         assert parent.stdout is not None
         said = {parent.stdout.readline(), parent.stdout.readline()}  # by two processes, in either order
         (pid,) = said - {"ready\n"}
         warden = int(pid)
+        wait_until(lambda: len(descendants(warden)) >= 4)
         below = descendants(warden)
-        assert len(below) >= 4
         parent.kill()
         wait_until(lambda: not alive(below | {warden}))
         assert not scratch.exists()
 
 
 def test_a_parent_that_was_gone_before_it_looked_is_noticed() -> None:
-    with subprocess.Popen([*WARDEN, "1", "--", "sleep", "60"], start_new_session=True) as warden:
+    with running([*WARDEN, "1", "--", "sleep", "60"], start_new_session=True) as warden:
         assert warden.wait(20) == 143
 
 
@@ -107,8 +108,8 @@ def test_the_session_of_a_killed_warden_can_be_swept() -> None:
     with start("(sleep 60 & sleep 60 &); echo ready; sleep 60") as warden:
         assert warden.stdout is not None
         assert warden.stdout.readline() == "ready\n"
+        wait_until(lambda: len(descendants(warden.pid)) >= 3)
         below = descendants(warden.pid)
-        assert len(below) >= 3
         os.kill(warden.pid, signal.SIGKILL)
         warden.wait(20)
         assert alive(below)

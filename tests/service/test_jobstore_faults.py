@@ -30,6 +30,7 @@ from service.jobs import (
 )
 from service.jobstore import JobStore, Lease
 from service.valkey import EmbeddedValkey
+from tests.processes import running as process
 from tests.servers.redis_proxy import AnswerLosingProxy
 from tests.service.held_jobs import claimed
 from tests.service.job_steps import TO_RUNNING, fresh, part
@@ -190,7 +191,7 @@ def test_an_owner_paused_past_its_lease_can_record_nothing(
     job_store.create(record)
     command = [sys.executable, "-c", OWNER, valkey_url, valkey_namespace, record.id, "2.5"]
     root = Path(__file__).parents[2]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=root) as owner:
+    with process(command, stdout=subprocess.PIPE, text=True, cwd=root) as owner:
         assert owner.stdout is not None
         try:
             for number in range(1, progress + 1):

@@ -17,6 +17,7 @@ import pytest
 from service import valkey
 from service.jobstore import JobStore
 from service.valkey import EmbeddedValkey, server_binary
+from tests.processes import running
 from tests.service.job_steps import fresh
 from workers.errors import JobStoreUnavailableError
 
@@ -119,9 +120,7 @@ print(server.pid, flush=True)
 time.sleep(600)
 """
     root = Path(__file__).parents[2]
-    with subprocess.Popen(
-        [sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, cwd=root
-    ) as parent:
+    with running([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, cwd=root) as parent:
         assert parent.stdout is not None
         pid = int(parent.stdout.readline())
         os.kill(pid, 0)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.processes import running
 from workers.errors import ObjectNotFoundError, StoreUnavailableError, UploadNotFoundError
 from workers.store import StoreSettings, files, from_path, join, read_bytes
 from workers.store.local import LocalStore
@@ -37,15 +38,11 @@ def root(directory: Path) -> str:
 @contextlib.contextmanager
 def _child(program: str, *arguments: str) -> Iterator[subprocess.Popen[str]]:
     """A process that has printed its first line."""
-    with subprocess.Popen(
-        [sys.executable, "-c", program, *arguments], stdout=subprocess.PIPE, text=True
-    ) as child:
+    with running([sys.executable, "-c", program, *arguments], stdout=subprocess.PIPE, text=True) as child:
         assert child.stdout is not None
         assert child.stdout.readline() == "ready\n"
-        try:
-            yield child
-        finally:
-            child.kill()
+        yield child
+        child.kill()
 
 
 _STOPS_AFTER_WRITING = """
