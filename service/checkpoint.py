@@ -52,8 +52,6 @@ TIED_NAMES = (
 
 HIDDEN = ".mergemill"
 """Everything at an output that is there only while a job runs is below it."""
-STAGED = f"{HIDDEN}/stage-"
-"""What the names of shards begin with that hold an earlier merge of the same job: nobody sees them."""
 
 _STAGED = re.compile(r"(\.mergemill/)?stage-[0-9a-f]{32}-model-\d{5}-of-\d{5}\.safetensors")
 _SHARD = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|adapter_model\.safetensors")

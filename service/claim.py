@@ -10,12 +10,12 @@ from typing import Annotated
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
-from service.checkpoint import HIDDEN, STAGED, is_shard, is_staged
+from service.checkpoint import HIDDEN, is_shard, is_staged
 from service.jobrecord import JOB_ID, JobRecord
 from service.jobs import Planned
 from workers.errors import DamagedClaimError, ObjectNotFoundError
 from workers.store import ObjectStore, join, read_bytes
-from workers.task import JSONValue, canonical_json
+from workers.task import STAGED, JSONValue, canonical_json
 
 CLAIM = f"{HIDDEN}/claim.json"
 

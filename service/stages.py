@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from service.checkpoint import HIDDEN, STAGED, Checkpoint, StoredTensor, tensors_of
+from service.checkpoint import HIDDEN, Checkpoint, StoredTensor, tensors_of
 from service.config import merged_config
 from service.layout import arithmetic_json, shards_of
 from service.matching import OutputTensor, match
@@ -23,7 +23,7 @@ from workers.safetensors_format import parse
 from workers.sources import Derived
 from workers.store.base import ObjectInfo
 from workers.store.uris import join
-from workers.task import Arithmetic, TensorRef, digest
+from workers.task import STAGED, Arithmetic, TensorRef, digest
 
 MAX_STREAMED = 16
 """Most ranges that are read to compute an earlier merge's tensor again: documents that each use the one before twice

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Literal
@@ -35,6 +36,7 @@ __all__ = [
     "PAGE_BYTES",
     "PART",
     "PART_RESULT",
+    "STAGED",
     "SURVEY_ELEMENTS",
     "SURVEY_TASK",
     "Arithmetic",
@@ -60,6 +62,10 @@ __all__ = [
     "refs_of",
     "tensor_digest",
 ]
+
+STAGED = ".mergemill/stage-"
+"""What the names of files below an output begin with that hold an earlier merge of the same job."""
+_PLACE = re.compile(r'"[^"]*/(' + re.escape(STAGED) + "[0-9a-f]{32}-)")
 
 Facts = dict[str, JSONValue]
 """What a survey found out about one tensor, or a model (thresholds, norms): small, JSON, exact."""
@@ -311,22 +317,28 @@ SURVEY_TASK = TypeAdapter(SurveyTask)
 
 
 def digest(value: JSONValue) -> str:
-    """Hex SHA-256 of the canonical JSON of ``value``."""
-    return hashlib.sha256(canonical_json(value).encode()).hexdigest()
+    """Hex SHA-256 of the canonical JSON of ``value``; of files that a job stages it has the names, which say what is in
+    them, and not the place, which is the output's.
+    """
+    return hashlib.sha256(_placeless(canonical_json(value))).hexdigest()
+
+
+def _placeless(text: str) -> bytes:
+    return (_PLACE.sub(r'"\1', text) if STAGED in text else text).encode()
 
 
 def part_id(part: Part) -> str:
-    """The part's id: the first 32 hex digits of the SHA-256 of its canonical JSON.
+    """The part's id: the first 32 hex digits of the SHA-256 of its canonical JSON, as :func:`digest` reads it.
 
     The text is hashed piece by piece: of tens of thousands of pieces it would be tens of megabytes.
     """
     without = canonical_json(PART.dump_python(replace(part, pieces=()), mode="json"))
     before, after = without.split('"pieces":[]', maxsplit=1)
-    hashed = hashlib.sha256(f'{before}"pieces":['.encode())
+    hashed = hashlib.sha256(_placeless(f'{before}"pieces":['))
     for number, piece in enumerate(part.pieces):
         text = canonical_json(_PIECE.dump_python(piece, mode="json"))
-        hashed.update(f",{text}".encode() if number else text.encode())
-    hashed.update(f"]{after}".encode())
+        hashed.update(_placeless(f",{text}" if number else text))
+    hashed.update(_placeless(f"]{after}"))
     return hashed.hexdigest()[:32]
 
 

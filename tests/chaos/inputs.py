@@ -9,7 +9,7 @@ import threading
 import time
 import uuid
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ import torch
 
 from service.jobrecord import JobState, new_job
 from service.jobstore import JobStore
-from service.recipe import parse_recipe
+from service.recipe import parse_documents
 from service.runner import JobRunner
 from service.settings import Settings
 from service.work import Tools
@@ -30,6 +30,8 @@ from workers.store.stores import read_bytes
 
 MIB = 1 << 20
 
+EARLIER = "earlier"
+"""What a recipe of two documents calls its first, which is staged in the store."""
 POISON = "model.poison.weight"
 """A tensor that kills the worker that merges it; no part of another model names it."""
 NONFINITE = "model.norm.weight"
@@ -58,9 +60,16 @@ class Recipe:
     """Of the method."""
     more: Mapping[str, Any]
     """Other fields of the recipe."""
+    earlier: Recipe | None = None
+    """The merge before it that it calls :data:`EARLIER`."""
 
     def at(self, root: str, **instead: str) -> dict[str, Any]:
         """The recipe as it is submitted, with the models below ``root``, or ``instead``."""
+        if self.earlier is not None:
+            first = {"name": EARLIER, **self.earlier.at(root, **instead)}
+            return {
+                "documents": [first, replace(self, earlier=None).at(root, **instead, **{EARLIER: EARLIER})]
+            }
         places = [instead.get(name, join(root, "models", name)) for name in self.models]
         has_base = self.method != "linear"
         document = {"merge_method": self.method, "parameters": dict(self.parameters), **self.more}
@@ -77,6 +86,14 @@ RECIPES: Mapping[str, Recipe] = {
     "slerp": Recipe("slerp", ("base", "one"), SMALL, {"t": 0.3}, {}),
     "wide ties": Recipe("ties", ("wide", "wide-one"), WIDE, {"density": 0.5}, {}),
     "wide linear": Recipe("linear", ("wide", "wide-one"), WIDE, {}, {}),
+    "staged ties": Recipe(
+        "linear",
+        (EARLIER, "two"),
+        SMALL,
+        {},
+        {},
+        Recipe("ties", ("base", "one"), SMALL, {"density": 0.4}, {}),
+    ),
 }
 """Merges that succeed."""
 
@@ -167,7 +184,7 @@ class Undisturbed:
 
     def _make(self, document: dict[str, Any], options: Mapping[str, int], output: str) -> None:
         chosen = {**self._settings.default_options.model_dump(mode="json"), **options}
-        record = new_job(parse_recipe(document).to_json(), output, chosen, time.time())
+        record = new_job(parse_documents(document).to_json(), output, chosen, time.time())
         with JobStore(self._settings.redis_url, self._settings.namespace) as jobs:
             jobs.create(record)
             lease = jobs.acquire(record.id, "undisturbed", 600.0)

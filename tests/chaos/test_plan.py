@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
+from pathlib import Path
 
 import pytest
 
@@ -11,6 +13,7 @@ from tests.chaos.plan import ON_DISK, ON_FLEET, ON_STORE, STAGES, Fate, Kind, Pl
 
 pytestmark = pytest.mark.fast
 
+ROOT = Path(__file__).parents[2]
 NAMES = tuple(RECIPES)
 SEEDS = range(400)
 
@@ -58,3 +61,20 @@ def test_plans_are_such_as_every_job_can_outlive(store: str) -> None:
         assert max(kinds.values()) <= 2
         assert sum(kinds[kind] for kind in (*ON_FLEET, Kind.POWER_CUT)) <= 3
         assert all(blow.strikes and blow.when.job < len(plan.jobs) for blow in plan.blows)
+
+
+def test_the_runs_of_ci_meet_the_worst() -> None:
+    asked = re.findall(r"make chaos SEED=(\d+) STORE=(\w+)", (ROOT / ".ci" / "run").read_text())
+    met = [make_plan(int(seed), store, NAMES) for seed, store in asked]
+    worst = (
+        Kind.PAUSE_COMMIT,
+        Kind.POWER_CUT,
+        Kind.FULL_DISK,
+        Kind.LOSE_UPLOAD,
+        Kind.EMPTY_REDIS,
+        Kind.STORE_EXPIRED,
+        Kind.STORE_READ_FLIPS,
+    )
+    assert {kind for plan in met for kind in plan.injected} >= set(map(str, worst))
+    assert all("staged ties" in {job.recipe for job in plan.jobs} for plan in met)
+    assert {store for _, store in asked} == {"files", "s3"}

@@ -9,6 +9,10 @@ from typing import Any
 import pytest
 import torch
 
+from service.checkpoint import Checkpoint
+from service.claim import Claim
+from service.commit import Output, for_ever
+from service.opening import open_checkpoint
 from service.plan import PLAN, PlanOptions
 from service.planning import Planned, examine, plan_recipe
 from service.recipe import parse_documents, parse_recipe
@@ -17,6 +21,7 @@ from tests.checkpoints import fine_tune, llama_config, llama_tensors, write_chec
 from tests.workers.execute import run
 from workers.errors import PlanError
 from workers.sources import Derived
+from workers.store.base import ObjectStore
 from workers.store.local import LocalStore
 from workers.store.uris import from_path
 from workers.task import MergePiece
@@ -148,8 +153,8 @@ def test_any_order_and_any_output_makes_the_same_bytes(models: Path, tmp_path: P
         for each, name in ((wanted, "x"), (wanted[::-1], "y"))
     ]
     assert made[0].shards() == made[1].shards()
-    assert made[0].planned.plan.digest != made[1].planned.plan.digest  # the staged files lie elsewhere
-    assert plan(wanted[1:] + wanted[:1], tmp_path / "x").plan.digest == made[0].planned.plan.digest
+    assert made[0].planned.plan.digest == made[1].planned.plan.digest  # though the staged files lie elsewhere
+    assert plan(wanted[1:] + wanted[:1], tmp_path / "z").plan.digest == made[0].planned.plan.digest
 
 
 def test_what_is_staged_is_hidden_and_priced(models: Path, tmp_path: Path) -> None:
@@ -242,3 +247,60 @@ def test_a_merge_that_the_output_does_not_use_is_told_of_and_not_made(models: Pa
     planned = plan([spare, *wanted])
     assert planned.plan.notices[0] == "spare: the output does not use this merge, so it is not made"
     assert planned.plan.digest == plan(wanted).plan.digest
+
+
+def test_two_merges_that_are_the_same_are_made_once(models: Path, tmp_path: Path) -> None:
+    first = documents(models, "ties", "bfloat16")[0]
+    twice = {"merge_method": "linear", "models": [entry(models, name, weight=0.5) for name in ("first", "again")]}
+    planned = plan([first, first | {"name": "again"}, twice], tmp_path / "out")
+    alone = plan([first, {**twice, "models": twice["models"][:1]}], tmp_path / "out")
+    assert planned.plan.stages == alone.plan.stages
+    ids = [identity for each in planned.plan.whole for identity in each.part_ids]
+    assert len(set(ids)) == len(ids)
+    output = Output(LocalStore(), from_path(str(tmp_path / "out")), "0" * 26, for_ever)
+    shards = tuple(shard.name for each in planned.plan.whole for shard in each.shards)
+    claim = Claim(job="0" * 26, recipe={}, plan_digest=planned.plan.digest, shards=shards)
+    uploads = output.open_uploads(planned.plan, claim, {})
+    assert all(output.held_parts(name, uploads) == [] for name in shards)  # none was aborted
+    run(planned, tmp_path / "twice")
+    assert run(planned, tmp_path / "out").shards()
+
+
+def test_the_bytes_of_the_inputs_are_counted_once(models: Path, tmp_path: Path) -> None:
+    wanted = documents(models, "ties", "bfloat16")
+    planned = plan(wanted, tmp_path / "out")
+    (size,) = {sum(each.ref.nbytes for each in found.tensors.values()) for found in planned.checkpoints}
+    assert planned.plan.total.input_bytes == 4 * size
+    assert PLAN.validate_json(PLAN.dump_json(planned.plan)).total == planned.plan.total
+    computed = documents(models, "linear", "bfloat16")[:2] + [
+        {"merge_method": "ties", "base_model": str(models / "base"), "models": [{"model": "second"}]}
+    ]
+    assert plan(computed).plan.total.input_bytes == 4 * size
+
+
+def test_a_model_that_did_not_open_ends_planning_whoever_forgot_to_say_why(
+    models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def silent(store: ObjectStore, uri: str) -> Checkpoint | None:
+        return None if uri.endswith("/b") else open_checkpoint(store, uri)
+
+    monkeypatch.setattr("service.planning.open_checkpoint", silent)
+    recipe = documents(models, "linear", None)[0]
+    for value in (recipe, [recipe, {"merge_method": "passthrough", "models": [{"model": "first"}]}]):
+        outcome = examine(parse_documents(value), OPTIONS, LocalStore(), {})
+        assert outcome.planned is None
+        assert outcome.problems == (f"{models / 'b'}: could not be opened, and nothing says why",)
+    monkeypatch.setattr("service.planning.open_checkpoint", lambda store, uri: None)
+    with pytest.raises(PlanError, match="could not be opened") as caught:
+        plan([recipe])
+    assert len(caught.value.problems) == 2
+
+
+def test_documents_that_are_not_run_are_not_told_of_as_merged(models: Path) -> None:
+    spare = {"name": "spare", "merge_method": "model_stock", "base_model": str(models / "unused")}
+    spare["models"] = [entry(models, "base"), entry(models, "c")]  # type: ignore[assignment]
+    card = model_card(plan([spare, *documents(models, "linear", None)]), "1")
+    told = card.partition("## Recipe")[0]
+    assert "`linear`" in told and "`model_stock`" not in told
+    assert str(models) not in card
+    assert "base_model: unused" in card

@@ -161,6 +161,17 @@ def test_a_parts_id_depends_on_no_upload_no_job_and_no_order_of_parameters() -> 
     assert len(part_id(PART_OF_THREE)) == 32
 
 
+def test_a_parts_id_knows_a_staged_file_by_its_name_and_not_by_its_place() -> None:
+    def reading(place: str, stage: str) -> str:
+        ref = replace(REF, uri=f"{place}/.mergemill/stage-{stage}-model-00001-of-00001.safetensors", etag="")
+        return part_id(
+            replace(PART_OF_THREE, pieces=(MergePiece("merge", replace(ARITHMETIC, base=ref), "F16", None),))
+        )
+
+    assert reading("s3://one/out", "a" * 32) == reading("file:///other", "a" * 32)
+    assert reading("s3://one/out", "a" * 32) != reading("s3://one/out", "b" * 32)
+
+
 def test_canonical_json_is_written_one_way() -> None:
     assert canonical_json({"b": [1, 2.5, None, True], "a": "λ"}) == '{"a":"λ","b":[1,2.5,null,true]}'
     assert (
