@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +16,13 @@ import torch
 from annotated_types import Ge, Le
 from typer.testing import CliRunner, Result
 
-from mergemill import Client, cli, session
+from mergemill import Client, cli, keys, session
 from mergemill.arguments import BOUNDS
 from mergemill.stack import FILE_ROOTS, child_environment
 from service.plan import PlanOptions
 from service.settings import Settings
 from tests.checkpoints import write_checkpoint
+from workers.methods import METHODS
 
 pytestmark = pytest.mark.fast
 
@@ -99,7 +102,7 @@ def run(*arguments: str | Path, env: dict[str, str] | None = None) -> Result:
 
 
 def test_every_command_has_help() -> None:
-    assert run("--version").stdout == "mergemill 0.1.0\n"
+    assert run("--version").stdout == f"mergemill {version('mergemill')}\n"
     commands = [
         "up",
         "serve",
@@ -124,6 +127,22 @@ def test_the_readme_names_every_command() -> None:
     for command in cli.app.registered_commands:
         assert command.callback is not None
         assert f"`mergemill {command.name or command.callback.__name__}" in readme
+    (row,) = re.findall(r"^\| `mergemill keys .*\|$", readme, re.M)
+    for command in keys.app.registered_commands:
+        assert command.callback is not None
+        assert f"{command.name or command.callback.__name__}`" in row
+
+
+def test_the_readme_names_every_method_and_no_parameter_that_a_method_lacks() -> None:
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    rows = re.findall(r"^\| (`[^|]*) \| [^|]* \| [^|]* \| ([^|]*) \|$", readme, re.M)
+    told = [(name, parameters) for names, parameters in rows for name in re.findall(r"`(\w+)`", names)]
+    assert sorted(name for name, _ in told) == sorted(METHODS)
+    for name, parameters in told:
+        method = METHODS[name]
+        kinds = (method.parameters, method.model_parameters)
+        known = {given.alias or own for kind in kinds for own, given in kind.model_fields.items()}
+        assert {*re.findall(r"`(\w+)`", parameters)} <= known, name
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
 
@@ -251,6 +252,6 @@ def test_a_child_that_keeps_dying_is_started_ever_more_rarely(tmp_path: Path) ->
         time.sleep(0.01)
     child.end(30)
     assert child.exit_status == 0
-    assert child.last_words() == "mergemill 0.1.0"
+    assert child.last_words() == f"mergemill {version('mergemill')}"
     for number, (earlier, later) in enumerate(pairwise(births), start=1):
         assert later - earlier > 0.1 * 2**number

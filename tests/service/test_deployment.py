@@ -10,7 +10,7 @@ import pytest
 
 from service.deployment import Deployment, Heartbeat, View
 from service.driver import Capacity
-from service.heartbeat import Heart
+from service.heartbeat import BEATS_PER_LIFE, Heart
 from service.jobrecord import JobState, created_at_ms, new_job, new_job_id
 from service.jobs import CancelRequested
 from service.jobstore import JobStore
@@ -115,21 +115,18 @@ def test_no_redis_is_told_soon() -> None:
 def test_a_heart_beats_and_says_goodbye(
     deployment: Deployment, valkey_url: str, valkey_namespace: str
 ) -> None:
-    settings = Settings(redis_url=valkey_url, namespace=valkey_namespace, lease_seconds=0.4)
+    settings = Settings(redis_url=valkey_url, namespace=valkey_namespace, lease_seconds=1.5)
     fleet = Fleet()
     with Heart(settings, "me", fleet, lambda: 7) as heart:
         until({"me"}, deployment)
         (scheduler,) = deployment.look().schedulers
         assert (scheduler.beat.nodes, scheduler.beat.jobs) == (0, 7)
-        fleet.known_capacity = Capacity(cpus=4, gpus=0, nodes=2, max_node_memory_bytes=1)
-        deadline = time.monotonic() + 20
-        while not any(found.beat.nodes == 2 for found in deployment.look().schedulers):
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
-        renewed = time.monotonic() + 1.0  # longer than two lives
-        while time.monotonic() < renewed:
-            assert owners(deployment) == {"me"}
-            time.sleep(0.02)
+        for nodes in range(2, 3 + BEATS_PER_LIFE):  # each a beat, together longer than a life
+            fleet.known_capacity = Capacity(cpus=4, gpus=0, nodes=nodes, max_node_memory_bytes=1)
+            deadline = time.monotonic() + 20
+            while [found.beat.nodes for found in deployment.look().schedulers] != [nodes]:
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
     assert owners(deployment) == set()
     assert not heart._thread.is_alive()
 
