@@ -30,6 +30,8 @@ MAX_SAVED = 256
 """Most modules that are held whole: each is looked for in the names of tensors."""
 MAX_EXPRESSIONS = 64
 """Most patterns that are more than a name."""
+MAX_STEPS = 1 << 30
+"""Most steps of all comparisons together, each at its worst: some seconds."""
 
 _MEANINGLESS = frozenset((
     "auto_mapping", "base_model_name_or_path", "revision", "peft_version", "task_type", "inference_mode", "peft_type",
@@ -58,12 +60,14 @@ _REFUSED = {
 _REPLACING = re.compile(r"pissa.*|corda.*|olora|lora_ga", re.IGNORECASE)
 """Initialisations that change the base model, which PEFT repeats when such an adapter is loaded."""
 
-_LITERAL = re.compile(r"\^?[\w.-]*\$?")
+_LITERAL = re.compile(r"\^?(?:[^\\()\[\]{}*+?|^$]|\\\W)*\$?")
+_TEXT = re.compile(r"(?:[\w\- /:]|\\[.\-_])*")
 _ATOM = r"(?:[\w\- /:]|\.|\\[dwsDWS.\-_]|\[\^?[\w.\- \\]+\])"
 _GROUP = re.compile(rf"\((?:\?:)?(?:{_ATOM}[*+?]?|\|)*\)\??")
 _PLAIN = re.compile(rf"\^?(?:{_ATOM}[*+?]?|\|)*\$?")
 _MOST_REPEATS = 2
-_MOST_EXPRESSION_CHARACTERS = 256
+_MOST_WAYS = 64
+_MOST_CHARACTERS = 256
 _MOST_DOTS = 24
 
 
@@ -102,11 +106,17 @@ class AdapterConfig:
     def excess(self, modules: Sequence[str]) -> str | None:
         """What makes it too much work to compare the patterns with the names of these modules."""
         patterns = [*self.rank_pattern, *self.alpha_pattern]
+        if not patterns:
+            return None
+        if long := next((name for name in modules if _is_long(name)), None):
+            return f"the name of the module {clip(long)} is too long to be compared with patterns"
         expressions = sum(not _LITERAL.fullmatch(pattern) for pattern in patterns)
-        if len(patterns) * len(modules) > MAX_MATCHES or expressions * len(modules) > MAX_EXPRESSION_MATCHES:
+        if (
+            len(patterns) * len(modules) > MAX_MATCHES
+            or expressions * len(modules) > MAX_EXPRESSION_MATCHES
+            or _steps(patterns, modules) > MAX_STEPS
+        ):
             return f"{len(patterns)} patterns for {len(modules)} modules are more than are compared"
-        if expressions and (long := next((name for name in modules if _is_long(name)), None)):
-            return f"the name of the module {clip(long)} is too long to be compared with regular expressions"
         return None
 
     def is_saved_whole(self, module: str) -> bool:
@@ -202,36 +212,84 @@ def pattern_problems(name: str, patterns: Sequence[str]) -> list[str]:
     """What is wrong with the patterns of one of the two mappings.
 
     They are regular expressions from strangers, and so only those are taken whose matching is quick whatever they are
-    matched with: names, ``.``, ``\\d``, sets, simple groups of alternatives, and two repeats at most.
+    matched with: names, ``.``, ``\\d``, sets, simple groups of alternatives, two repeats at most, and few ways in all
+    for groups and ``?`` to match the same text.
     """
-    problems = []
     if len(patterns) > MAX_PATTERNS:
         return [f"`{name}` has {len(patterns)} patterns, more than the {MAX_PATTERNS} that are read"]
+    problems = []
+    if long := next((pattern for pattern in patterns if len(pattern) > _MOST_CHARACTERS), None):
+        problems.append(
+            f"`{name}` has the pattern {clip(repr(long))} of more than {_MOST_CHARACTERS} characters"
+        )
     expressions = [pattern for pattern in patterns if not _LITERAL.fullmatch(pattern)]
     if len(expressions) > MAX_EXPRESSIONS:
         problems.append(
             f"`{name}` has {len(expressions)} regular expressions, more than the {MAX_EXPRESSIONS} read"
         )
     for pattern in expressions[:MAX_EXPRESSIONS]:
-        if not _is_quick(pattern) or not _compiles(pattern):
+        if len(pattern) <= _MOST_CHARACTERS and not (_is_quick(pattern) and _compiles(pattern)):
             problems.append(
                 f"`{name}` has the regular expression {clip(repr(pattern))}; taken are names with `.`, `\\d`, sets, "
-                "groups of alternatives, and at most two of `*` and `+`"
+                f"groups of alternatives, at most two of `*` and `+`, and at most {_MOST_WAYS} ways for groups and "
+                "`?` to match the same text"
             )
     return problems
 
 
 def _is_quick(pattern: str) -> bool:
-    if len(pattern) > _MOST_EXPRESSION_CHARACTERS:
+    if re.search(r"\)[*+]", _bare(pattern)) or _repeats(pattern) > _MOST_REPEATS:
         return False
-    bare = re.sub(r"\\.|\[[^\]]*\]", "x", pattern)
-    if re.search(r"\)[*+]", bare) or bare.count("*") + bare.count("+") > _MOST_REPEATS:
-        return False
-    return _PLAIN.fullmatch(_GROUP.sub("x", pattern)) is not None
+    return _PLAIN.fullmatch(_GROUP.sub(".", pattern)) is not None and _ways(pattern) <= _MOST_WAYS
+
+
+def _bare(pattern: str) -> str:
+    """A pattern whose sets and escaped characters are plain ones."""
+    return re.sub(r"\\.|\[[^\]]*\]", "x", pattern)
+
+
+def _repeats(pattern: str) -> int:
+    bare = _bare(pattern)
+    return bare.count("*") + bare.count("+")
+
+
+def _ways(pattern: str) -> int:
+    """In how many ways, at most, a pattern matches from a place in a text on, were there no repeats in it."""
+    groups = [group.removeprefix("(").removeprefix("?:") for group in _GROUP.findall(pattern)]
+    ways = _choices(_GROUP.sub(".", pattern))
+    for group in groups:
+        ways *= _choices(group.rstrip("?").removesuffix(")")) + group.endswith("?")
+    return ways
+
+
+def _choices(alternatives: str) -> int:
+    """How many of some alternatives may match at one place; of plain texts those that others begin with."""
+    each = alternatives.split("|")
+    if not all(map(_TEXT.fullmatch, each)):
+        return sum(1 << one.count("?") for one in each)
+    texts = [one.replace("\\", "") for one in each]
+    return max(sum(text.startswith(other) for other in texts) for text in texts)
+
+
+def _steps(patterns: Sequence[str], modules: Sequence[str]) -> int:
+    """How many characters are looked at, at most, to compare each pattern with each module's name.
+
+    A pattern is tried at the beginning and after each dot, with each of its ways and with every division of the name
+    among its repeats, each time from its first character to its last.
+    """
+    divisions = [
+        sum((1 + name.count(".")) * math.comb(len(name) + repeats, repeats) for name in modules)
+        for repeats in range(_MOST_REPEATS + 1)
+    ]
+    return sum(
+        len(pattern)
+        * (divisions[0] if _LITERAL.fullmatch(pattern) else _ways(pattern) * divisions[_repeats(pattern)])
+        for pattern in patterns
+    )
 
 
 def _is_long(module: str) -> bool:
-    return len(module) > _MOST_EXPRESSION_CHARACTERS or module.count(".") > _MOST_DOTS
+    return len(module) > _MOST_CHARACTERS or module.count(".") > _MOST_DOTS
 
 
 def _compiles(pattern: str) -> bool:

@@ -13,6 +13,7 @@ from itertools import islice
 from service.adapters.reading import Adapter, Factors
 from service.checkpoint import TIED_NAMES, Checkpoint, Laid, StoredTensor
 from service.matching import EMBEDDING_NAMES
+from service.recipe.language import MAX_RANK
 from workers.errors import PlanError
 from workers.sources import Change
 
@@ -31,7 +32,10 @@ def adapted(checkpoint: Checkpoint, adapter: Adapter) -> Checkpoint:
     tensors, problems = dict(checkpoint.tensors), _Problems()
     for name, tensor in adapter.replaced.items():
         own = called.get(name, name)
-        _replace(tensors, own, tensor, adapter, problems)
+        if own in tensors and _is_tied(own, checkpoint):
+            problems.add("holds an output head of its own, which the model ties to the embedding", own)
+        else:
+            _replace(tensors, own, tensor, adapter, problems)
     for factors, name in zip(adapter.factors, wanted, strict=True):
         own = called.get(name, name)
         if _is_tied(own, checkpoint):
@@ -73,7 +77,7 @@ def _called(wanted: Sequence[str], names: Mapping[str, StoredTensor]) -> dict[st
 
     Both may have been saved with or without the head around the model: ``transformer.h.0...`` and ``h.0...``. So
     where not all names are there, they are looked for without what they begin with, or with more before, provided
-    that all of them are found so and in one way.
+    that all of them are found so, no two at the same place, and in one way.
     """
     if not wanted or all(name in names for name in wanted):
         return {}
@@ -83,7 +87,11 @@ def _called(wanted: Sequence[str], names: Mapping[str, StoredTensor]) -> dict[st
     first = wanted[0]
     fuller = (known.removesuffix(first) for known in names if known.endswith(f".{first}"))
     ways += [{name: f"{prefix}{name}" for name in wanted} for prefix in islice(fuller, _MOST_PREFIXES)]
-    fitting = [way for way in ways if all(own in names for own in way.values())]
+    fitting = [
+        way
+        for way in ways
+        if all(own in names for own in way.values()) and len(set(way.values())) == len(way)
+    ]
     return fitting[0] if len(fitting) == 1 else {}
 
 
@@ -114,8 +122,11 @@ def _change(
     tensor, config = tensors[own], adapter.config
     a, b, rank = factors.a, factors.b, factors.rank
     columns = a.numel // rank if rank else 0
-    if not rank or b.numel != b.shape[0] * rank or not columns:
+    if not rank or b.numel != b.shape[0] * rank or not columns or not b.numel:
         problems.add("has factors that do not fit together", f"{own} (A {list(a.shape)}, B {list(b.shape)})")
+        return
+    if rank > MAX_RANK:
+        problems.add(f"has factors of a higher rank than the {MAX_RANK} that are added", f"{own} ({rank})")
         return
     if rank != (said := config.rank_of(factors.module)):
         problems.add("has factors of another rank than its config says", f"{own} ({rank}, not {said})")

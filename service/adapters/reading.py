@@ -70,29 +70,31 @@ def told_apart(
     """An adapter with these tensors, and what is wrong with them."""
     pairs: dict[str, dict[str, StoredTensor]] = {}
     replaced: dict[str, StoredTensor] = {}
-    unknown: list[str] = []
+    unknown, doubled = [], []
     for key, tensor in tensors.items():
         name = key.removeprefix(PREFIX)
         found = _FACTOR.fullmatch(name)
         if found is not None and found["leaf"] != ".bias":
-            pairs.setdefault(found["module"], {})[found["kind"]] = tensor
+            place, at = pairs.setdefault(found["module"], {}), found["kind"]
         elif found is None and not _OTHER.fullmatch(name):
-            replaced[_INFIX.sub("", name)] = tensor
+            place, at = replaced, _INFIX.sub("", name)
         else:
             unknown.append(key)
+            continue
+        if at in place:
+            doubled.append(key)
+        place[at] = tensor
     problems = []
     if unknown:
         problems.append(
             f"{len(unknown)} tensor(s) that are no factors of a plain LoRA (DoRA, trained biases or tokens, another "
             f"kind of adapter), such as {clip(unknown[0])}"
         )
-    factors, lone = [], []
-    for module, own in pairs.items():
-        prefix = "lora_embedding_" if "lora_embedding_A" in own or "lora_embedding_B" in own else "lora_"
-        if set(own) == {f"{prefix}A", f"{prefix}B"}:
-            factors.append(Factors(module, own[f"{prefix}A"], own[f"{prefix}B"], prefix != "lora_"))
-        else:
-            lone.append(f"{module} ({', '.join(sorted(own))})")
+    if doubled:
+        problems.append(
+            f"{len(doubled)} tensor(s) whose place another one takes as well, such as {clip(doubled[0])}"
+        )
+    factors, lone = _paired(pairs)
     if lone:
         problems.append(f"{len(lone)} module(s) without exactly one A and one B, such as {clip(lone[0])}")
     if not pairs and not replaced:
@@ -101,3 +103,15 @@ def told_apart(
         problems.append(excess)
     pins = {info.uri: info.etag for info in files}
     return Adapter(uri, config, tuple(factors), replaced, pins), problems
+
+
+def _paired(pairs: Mapping[str, Mapping[str, StoredTensor]]) -> tuple[list[Factors], list[str]]:
+    """The factors of each module, and the modules that have others than one A and one B, told with what they have."""
+    factors, lone = [], []
+    for module, own in pairs.items():
+        prefix = "lora_embedding_" if "lora_embedding_A" in own or "lora_embedding_B" in own else "lora_"
+        if set(own) == {f"{prefix}A", f"{prefix}B"}:
+            factors.append(Factors(module, own[f"{prefix}A"], own[f"{prefix}B"], prefix != "lora_"))
+        else:
+            lone.append(f"{module} ({', '.join(sorted(own))})")
+    return factors, lone

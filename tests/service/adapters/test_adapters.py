@@ -213,6 +213,13 @@ def test_keys_may_name_the_adapter_and_lack_the_head(root: Path, tmp_path: Path)
         ({f"{PREFIX}model.norm.weight": (16,)}, {}, "that are no factors and that `modules_to_save` does not name"),
         ({f"{PREFIX}{DOWN}.lora_A.weight": None}, {}, f"1 module(s) without exactly one A and one B, such as {DOWN}"),
         (dict.fromkeys(LORA), {}, "it holds no tensors"),
+        ({f"{PREFIX}{Q}.lora_B.weight": (0, 4)}, {}, "has factors that do not fit together: "
+         f"{Q}.weight (A [4, 16], B [0, 4])"),
+        ({f"{PREFIX}{Q}.lora_A.weight": (16385, 16), f"{PREFIX}{Q}.lora_B.weight": (16, 16385)},
+         {"rank_pattern": {Q: 16385}}, f"of a higher rank than the 16384 that are added: {Q}.weight (16385)"),
+        ({f"{Q}.lora_A.default.weight": (4, 16)}, {}, "1 tensor(s) whose place another one takes as well, such as "),
+        ({f"{PREFIX}lm_head.weight": (32, 16), f"{PREFIX}lm_head.base_layer.weight": (32, 16)},
+         {"modules_to_save": ["lm_head"]}, "1 tensor(s) whose place another one takes as well, such as "),
         ({}, {"use_dora": True}, "lora/adapter_config.json: `use_dora` is set"),
         ({}, {"rank_pattern": {"(a*)*": 2}}, "`rank_pattern` has the regular expression '(a*)*'"),
     ],
@@ -247,6 +254,11 @@ def test_tied_heads(root: Path, tmp_path: Path) -> None:
     write_checkpoint(root / "base", tied, config)
     write_adapter(root / "lora", factors(3, BASE, {"lm_head": 4}))
     assert "changes an output head that is tied to the embedding" in problems(root)[0]
+    own_head = {f"{PREFIX}lm_head.weight": torch.zeros(32, 16)}
+    write_adapter(root / "lora", own_head, modules_to_save=["lm_head"])
+    assert "holds tensors that the model does not have: lm_head.weight" in problems(root)[0]
+    write_checkpoint(root / "base", BASE, config)
+    assert "holds an output head of its own, which the model ties to the embedding" in problems(root)[0]
     a, b = torch.ones(4, 32), torch.ones(16, 4)
     lora = {f"{PREFIX}model.embed_tokens.lora_embedding_{k}": v for k, v in (("A", a), ("B", b))}
     write_adapter(root / "lora", lora)
@@ -255,6 +267,23 @@ def test_tied_heads(root: Path, tmp_path: Path) -> None:
     found = opened(run(plan(root, "passthrough", ["org/base+org/lora"]), tmp_path / "out"))
     assert torch.equal(found["lm_head.weight"], found["model.embed_tokens.weight"])
     assert (found["lm_head.weight"] - BASE["model.embed_tokens.weight"] - 8).abs().max() <= 1e-6
+
+
+def test_two_modules_never_become_one(root: Path) -> None:
+    encoders = {f"{each}_encoder.{Q[6:]}.weight": BASE[f"{Q}.weight"] for each in ("question", "ctx")}
+    backbone = {key.removeprefix("model."): value for key, value in BASE.items()}
+    write_checkpoint(root / "base", backbone)
+    write_adapter(root / "lora", factors(3, encoders, {key.removesuffix(".weight"): 4 for key in encoders}))
+    (found,) = problems(root)
+    assert "changes modules that the model does not have: " in found
+    assert all(key in found for key in encoders)
+
+
+def test_a_weight_without_elements_takes_no_adapter(root: Path) -> None:
+    write_checkpoint(root / "base", BASE | {"empty.weight": torch.zeros(0, 16)})
+    a, b = torch.zeros(4, 16), torch.zeros(0, 4)
+    write_adapter(root / "lora", {f"{PREFIX}empty.lora_A.weight": a, f"{PREFIX}empty.lora_B.weight": b})
+    assert "has factors that do not fit together: empty.weight (A [4, 16], B [0, 4])" in problems(root)[0]
 
 
 def test_a_quantised_model_takes_no_adapter(root: Path) -> None:

@@ -98,10 +98,74 @@ def test_how_training_began_makes_no_difference(start: object) -> None:
 
 @pytest.mark.parametrize(
     "pattern",
-    ["(a*)*b", "(a+)+$", "(a|a)*b", ".*.*.*x", r"(?=a)b", r"(a)\1", "[", "a{9}", "a**", "x" * 257 + "*"],
-)
+    [
+        "(a*)*b", "(a+)+$", "(a|a)*b", ".*.*.*x", r"(?=a)b", r"(a)\1", "[", "a{9}", "a**", "x" * 257 + "*", "." * 257,
+        "a?" * 85 + "a" * 85, "(aa|a)" * 40 + "b", "(a|a)" * 7, "(a?|b)" * 9, "(a)?" * 9, "(?:a|.)" * 7, r"(-|\-)" * 7,
+        "(a)??" * 5, "(a|b?c?d?e?f?g?)a?", "|".join("a" * 65),
+    ],
+)  # fmt: skip
 def test_expressions_that_may_take_for_ever_are_refused(pattern: str) -> None:
     assert len(pattern_problems("rank_pattern", [pattern])) == 1
+
+
+LAYERS = "|".join(map(str, range(80)))
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        r".*\.(q|k|v|o)_proj",
+        rf"model\.layers\.({LAYERS})\..*",
+        rf"layers\.({LAYERS[:86]})\.(self_attn|mlp)\.(?:q|k|v|o|gate|up|down)_proj",
+        r".*layers\.\d\.(self_attn|mlp)\..*",
+        r"layers\.[0-9]?[0-9]\.(self_)?attn\.[qv]_proj",
+        "q_proj|v_proj",
+    ],
+)
+def test_usual_expressions_are_taken(pattern: str) -> None:
+    names = [f"model.layers.{n}.self_attn.{each}_proj" for n in range(80) for each in "qkvo"]
+    found = config(rank_pattern={pattern: 2})
+    assert found.excess(names) is None
+    assert found.rank_of(names[0]) == 2
+
+
+PIECES = [
+    "a",
+    ".",
+    r"\.",
+    "a?",
+    ".?",
+    "[a.]",
+    "[a.]?",
+    ".*",
+    "a*",
+    "[a.]+",
+    "(a|aa)",
+    "(?:a|a|.a)",
+    "(a|b)?",
+    "|",
+    "b",
+    "$",
+]
+NAMES = ["a" * 256, "a" * 208 + ".a" * 24, "a." * 24 + "a" * 208, "a" * 120 + ".a" * 12 + "b"]
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.lists(st.sampled_from(PIECES), max_size=6),
+    st.sampled_from(PIECES),
+    st.integers(0, 100),
+    st.sampled_from(NAMES),
+)
+def test_the_most_steps_that_are_allowed_are_a_matter_of_seconds(
+    ends: list[str], piece: str, count: int, name: str
+) -> None:
+    for pattern in ("".join(ends) + piece * count, piece * count + "".join(ends)):
+        found, _ = read_config(CONFIG | {"rank_pattern": {pattern: 2}})
+        if found is not None and found.excess([name]) is None:
+            before = time.process_time()
+            found.rank_of(name)
+            assert time.process_time() - before < 4
 
 
 @settings(max_examples=50, deadline=None)
@@ -112,6 +176,28 @@ def test_every_expression_that_is_taken_is_quick(pattern: str) -> None:
     before = time.process_time()
     re.compile(rf"(.*\.)?({pattern})$").match("a" * 120 + ".a" * 12 + "b")
     assert time.process_time() - before < 0.5
+
+
+def test_the_ways_of_a_pattern_count_in_what_is_compared() -> None:
+    names = [f"{'a.' * 20}{n:05}{'a' * 200}" for n in range(100)]
+    assert config(rank_pattern={"a.*": 2}).excess(names) is None
+    assert "1 patterns for 100 modules" in str(config(rank_pattern={".*(a|a).*(a|a)x": 2}).excess(names))
+
+
+def test_names_in_which_each_character_is_any_are_compared_with_short_names() -> None:
+    assert "too long" in str(config(rank_pattern={"." * 200 + "x": 2}).excess(["." * 200]))
+    patterns = {"." * 200 + f"x{n}": 2 for n in range(4000)}
+    names = [f"{'.' * 24}{n}{'a' * 200}" for n in range(500)]
+    assert "4000 patterns for 500 modules" in str(config(rank_pattern=patterns).excess(names))
+
+
+@settings(deadline=None)
+@given(st.text(max_size=24))
+def test_an_escaped_name_is_a_name(name: str) -> None:
+    patterns = {f"^{re.escape(name)}{n}": 2 for n in range(100)}
+    found = config(rank_pattern=patterns)
+    assert found.excess([f"{name}{n}" for n in range(100)]) is None
+    assert (found.rank_of(f"{name}99"), found.rank_of(f"{name}100")) == (2, 4)
 
 
 def test_thousands_of_patterns_for_thousands_of_modules_are_refused() -> None:
