@@ -341,8 +341,8 @@ class _Matcher:
     def _winner(self, row: Row, present: Sequence[tuple[Source, Checkpoint, StoredTensor]]) -> OutputTensor:
         for _, checkpoint, stored in present:
             if self.recipe.buffers in self.spellings[id(checkpoint)]:
-                return _copy(row, stored)
-        return _copy(row, row.tensor)
+                return self._kept(row, stored, stored.dtype)
+        return self._kept(row, row.tensor, row.tensor.dtype)
 
     def _mismatch(
         self, row: Row, present: Sequence[tuple[Source, Checkpoint, StoredTensor]]

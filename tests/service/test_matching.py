@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,7 +11,8 @@ from service.checkpoint import Checkpoint, StoredTensor
 from service.matching import Match, OutputTensor, match, needs_digest
 from service.recipe import Recipe
 from tests.service.headers import Spec, checkpoint, inputs_of, recipe_of
-from workers.task import Arithmetic
+from workers.sources import Change
+from workers.task import Arithmetic, TensorRef
 
 pytestmark = pytest.mark.fast
 
@@ -221,6 +223,23 @@ def test_the_winner_of_buffers_may_be_spelled_in_either_way_that_the_recipe_list
         recipe = recipe_of("ties", 0, models=models, buffers=winner)
         found = match(recipe, inputs_of(recipe, {"/base": base, "/one": one, "file:///one": one}))
         assert by_name(found)["b"].source == one.tensors["b"]
+
+
+def test_a_winner_that_is_made_on_the_way_is_made_and_not_copied() -> None:
+    base, one = made("base", {"w": F32}), made("m0", {"w": F32})
+    lora = TensorRef("file:///lora", "e", 0, 16, "F32"), TensorRef("file:///lora", "e", 16, 28, "F32")
+    weight = replace(one.tensors["w"], changes=(Change(lora[1], lora[0], 1.0, transposed=False),))
+    adapted = replace(one, tensors={"w": weight})
+    quantised = made("m1", {"w": ("I8", (4, 3))})
+    for checkpoints in ({"base": base, "m0": adapted}, {"base": adapted, "m0": base}):
+        winner = next(name for name, each in checkpoints.items() if each is adapted)
+        recipe = recipe_of("ties", 2, buffers=f"/{winner}")
+        found = by_name(matched(recipe, **checkpoints, m1=quantised))["w"]
+        run = arithmetic(found)
+        assert (run.method, [model.ref for model in run.models]) == ("passthrough", [weight.source])
+        assert (found.dtype, found.shape) == F32
+        plain = recipe_of("ties", 2, buffers="/m1")
+        assert by_name(matched(plain, **checkpoints, m1=quantised))["w"].source == quantised.tensors["w"]
 
 
 def test_buffers_need_no_digest_where_a_winner_is_named_or_nobody_else_has_them() -> None:
