@@ -56,7 +56,10 @@ def with_names(data: Mapping[str, Any], rename: Callable[[str, Any], Any]) -> di
     stages = [each.get("name") for each in documents if isinstance(each, dict)]
 
     def rename_model(place: str, name: Any) -> Any:
-        return name if name in stages else rename(place, name)
+        merge, plus, adapter = name.partition("+") if isinstance(name, str) else (name, "", "")
+        if merge not in stages:
+            return rename(place, name)
+        return f"{merge}+{rename(place, adapter)}" if plus else name
 
     renamed = [
         _document_renamed(each, f"{DOCUMENTS}[{index}].", rename_model) if isinstance(each, dict) else each
@@ -76,9 +79,18 @@ def _document_renamed(
     if isinstance(tokenizer := data.get("tokenizer"), dict):
         changed["tokenizer"] = _tokenizer_renamed(tokenizer, path, rename)
     changed = _lists_renamed(changed, path, rename)
-    if isinstance(template := data.get("chat_template"), str) and template in _named(data):
+    if isinstance(template := data.get("chat_template"), str) and _is_named(template, data):
         changed["chat_template"] = rename(f"{path}chat_template", template)
     return changed
+
+
+def _is_named(template: str, data: Mapping[str, Any]) -> bool:
+    """Whether a template is that of a model in the recipe's lists, with its adapter where that has a key of its own."""
+    named = _named(data)
+    try:
+        return template in named or named.issuperset(split_adapter(template))
+    except ValueError:
+        return False
 
 
 def _named(data: Mapping[str, Any]) -> set[str]:

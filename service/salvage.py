@@ -11,10 +11,12 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from service.recipe import MAX_MODELS, ModelEntry, Recipe, SourceEntry
+from service.recipe import MAX_MODELS, ModelEntry, Recipe, SourceEntry, graph_of
 from service.recipe.entries import MAX_MODULES, MAX_SLICES, Frozen
 from service.recipe.regions import DEFAULT_MODULES
 from service.recipe.values import leaves, setting_problems
+from service.recipe_names import DOCUMENTS
+from workers.errors import RecipeError
 from workers.methods import METHODS
 from workers.methods.base import Method, Parameters
 from workers.methods.resolve import MAX_PARAMETERS
@@ -47,8 +49,13 @@ def salvage(value: Any) -> Recipe | None:
     Nothing comes of it that the recipe, once mended, might not bring up as well: what a malformed field may
     have allowed is allowed, and the models are averaged, which takes the least memory, where there is no
     telling what else was meant. Of a slice whose layers are not known none are merged, and a module of which
-    nothing is left is one model's. Where not even that can be told, the models are only opened.
+    nothing is left is one model's. Where not even that can be told, the models are only opened. Of several documents
+    nothing is left: what the others would make of one that is wrong cannot be told.
     """
+    if isinstance(value, Mapping) and value.keys() == {DOCUMENTS}:
+        value = value[DOCUMENTS]
+    if isinstance(value, list) and len(value) == 1:
+        value = value[0]
     if not isinstance(value, Mapping):
         return None
     sound = {name: value[name] for name in _KEPT if name in value and _is_sound(**{name: value[name]})}
@@ -158,9 +165,9 @@ class _Left:
     def _statistic(self, entry: Any) -> dict[str, Any]:
         """The checkpoint that the method needs beside a model, where a sound one is named."""
         key = None if self.method is None or self.method.statistic is None else self.method.statistic.name
-        if key is None or not isinstance(entry, Mapping) or not _is_name(entry.get(key)):
+        if key is None or not isinstance(entry, Mapping) or entry.get(key) is None:
             return {}
-        return {key: entry[key]}
+        return {key: entry[key]} if _fits(ModelEntry, model="any", **{key: entry[key]}) else {}
 
     def _parameters(self, entry: Any, *, of_model: bool = False) -> dict[str, Any]:
         """The parameters of an entry that the method takes there."""
@@ -221,8 +228,8 @@ def _are_bases_sound(value: Mapping[str, Any]) -> bool:
 
 def _recipe(value: Mapping[str, Any]) -> Recipe | None:
     try:
-        return Recipe.model_validate(value)
-    except ValidationError:
+        return graph_of(Recipe.model_validate(value)).output
+    except (ValidationError, RecipeError):
         return None
 
 

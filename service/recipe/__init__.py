@@ -1,7 +1,14 @@
 """What the user wants: the recipe, read from mergekit's YAML or the same as JSON, and checked."""
 
 from service.recipe.entries import MAX_MODELS, ModelEntry, ModuleEntry, SliceEntry, SourceEntry
-from service.recipe.graph import MAX_DOCUMENTS, Graph, graph_of, parse_documents, parse_documents_yaml
+from service.recipe.graph import (
+    MAX_DOCUMENTS,
+    MAX_PLACES,
+    Graph,
+    graph_of,
+    parse_documents,
+    parse_documents_yaml,
+)
 from service.recipe.language import DTYPES, Profile, Recipe
 from service.recipe.parsing import (
     MAX_RECIPE_CHARACTERS,
@@ -17,6 +24,7 @@ __all__ = [
     "DTYPES",
     "MAX_DOCUMENTS",
     "MAX_MODELS",
+    "MAX_PLACES",
     "MAX_RECIPE_CHARACTERS",
     "Graph",
     "ModelEntry",

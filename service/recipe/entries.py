@@ -28,7 +28,7 @@ def _told_apart(value: str) -> str:
 
 def _without_adapter(value: str) -> str:
     if split_adapter(value)[1] is not None:
-        raise ValueError(f"{value!r} has an adapter of its own; name the adapter's place alone")
+        raise ValueError(f"{value!r} has an adapter of its own; name one place alone")
     return value
 
 
@@ -42,8 +42,8 @@ ModelName = Annotated[str, Field(min_length=1, max_length=2048), AfterValidator(
 """`s3://bucket/prefix`, `file:///dir`, an absolute path, or a hub name that `model_roots` maps; or two of these with a
 `+` between them: a model and the LoRA adapter on top of it."""
 
-AdapterName = Annotated[str, Field(min_length=1, max_length=2048), AfterValidator(_without_adapter)]
-"""Where an adapter is, as a model's name says it."""
+PlaceName = Annotated[str, Field(min_length=1, max_length=2048), AfterValidator(_without_adapter)]
+"""Where an adapter is, or a checkpoint of statistics, as a model's name says it."""
 
 ParameterValues = Annotated[dict[str, Any], BeforeValidator(lambda value: {} if value is None else value)]
 """Parameters by name; nothing after the colon, as in many a recipe, is none."""
@@ -68,13 +68,13 @@ class ModelEntry(Frozen):
 
     model: ModelName
     """Where the model is."""
-    adapter: AdapterName | None = None
+    adapter: PlaceName | None = None
     """Where the LoRA adapter on top of it is, when `model` does not say so itself."""
     parameters: ParameterValues = Field(default_factory=dict)
     """The model's own parameters."""
-    fisher: ModelName | None = None
+    fisher: PlaceName | None = None
     """Where the diagonal of the model's Fisher is, for methods that weigh by it: a checkpoint of the same tensors."""
-    gram: ModelName | None = None
+    gram: PlaceName | None = None
     """Where the Gram matrices of its linear layers' inputs are, for `regmean`: a checkpoint of tensors named as the
     layers' weights."""
 

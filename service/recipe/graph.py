@@ -22,6 +22,9 @@ from workers.task import canonical_json
 MAX_DOCUMENTS = 64
 """Most documents of a recipe."""
 
+MAX_PLACES = 256
+"""Most models, adapters and checkpoints of statistics that a recipe reads, all its documents together."""
+
 _NAME = re.compile(r"[^\s/+~.:@][^/+:@]*(/[^/+:@]+)?")
 """What a document may be called: nothing that is a place, or says more than a name."""
 
@@ -38,7 +41,7 @@ class Graph:
     """The documents, as they were written."""
 
     def __post_init__(self) -> None:
-        problems = _name_problems(self.recipes) or _order_problems(self.recipes)
+        problems = _name_problems(self.recipes) or _order_problems(self.recipes) or self._problems()
         if problems:
             raise RecipeError(*problems)
 
@@ -95,9 +98,13 @@ class Graph:
     def checkpoints(self) -> list[str]:
         """Every model, and every checkpoint of statistics, by itself, once: not the merges in between."""
         stages = self.stages
-        statistics = [name for place in self.order for name in self.recipes[place].statistics]
         models = [model for model, _ in self._adapted.values() if model not in stages]
-        return list(dict.fromkeys([*models, *statistics]))
+        return list(dict.fromkeys([*models, *self.statistics]))
+
+    @property
+    def statistics(self) -> list[str]:
+        """Every checkpoint of statistics, once."""
+        return list(dict.fromkeys(name for place in self.order for name in self.recipes[place].statistics))
 
     @property
     def adapters(self) -> list[str]:
@@ -113,6 +120,32 @@ class Graph:
     def _adapted(self) -> dict[str, tuple[str, str | None]]:
         recipes = [self.recipes[place] for place in reversed(self.order)]
         return {name: parts for recipe in recipes for name, parts in recipe.adapted.items()}
+
+    def _problems(self) -> list[str]:
+        """What is wrong with how the documents use each other, and with how much they read."""
+        problems = [
+            f"{_at(place)}.output_kind: is for the document that makes the output; {recipe.name!r} is used as a model"
+            for place, recipe in self.earlier
+            if recipe.output_kind == "adapter"
+        ]
+        problems += [
+            f"{_at(place)}: statistics are read from where they are, and {name!r} is the merge of that name"
+            for place in self.order
+            for name in self.recipes[place].statistics
+            if name in self.stages
+        ]
+        place, last = self.order[-1], self.output
+        if last.output_kind == "adapter" and last.base_model in self.stages:
+            problems.append(
+                f"{_at(place)}.base_model: {last.base_model!r} is gone once the adapter is made; an adapter needs a "
+                "model that stays"
+            )
+        if len(self.places) > MAX_PLACES:
+            problems.append(
+                f"models: {len(self.places)} places in all, adapters and checkpoints of statistics among them, more "
+                f"than the {MAX_PLACES} that are read"
+            )
+        return problems
 
     def to_json(self) -> dict[str, Any]:
         """The recipe as JSON, without what was left at its default; several as ``{"documents": [...]}``."""

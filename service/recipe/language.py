@@ -123,6 +123,11 @@ class Recipe(Frozen):
             )
         if self.models is None:
             problems.append("models: an adapter is made of whole models, not of slices or modules")
+        problems += [
+            f"{name}: an adapter has no tokenizer of its own: merge to a model to write one"
+            for name in ("tokenizer_source", "tokenizer", "chat_template")
+            if getattr(self, name) is not None
+        ]
         if self.merge_method not in ADDING_METHODS:
             problems.append(
                 f"merge_method: what `{self.merge_method}` makes is no sum of what the models add to the base; use "

@@ -98,6 +98,7 @@ def test_a_key_without_a_value_is_as_if_it_were_not_there(null: str) -> None:
         ({"models": [{"model": "org/a+"}]}, "models[0].model: 'org/a+': one adapter is written"),
         ({"models": [{"model": "a+b", "adapter": "c"}]}, "models[0]: adapter: 'a+b' has one already"),
         ({"models": [{"model": "a", "adapter": "b+c"}]}, "models[0].adapter: 'b+c' has an adapter of its own"),
+        ({"models": [{"model": "a", "gram": "b+c"}]}, "models[0].gram: 'b+c' has an adapter of its own"),
         ({"models": [{"model": f"/m{i}"} for i in range(65)]}, "models: "),
         ({"base_model": ""}, "base_model: "),
         ({"base_model": "/a+/b+/c"}, "base_model: '/a+/b+/c': one adapter is written"),

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mergemill.recipes import as_mapping, localise, read
-from service.recipe import MAX_DOCUMENTS, Graph, parse_documents, parse_documents_yaml
+from service.recipe import MAX_DOCUMENTS, MAX_PLACES, Graph, parse_documents, parse_documents_yaml
 from workers.errors import RecipeError
 
 pytestmark = pytest.mark.fast
@@ -21,6 +21,13 @@ def document(name: str | None, *models: str, **more: Any) -> dict[str, Any]:
     """A linear merge."""
     entries = [{"model": model, "parameters": {"weight": 1}} for model in models]
     return ({} if name is None else {"name": name}) | {"merge_method": "linear", "models": entries} | more
+
+
+ADAPTER: dict[str, Any] = {"output_kind": "adapter", "base_model": "/base"}
+FISHER = {
+    "merge_method": "fisher",
+    "models": [{"model": "x", "fisher": "/f"}, {"model": "/a", "fisher": "x"}],
+}
 
 
 def problems(value: Any) -> list[str]:
@@ -97,10 +104,29 @@ def test_what_the_output_does_not_use_is_left_out_with_a_notice() -> None:
         ([document(f"m{n}", "/a") for n in range(MAX_DOCUMENTS + 1)], f"more than the {MAX_DOCUMENTS} that are read"),
         ([{"documents": []}, document(None, "/a")], "documents[0].documents: there are several here"),
         ([{"wrong": n} for n in range(MAX_DOCUMENTS)], "documents[4].wrong: is not a key"),
+        ([document("x", "/a+/l", **ADAPTER), document(None, "x")], "documents[0].output_kind: is for the document"),
+        ([document("x", "/a"), document(None, "/a", **(ADAPTER | {"base_model": "x"}))],
+         "documents[1].base_model: 'x' is gone once"),
+        ([document("x", "/a"), FISHER], "documents[1]: statistics are read from where they are, and 'x' is"),
+        ([document(f"m{n}", *(f"/{n}/{m}" for m in range(60))) for n in range(4)]
+         + [document(None, *(f"m{n}" for n in range(4)), *(f"/{n}" for n in range(17)))],
+         f"models: 257 places in all, adapters and checkpoints of statistics among them, more than the {MAX_PLACES}"),
     ],
 )  # fmt: skip
 def test_what_is_no_recipe_is_refused_in_words(value: Any, says: str) -> None:
     assert any(says in problem for problem in problems(value)), problems(value)
+
+
+def test_as_many_places_as_are_read_may_be_named_and_documents_that_are_not_run_count_for_nothing() -> None:
+    used = [document(f"m{n}", *(f"/{n}/{m}" for m in range(60))) for n in range(4)]
+    last = document(None, *(f"m{n}" for n in range(4)), *(f"/{n}" for n in range(16)))
+    spare = document("spare", "/more+/lora", **ADAPTER)
+    assert len(parse_documents([*used, spare, last]).places) == MAX_PLACES == 256
+
+
+def test_an_adapter_may_be_made_of_other_documents() -> None:
+    graph = parse_documents([document("x", "/a", "/b"), document(None, "x", rank=8, **ADAPTER)])
+    assert graph.output.output_kind == "adapter"
 
 
 @given(st.integers(1, 12), st.randoms(use_true_random=False))
@@ -139,3 +165,27 @@ def test_the_command_line_leaves_names_of_merges_and_makes_uris_of_directories(t
     assert as_mapping(wanted) == {"documents": wanted}
     with pytest.raises(RecipeError, match=r"documents\[0\]\.models\[0\]\.model: \./gone"):
         localise({"documents": [document("first", "./gone")]}, tmp_path)
+
+
+def test_the_command_line_leaves_names_of_merges_under_adapters(tmp_path: Any) -> None:
+    for name in ("first", "lora", "base"):
+        (tmp_path / name).mkdir()
+    lora, base = ((tmp_path / name).as_uri() for name in ("lora", "base"))
+    last = document(None, "first+./lora", "base", buffers="first+./lora", chat_template="first+./lora")
+    wanted = document(None, f"first+{lora}", base, buffers=f"first+{lora}", chat_template=f"first+{lora}")
+    first = document("first", base)
+    assert localise({"documents": [first, last]}, tmp_path) == {"documents": [first, wanted]}
+    assert parse_documents([first, wanted]).adapters == [lora]
+
+
+def test_a_template_may_be_that_of_a_model_whose_adapter_has_a_key_of_its_own(tmp_path: Any) -> None:
+    for name in ("lora", "base"):
+        (tmp_path / name).mkdir()
+    lora, base = ((tmp_path / name).as_uri() for name in ("lora", "base"))
+    entry = {"model": "base", "adapter": "./lora", "parameters": {"weight": 1}}
+    value = {"merge_method": "linear", "models": [entry], "chat_template": "base+./lora"}
+    changed = localise(value, tmp_path)
+    assert changed["chat_template"] == f"{base}+{lora}"
+    assert parse_documents(changed).output.adapted == {f"{base}+{lora}": (base, lora)}
+    for template in ("{{ a + b }}", "base+", "+".join("abc")):
+        assert localise(value | {"chat_template": template}, tmp_path)["chat_template"] == template

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service.recipe import Recipe, parse_recipe
+from service.recipe import Recipe, parse_documents, parse_recipe
 from service.salvage import salvage
 from workers.errors import RecipeError
 from workers.methods import METHODS
@@ -108,6 +109,31 @@ def test_models_that_are_none_are_left_out() -> None:
 )  # fmt: skip
 def test_where_nothing_can_be_opened_nothing_is_left(value: Any) -> None:
     assert salvage(value) is None
+
+
+@pytest.mark.parametrize("wrapped", [lambda value: [value], lambda value: {"documents": [value]}])
+def test_one_document_in_a_list_is_a_recipe_as_ever(wrapped: Callable[[Any], Any]) -> None:
+    value = TIES | {"profil": "paper"}
+    with pytest.raises(RecipeError):
+        parse_documents(wrapped(value))
+    found = salvage(wrapped(value))
+    assert found is not None
+    assert found.to_json() == TIES
+    assert salvage(wrapped([value])) is None  # which is no recipe, mended or not
+    assert salvage({"documents": [value], "dtype": "float32"}) is None
+    assert salvage([value, TIES | {"name": "other"}]) is None
+
+
+def test_more_places_than_are_read_leave_the_models_alone() -> None:
+    sources = [
+        [{"model": "/a", "layer_range": [0, 1], "fisher": f"/{n}/{m}"} for m in range(64)] for n in range(5)
+    ]
+    value = {"merge_method": "fisher", "slices": [{"sources": each} for each in sources]}
+    with pytest.raises(RecipeError, match="models: 321 places in all"):
+        parse_documents(value)
+    found = salvage(value)
+    assert found is not None
+    assert parse_documents(found.to_json()).places == ["/a"]
 
 
 def test_thousands_of_parameters_are_not_looked_into() -> None:

@@ -169,6 +169,10 @@ def test_what_is_left_of_a_wrong_recipe_still_reads_them(family: Path) -> None:
         "fisher",
         [str(family / f"fisher-{name}") for name in "ab"],
     )
+    joined = value["models"][1]["fisher"]
+    value["models"][1]["fisher"] = f"{joined}+/lora"
+    assert salvage(value) is not None  # the models, at least
+    value["models"][1]["fisher"] = joined
     del value["models"][0]["fisher"]
     averaged = salvage(value)
     assert averaged is not None
