@@ -102,6 +102,8 @@ class Plan:
     stages: tuple[Plan, ...] = ()
     """Plans of earlier merges that are carried out before, in this order: their shards are hidden, and read by later
     ones."""
+    together: Price | None = None
+    """What all of that costs, where there are any."""
 
     @property
     def whole(self) -> tuple[Plan, ...]:
@@ -111,7 +113,7 @@ class Plan:
     @property
     def total(self) -> Price:
         """What all of that costs."""
-        return combined([plan.price for plan in self.whole])
+        return self.together or self.price
 
     @property
     def index(self) -> str:
@@ -178,7 +180,9 @@ def with_stages(plan: Plan, stages: Sequence[Plan], notices: Sequence[str]) -> P
     """A plan with those that are carried out before it, and what the user should know of them."""
     if stages:
         identity = digest([plan.digest, *(stage.digest for stage in stages)])
-        plan = replace(plan, stages=tuple(stages), digest=identity)
+        plans = (*stages, plan)
+        together = combined([each.price for each in plans], (part for each in plans for part in each.parts))
+        plan = replace(plan, stages=tuple(stages), digest=identity, together=together)
     return replace(plan, notices=(*notices, *plan.notices)) if notices else plan
 
 

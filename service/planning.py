@@ -174,13 +174,16 @@ class _Examination:
             plan, misfits = draft_plan(given.recipe, given.inputs, self._options, self._baseline_bytes)
             self._problems += misfits
         if plan is not None:
-            staged = [stage.plan for stage in stages if stage.plan is not None]
+            # Merges of the same bytes have the same files: what these hold is in their names.
+            staged = {each.plan.shards[0].name: each.plan for each in stages if each.plan is not None}
             notices = [*self._graph.notices, *(notice for stage in stages for notice in stage.notices)]
-            plan = with_stages(plan, staged, notices)
+            plan = with_stages(plan, list(staged.values()), notices)
         self._files(last)
         price = None if plan is None else plan.total
         tokenizer = self._tokenizer(last)
         words = None if given is None else given.words
+        if not self._problems and not self._away:
+            self._problems += self._unopened()
         if (
             plan is None
             or given is None
@@ -192,7 +195,8 @@ class _Examination:
             return Outcome(None, price, _once(self._problems), _once(self._away))
         read = {each.uri: each for name, each in self._checkpoints.items() if name in self._uris}
         pins = {each.uri: dict(each.pins) for each in read.values()}
-        pins |= {each.uri: dict(each.pins) for each in self._adapters.values()}
+        for own in self._adapters.values():  # a directory may hold both
+            pins[own.uri] = {**pins.get(own.uri, {}), **own.pins}
         planned = Planned(
             graph=self._graph,
             inputs=given.inputs,
@@ -225,7 +229,8 @@ class _Examination:
 
     def _stages(self) -> list[Stage]:
         """The earlier merges that can be made."""
-        stages = []
+        last, stages = self._graph.output, []
+        used = {model for model, _ in last.adapted.values()} if last.output_kind == "adapter" else set()
         for _, earlier in self._graph.earlier:
             if (given := self._given(earlier)) is None:
                 continue
@@ -236,7 +241,13 @@ class _Examination:
                     "it the option instead"
                 )
             stage, misfits = draft_stage(
-                given.recipe, given.inputs, files, self._options, self._baseline_bytes, self._output
+                given.recipe,
+                given.inputs,
+                files,
+                self._options,
+                self._baseline_bytes,
+                self._output,
+                whole=earlier.name in used,
             )
             self._problems += [f"{earlier.name}: {misfit}" for misfit in misfits]
             if stage is not None:
@@ -263,6 +274,14 @@ class _Examination:
         inputs = replace(inputs, are_vocabularies_told=True) if words is None else words.inputs
         digested = self._attempt(lambda: _with_digests(self._store, wanted, inputs))
         return _Given(wanted, digested or replace(inputs, are_digested=False), words)
+
+    def _unopened(self) -> list[str]:
+        """Whatever was to be read and has not opened, when nothing else says why: no merge is made without it."""
+        recipes = [*(earlier for _, earlier in self._graph.earlier), self._graph.output]
+        names = (name for recipe in recipes for name in (*recipe.names, *recipe.statistics))
+        return [
+            f"{name}: could not be opened, and nothing says why" for name in names if name not in self._opened
+        ]
 
     def _tokenizer(self, recipe: Recipe) -> Checkpoint | None:
         """Whose tokenizer goes to the output, as far as it has opened."""

@@ -232,14 +232,15 @@ def price(
     )
 
 
-def combined(prices: Sequence[Price]) -> Price:
-    """What merges cost that one job runs one after the other, the one last that makes the output."""
+def combined(prices: Sequence[Price], parts: Iterable[Part]) -> Price:
+    """What merges of these parts cost that one job runs one after the other, the one last that makes the output."""
     dearest = max(prices, key=lambda each: each.peak_bytes)
+    inputs = (ref for part in parts for ref in part.reads if ref.etag)  # what an earlier one makes has none
     return Price(
         bytes_read=sum(each.bytes_read for each in prices),
         bytes_written=sum(each.bytes_written for each in prices),
         bytes_copied=sum(each.bytes_copied for each in prices),
-        input_bytes=sum(each.input_bytes for each in prices),
+        input_bytes=_distinct_bytes(inputs),
         requests=sum(each.requests for each in prices),
         shards=prices[-1].shards,
         parts=sum(each.parts for each in prices),
@@ -281,7 +282,11 @@ def _input_bytes(parts: Sequence[Part], loads: Sequence[_Load]) -> int:
     """A plain tensor is in one part or split over several, so read once; what others are made of may be read again."""
     plain = sum(load.read for part, load in zip(parts, loads, strict=True) if not part.scratch_bytes)
     refs = chain.from_iterable(part.reads for part in parts if part.scratch_bytes)
-    return plain + sum(run.nbytes for run in coalesce(refs))
+    return plain + _distinct_bytes(refs)
+
+
+def _distinct_bytes(refs: Iterable[TensorRef]) -> int:
+    return sum(run.nbytes for run in coalesce(refs))
 
 
 def _part_load(part: Part) -> _Load:

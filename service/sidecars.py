@@ -19,6 +19,7 @@ from service.known_digests import written
 from service.places import is_hub_name
 from service.plan import Plan, Shard
 from service.planning import Planned
+from service.recipe import Graph
 from workers.methods import get_method
 from workers.safetensors_format import parse, prefix
 from workers.store.uris import name as file_name
@@ -54,16 +55,16 @@ def config_json(planned: Planned) -> str | None:
 def adapter_config_json(planned: Planned) -> str:
     """The adapter_config.json of an adapter; its base model is called what the card calls it."""
     recipe, base = planned.recipe, planned.inputs.reference
-    shown = _without_paths(recipe.places)
+    shown = _shown(planned.graph)
     return adapter_config(recipe, base, shown[recipe.reference], planned.plan.parts)
 
 
 def model_card(planned: Planned, version: str) -> str:
     """A Hugging Face model card: front matter, the method, the inputs, the recipe."""
     recipe, graph = planned.recipe, planned.graph
-    methods = {each.merge_method: get_method(each.merge_method) for each in graph.recipes}
+    methods = {graph.recipes[place].merge_method: None for place in sorted(graph.order)}
     names = graph.names
-    shown = _without_paths(graph.places)
+    shown = _shown(graph)
     shown |= {
         name: "+".join(shown.get(place, place) for place in both if place)
         for name, both in graph.adapted.items()
@@ -77,7 +78,7 @@ def model_card(planned: Planned, version: str) -> str:
     hub = [model.partition("@")[0] for model, _ in graph.adapted.values() if is_hub_name(model)]
     if hub:
         front["base_model"] = list(dict.fromkeys(hub))
-    told = [f"`{each.name}` ({_paper_link(each.paper)})" for each in methods.values()]
+    told = [f"`{each.name}` ({_paper_link(each.paper)})" for each in map(get_method, methods)]
     lines = [
         "---",
         yaml.safe_dump(front, sort_keys=False).strip(),
@@ -89,7 +90,7 @@ def model_card(planned: Planned, version: str) -> str:
         "## Models",
         "",
         *(f"- `{shown[name]}`{' (base)' if name == recipe.base_model else ''}" for name in names),
-        *(f"- `{shown[name]}` (statistics)" for name in recipe.statistics),
+        *(f"- `{shown[name]}` (statistics)" for name in graph.statistics),
         "",
         "## Recipe",
         "",
@@ -101,6 +102,12 @@ def model_card(planned: Planned, version: str) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def _shown(graph: Graph) -> dict[str, str]:
+    """What is told of each place instead of its name; documents that are not run are told of in the recipe."""
+    others = (place for recipe in graph.recipes for place in recipe.places)
+    return _without_paths(dict.fromkeys([*graph.stages, *graph.places, *others]))
 
 
 def _without_paths(names: Iterable[str]) -> dict[str, str]:

@@ -54,16 +54,19 @@ def draft_stage(
     options: PlanOptions,
     baseline_bytes: int,
     output: str | None,
+    *,
+    whole: bool = False,
 ) -> tuple[Stage | None, list[str]]:
     """An earlier merge, when it can be made, and all that keeps it from being made.
 
     :param files: what a later merge that takes its config, or its tokenizer, takes besides.
+    :param whole: whether everything that is merged has to be stored, as for an adapter that is made of it.
     """
     matched = match(recipe, inputs)
     problems = list(matched.problems)
     if not inputs.reference.tensors:
         problems.append(f"{inputs.reference.uri} holds no tensors")
-    staged = tuple(tensor for tensor in matched.tensors if _is_staged(tensor))
+    staged = tuple(tensor for tensor in matched.tensors if _is_staged(tensor, whole))
     plan = None
     notices = matched.notices
     if staged and not problems:
@@ -84,11 +87,13 @@ def draft_stage(
     return Stage(name, plan, tuple(f"{name}: {notice}" for notice in notices), seen), problems
 
 
-def _is_staged(tensor: OutputTensor) -> bool:
-    """Whether a tensor can be read in no other way, or in none that is worth it."""
+def _is_staged(tensor: OutputTensor, whole: bool) -> bool:
+    """Whether a tensor can be read in no other way, in none that is worth it, or is wanted so."""
     source = tensor.source
     if not isinstance(source, Arithmetic) or not tensor.numel:
         return False
+    if whole:
+        return True
     bound = bind(source)
     return bound.whole is not None or bool(bound.passes) or len(source.refs) > MAX_STREAMED
 

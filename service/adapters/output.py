@@ -134,9 +134,14 @@ def _added(
 ) -> tuple[tuple[Change, ...], tuple[tuple[TensorRef, float], ...]] | None:
     """What the models add to a tensor: changes of adapters, and whole tensors with coefficients; None for nothing."""
     if not isinstance(tensor.source, Arithmetic) or tensor.source.method not in ADDING_METHODS:
-        same = tensor.source.ref == base.ref if isinstance(tensor.source, StoredTensor) else True
-        if not same:
+        sources = (
+            (tensor.source.source,) if isinstance(tensor.source, StoredTensor) else tensor.source.sources
+        )
+        if sources != (base.source,):
             problems.append(f"{tensor.name}: another model's values cannot be written as an adapter")
+        return None
+    if not base.source.is_plain:
+        problems.append(_not_stored(tensor))
         return None
     changes: list[Change] = []
     models: list[tuple[TensorRef, float]] = []
@@ -144,7 +149,8 @@ def _added(
     if tensor.source.method == "linear" and abs(math.fsum(coefficients) - 1) > _CLOSE:
         problems.append(f"{tensor.name}: the weights do not add up to 1, so the base model's would be scaled")
     for model, coefficient in zip(tensor.source.models, coefficients, strict=True):
-        _add(model.ref, coefficient, base, changes, models)
+        if not _add(model.ref, coefficient, base, changes, models):
+            problems.append(_not_stored(tensor))
     return (tuple(changes), tuple(models)) if changes or models else None
 
 
@@ -154,14 +160,25 @@ def _add(
     base: StoredTensor,
     changes: list[Change],
     models: list[tuple[TensorRef, float]],
-) -> None:
+) -> bool:
+    """Note what a model adds; whether that can be told."""
     if source == base.ref or not coefficient:
-        return
+        return True
     if isinstance(source, LowRank):
         changes += [replace(each, scale=coefficient * each.scale) for each in source.changes]
         source = source.source
-    if isinstance(source, TensorRef) and source != base.ref:
+    if not isinstance(source, TensorRef):
+        return False
+    if source != base.ref:
         models.append((source, coefficient))
+    return True
+
+
+def _not_stored(tensor: OutputTensor) -> str:
+    return (
+        f"{tensor.name}: is computed on the way, and an adapter is made of what is stored: merge to a model first, and "
+        "make an adapter of that"
+    )
 
 
 def _coefficients(arithmetic: Arithmetic) -> list[float]:

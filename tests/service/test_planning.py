@@ -14,6 +14,7 @@ from service.places import overlap
 from service.plan import PlanOptions
 from service.planning import examine, plan_recipe
 from service.recipe import parse_recipe
+from tests.adapters import factors, write_adapter
 from tests.checkpoints import SINGLE, write_checkpoint
 from tests.service.models_on_disk import LLAMA, planned, shards_of
 from workers.errors import PlanError, StoreUnavailableError
@@ -235,6 +236,14 @@ def test_the_tokenizer_is_the_one_that_is_asked_for(model: Path, sharded: Path) 
         planned(sharded, model, base_model=str(model), tokenizer_source="base").tokenizer.uri
         == f"file://{model}"
     )
+
+
+def test_a_directory_that_is_both_model_and_adapter_is_pinned_as_both(model: Path, sharded: Path) -> None:
+    write_adapter(model, factors(1, LLAMA, {"model.layers.0.self_attn.q_proj": 4}))
+    value = [{"model": str(model)}, {"model": str(sharded), "adapter": str(model)}]
+    found = planned(merge_method="linear", models=value)
+    names = {uri.rpartition("/")[2] for uri in found.pins[model.as_uri()]}
+    assert names == {"model.safetensors", "adapter_model.safetensors", "adapter_config.json"}
 
 
 def test_names_with_odd_characters_work(tmp_path: Path) -> None:

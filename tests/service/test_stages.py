@@ -27,6 +27,7 @@ from workers.store.uris import from_path
 from workers.task import MergePiece
 
 OPTIONS = PlanOptions(worker_memory_bytes=1 << 40, shard_bytes=40_000)
+JOB = "merge-" + "0" * 26
 SHAPE: dict[str, Any] = {"layers": 3, "hidden": 32, "heads": 2, "vocab": 64}
 
 
@@ -251,18 +252,20 @@ def test_a_merge_that_the_output_does_not_use_is_told_of_and_not_made(models: Pa
 
 def test_two_merges_that_are_the_same_are_made_once(models: Path, tmp_path: Path) -> None:
     first = documents(models, "ties", "bfloat16")[0]
-    twice = {"merge_method": "linear", "models": [entry(models, name, weight=0.5) for name in ("first", "again")]}
+    twice = {
+        "merge_method": "linear",
+        "models": [entry(models, name, weight=0.5) for name in ("first", "again")],
+    }
     planned = plan([first, first | {"name": "again"}, twice], tmp_path / "out")
     alone = plan([first, {**twice, "models": twice["models"][:1]}], tmp_path / "out")
     assert planned.plan.stages == alone.plan.stages
     ids = [identity for each in planned.plan.whole for identity in each.part_ids]
     assert len(set(ids)) == len(ids)
-    output = Output(LocalStore(), from_path(str(tmp_path / "out")), "0" * 26, for_ever)
+    output = Output(LocalStore(), from_path(str(tmp_path / "out")), JOB, for_ever)
     shards = tuple(shard.name for each in planned.plan.whole for shard in each.shards)
-    claim = Claim(job="0" * 26, recipe={}, plan_digest=planned.plan.digest, shards=shards)
+    claim = Claim(job=JOB, recipe={}, plan_digest=planned.plan.digest, shards=shards)
     uploads = output.open_uploads(planned.plan, claim, {})
     assert all(output.held_parts(name, uploads) == [] for name in shards)  # none was aborted
-    run(planned, tmp_path / "twice")
     assert run(planned, tmp_path / "out").shards()
 
 
@@ -272,10 +275,8 @@ def test_the_bytes_of_the_inputs_are_counted_once(models: Path, tmp_path: Path) 
     (size,) = {sum(each.ref.nbytes for each in found.tensors.values()) for found in planned.checkpoints}
     assert planned.plan.total.input_bytes == 4 * size
     assert PLAN.validate_json(PLAN.dump_json(planned.plan)).total == planned.plan.total
-    computed = documents(models, "linear", "bfloat16")[:2] + [
-        {"merge_method": "ties", "base_model": str(models / "base"), "models": [{"model": "second"}]}
-    ]
-    assert plan(computed).plan.total.input_bytes == 4 * size
+    last = {"merge_method": "ties", "base_model": str(models / "base"), "models": [{"model": "second"}]}
+    assert plan([*documents(models, "linear", "bfloat16")[:2], last]).plan.total.input_bytes == 4 * size
 
 
 def test_a_model_that_did_not_open_ends_planning_whoever_forgot_to_say_why(

@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 
-from service.adapters.output import errors
+from service.adapters.output import draft, errors
 from service.commit import Output, for_ever
+from service.matching import match
+from service.opening import open_checkpoint
+from service.pairing import Inputs
 from service.plan import PlanOptions
 from service.planning import Planned, plan_recipe
 from service.price import part_peak_bytes
 from service.publish import publish, published
-from service.recipe import parse_recipe
+from service.recipe import parse_documents, parse_recipe
+from service.sidecars import adapter_config_json, model_card
 from tests.adapters import PREFIX, factors, write_adapter
 from tests.checkpoints import (
     Tensors,
@@ -29,6 +35,7 @@ from tests.checkpoints import (
 from tests.workers.execute import Done, run
 from workers.errors import NonFiniteError, PlanError, RecipeError
 from workers.safetensors_format import parse
+from workers.sources import Arithmetic, Derived, Gathered, LowRank, RowRun
 from workers.store.local import LocalStore
 from workers.task import part_id
 
@@ -180,6 +187,26 @@ def test_the_config_is_what_peft_wants(root: Path, tmp_path: Path) -> None:
         assert (delta(made(round_trip), module) - wanted(module)).abs().max() <= 1e-6
 
 
+def test_ranks_of_many_modules_are_read_back(root: Path, tmp_path: Path) -> None:
+    modules = [f"model.layers.{number}.self-attn.q_proj" for number in range(180)]
+    base = {f"{module}.weight": torch.zeros(8, 8) for module in modules}
+    write_checkpoint(root / "base", base)
+    ranks = {module: 2 if number < 80 else 4 for number, module in enumerate(modules)}
+    one = factors(5, base, ranks)
+    write_adapter(root / "one", one, rank_pattern=dict.fromkeys(modules[:80], 2))
+    planned = plan(root, models=[{"model": "org/base+org/one"}], parameters=...)
+    done = run(planned, tmp_path / "out")
+    results = {part_id(part): result for part, result in zip(planned.plan.parts, done.results, strict=True)}
+    publish(
+        planned, results, Output(LocalStore(), (tmp_path / "out").as_uri(), "job", for_ever), overwrite=False
+    )
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert len(config["rank_pattern"]) == 80
+    again = run(plan(root, models=[{"model": "org/base+org/out"}], parameters=...), tmp_path / "again")
+    for key, tensor in made(done).items():
+        assert torch.equal(made(again)[key], tensor)
+
+
 def test_an_adapter_takes_no_place_that_holds_one(root: Path, tmp_path: Path) -> None:
     store = LocalStore()
     assert Output(store, (root / "one").as_uri(), "job", for_ever).existing() == "adapter_config.json"
@@ -228,6 +255,9 @@ def test_embeddings_keep_their_kind(root: Path, tmp_path: Path) -> None:
         ({"models": [{"model": "org/tuned"}]}, "rank: is required where models are no adapters on the base model"),
         ({"models": [{"model": "org/base+org/one", "parameters": {"weight": 0}}]}, "models: none adds anything"),
         ({"merge_method": "linear", "parameters": {"normalize": False}}, "the weights do not add up to 1"),
+        ({"tokenizer_source": "base"}, "tokenizer_source: an adapter has no tokenizer"),
+        ({"tokenizer": {"source": "union"}}, "tokenizer: an adapter has no tokenizer"),
+        ({"chat_template": "chatml"}, "chat_template: an adapter has no tokenizer"),
     ],
 )  # fmt: skip
 def test_what_is_no_adapter_is_refused(root: Path, changes: dict[str, Any], says: str) -> None:
@@ -264,3 +294,70 @@ def test_factors_may_be_written_in_half_precision(root: Path, tmp_path: Path) ->
     found = made(run(plan(root, dtype="bfloat16"), tmp_path / "out"))
     assert {value.dtype for value in found.values()} == {torch.bfloat16}
     assert torch.equal(found[f"{PREFIX}{Q}.lora_A.weight"][:4], ONE[f"{PREFIX}{Q}.lora_A.weight"].bfloat16())
+
+
+@pytest.mark.parametrize("method", ["linear", "ties", "passthrough"])
+def test_an_adapter_is_made_of_an_earlier_merge(root: Path, tmp_path: Path, method: str) -> None:
+    """What it adds is not lost, however the merge is read: computed on the way, staged, or copied."""
+    models = [{"model": "org/tuned+org/two"}]
+    if method != "passthrough":
+        models.append({"model": "org/base+org/one"})
+    first = {"merge_method": method, "models": models}
+    first |= {"base_model": "org/base"} if method == "ties" else {}
+    last = RECIPE | {"models": [{"model": "first+org/one"}], "parameters": {}, "rank": 16}
+    store, options = LocalStore(), PlanOptions(worker_memory_bytes=1 << 40)
+    roots, place = {"org/": root.as_uri()}, (root / "first").as_uri()
+    planned = plan_recipe(parse_recipe(first), options, store, roots, 0)
+    run(planned, root / "first")
+    (root / "first" / "model.safetensors.index.json").write_text(planned.plan.index)
+    same = parse_recipe(last | {"models": [{"model": place, "adapter": "org/one"}]})
+    by_hand = plan_recipe(same, options, store, roots, 0)
+    graph = parse_documents([{"name": "first", **first}, last])
+    together = plan_recipe(graph, options, store, roots, 0, output=(tmp_path / "out").as_uri())
+    found = made(run(together, tmp_path / "out"))
+    wanted = made(run(by_hand, tmp_path / "hand"))
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[key], wanted[key]) for key in wanted)
+    assert delta(found, Q).norm() > 0.1
+
+
+def test_what_is_computed_on_the_way_is_no_part_of_an_adapter(root: Path) -> None:
+    base, tuned = (open_checkpoint(LocalStore(), (root / each).as_uri()) for each in ("base", "tuned"))
+    recipe = parse_recipe(RECIPE | {"models": [{"model": "org/tuned"}], "rank": 4})
+    tensors = match(recipe, Inputs(base, {"org/base": base, "org/tuned": tuned})).tensors
+    name = f"{Q}.weight"
+    (tensor,) = [each for each in tensors if each.name == name]
+    assert isinstance(tensor.source, Arithmetic)
+    derived = Derived("derived", tensor.source, "F32")
+    gathered = Gathered("gathered", (base.tensors[name].ref,), (RowRun(256, ((0, 0),)),), "F32")
+    made_so = replace(tensor.source.models[0], ref=derived)
+    says = f"{name}: is computed on the way"
+    for source in (derived, gathered, LowRank("low_rank", derived, (), (16, 16), 0)):
+        model = replace(tensor.source.models[0], ref=source)
+        wrong = replace(tensor, source=replace(tensor.source, models=(model,)))
+        assert any(says in each for each in draft(recipe, base, [wrong]).problems)
+    seen = replace(base, tensors={**base.tensors, name: replace(base.tensors[name], gathered=gathered)})
+    assert any(says in each for each in draft(recipe, seen, [tensor]).problems)
+    alone = Arithmetic(
+        name, "passthrough", {}, None, (replace(made_so, ref=tuned.tensors[name].ref),), 0, 256, 0, 256
+    )
+    kept = draft(recipe, base, [replace(tensor, source=alone)])
+    assert any("another model's values" in each for each in kept.problems)
+
+
+def test_the_config_and_the_card_call_the_base_the_same(root: Path) -> None:
+    """Of two directories with one name; a document that is not run names one more, and says nothing of its place."""
+    write_checkpoint(root / "org" / "base", fine_tune(BASE, 5, 4e-3), llama_config(**SHAPE))
+    here, other = str(root / "base"), str(root / "org" / "base")
+    common: dict[str, Any] = {"merge_method": "ties", "models": [{"model": str(root / "tuned")}]}
+    first = common | {"name": "first", "base_model": other}
+    spare = common | {"name": "spare", "base_model": str(root / "none" / "base")}
+    last = RECIPE | {"base_model": here, "models": [{"model": "first"}, {"model": other}], "rank": 2}
+    options = PlanOptions(worker_memory_bytes=1 << 40)
+    planned = plan_recipe(parse_documents([spare, first, last]), options, LocalStore(), {}, 0)
+    card, config = model_card(planned, "1"), json.loads(adapter_config_json(planned))
+    assert f"- `{config['base_model_name_or_path']}` (base)" in card
+    assert str(root) not in card
+    shown = list(yaml.safe_load_all(card.split("```yaml\n")[1].split("```")[0]))
+    assert shown[2]["base_model"] == config["base_model_name_or_path"]
+    assert {each["base_model"] for each in shown} == {"base", "base-2", "base-3"}
