@@ -8,7 +8,7 @@ different vocabularies are refused, since their rows would be added up whatever 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -101,26 +101,28 @@ def _merged(
     notices = [
         f"{name}: has no tokenizer; taken to be that of {owner}" for name, own in held.items() if own is None
     ]
+    called = _first_names(inputs)
     voices = {
-        name: Voice(
-            inputs.models[name].uri, tokenizer or first, _rows(inputs.models[name], tokenizer or first)
-        )
+        name: Voice(called[id(model)], tokenizer or first, _rows(model, tokenizer or first))
         for name, tokenizer in held.items()
+        for model in [inputs.models[name]]
     }
     others = ((voice.tokenizer, voice.rows) for name, voice in voices.items() if name != owner)
     entries = entry.tokens or {}
     new = tuple(missing_tokens(first, others if entry.source == UNION else (), sorted(entries)))
     if _is_plain(entry, new, voices):
         return Vocabularies(replace(inputs, notices=(*inputs.notices, *notices))), ()
-    tokens = numbered(first, new)
-    base = recipe.base_model
-    vocabulary, problems = fill(tokens, entry.pad_to_multiple_of, voices, base, owner, entries)
     named = vocabulary_tensors(
         inputs.reference,
         [model for model in inputs.models.values() if model is not inputs.reference],
         entry.embeddings,
     )
-    wrong = [*problems, *named.problems, *_not_renumbered(inputs, named.names)]
+    tokens = numbered(first, new)
+    vocabulary, problems = fill(
+        tokens, entry.pad_to_multiple_of, voices, recipe.base_model, owner, entries, len(named.names)
+    )
+    unread = [*_without_arithmetic(inputs, named.names), *_not_renumbered(inputs, named.names)]
+    wrong = [*problems, *named.problems, *unread]
     if wrong:
         raise PlanError(*wrong)
     notices.append(_told(recipe, entry, vocabulary, voices, new))
@@ -158,9 +160,25 @@ def _rows(checkpoint: Checkpoint, tokenizer: Tokenizer) -> int:
     return rows_of(checkpoint) or tokenizer.size
 
 
-def _not_renumbered(inputs: Inputs, names: Iterable[str]) -> Iterator[str]:
+def _first_names(inputs: Inputs) -> dict[int, str]:
+    """What each checkpoint is called first: it may have several names, and others at its URI with an adapter on top."""
+    return {id(checkpoint): name for name, checkpoint in reversed([*inputs.models.items()])}
+
+
+def _without_arithmetic(inputs: Inputs, names: Sequence[str]) -> Iterator[str]:
+    """What has no rows that could be put into another order or averaged, in whichever model."""
+    for model, checkpoint in inputs.models.items():
+        for name in names:
+            stored = _held(checkpoint, name)
+            if stored is not None and not (stored.is_float and stored.shape):
+                yield (
+                    f"{model}: {name} is {stored.dtype} {list(stored.shape)}, and rows of tokens are floating-point: "
+                    "dequantise the model first, or merge models of one vocabulary without a `tokenizer` option"
+                )
+
+
+def _not_renumbered(inputs: Inputs, names: Sequence[str]) -> Iterator[str]:
     """What has rows by the old numbers of the tokens, and is not read by the new ones."""
-    names = list(names)
     for model, checkpoint in inputs.models.items():
         tensors = [tensor for name in names if (tensor := checkpoint.tensors.get(name)) is not None]
         if changed := next((tensor.name for tensor in tensors if tensor.changes), None):
@@ -176,10 +194,10 @@ def _not_renumbered(inputs: Inputs, names: Iterable[str]) -> Iterator[str]:
             )
 
 
-def _seen(inputs: Inputs, vocabulary: Vocabulary, names: Iterable[str]) -> Inputs:
+def _seen(inputs: Inputs, vocabulary: Vocabulary, names: Sequence[str]) -> Inputs:
     """Every model with the rows of the output's vocabulary."""
-    names = list(names)
-    checkpoints = {checkpoint.uri: checkpoint for checkpoint in inputs.models.values()}
+    called = _first_names(inputs)
+    checkpoints = {called[id(checkpoint)]: checkpoint for checkpoint in inputs.models.values()}
     known: dict[int, Checkpoint] = {}
 
     def seen(checkpoint: Checkpoint) -> Checkpoint:
@@ -187,10 +205,13 @@ def _seen(inputs: Inputs, vocabulary: Vocabulary, names: Iterable[str]) -> Input
             tensors = dict(checkpoint.tensors)
             for name in names:
                 if (own := _held(checkpoint, name)) is not None:
-                    held = {uri: _held(other, name) for uri, other in checkpoints.items()}
-                    givers = {uri: tensor for uri, tensor in held.items() if tensor is not None}
+                    held = {model: _held(other, name) for model, other in checkpoints.items()}
+                    givers = {model: tensor for model, tensor in held.items() if tensor is not None}
                     tensors[name] = replace(
-                        seen_through(vocabulary, checkpoint.uri, {**givers, checkpoint.uri: own}), name=name
+                        seen_through(
+                            vocabulary, called[id(checkpoint)], {**givers, called[id(checkpoint)]: own}
+                        ),
+                        name=name,
                     )
             known[id(checkpoint)] = replace(checkpoint, tensors=tensors)
         return known[id(checkpoint)]

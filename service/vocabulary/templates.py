@@ -64,8 +64,8 @@ def template_of(settings: Mapping[str, Any] | None, file: str | None) -> str | N
         return file
     found = (settings or {}).get("chat_template")
     if isinstance(found, list):  # several, by name
-        named = {each.get("name"): each.get("template") for each in found if isinstance(each, Mapping)}
-        found = named.get("default")
+        named = [each for each in found if isinstance(each, Mapping) and each.get("name") == "default"]
+        found = named[-1].get("template") if named else None
     return found if isinstance(found, str) else None
 
 

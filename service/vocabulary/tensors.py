@@ -55,13 +55,9 @@ def with_rows(shape: Sequence[int], rows: int) -> tuple[int, ...]:
 
 def embedding_of(checkpoint: Checkpoint) -> StoredTensor | None:
     """The input embedding of a checkpoint, by its name."""
-    for name in EMBEDDING_NAMES:
-        if name in checkpoint.tensors:
-            return checkpoint.tensors[name]
-    sure = (
-        tensor for name, tensor in checkpoint.tensors.items() if _SURE.search(name) and len(tensor.shape) == 2
-    )
-    return next(sure, None)
+    sure = (name for name in checkpoint.tensors if _SURE.search(name))
+    named = (checkpoint.tensors.get(name) for name in (*EMBEDDING_NAMES, *sure))
+    return next((tensor for tensor in named if tensor is not None and len(tensor.shape) == 2), None)
 
 
 def rows_of(checkpoint: Checkpoint) -> int | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +46,7 @@ def write_model(
     return write_checkpoint(place, tensors, said, extra_files={**own, **(more or {})})
 
 
-def planned(places: list[Path], weights: list[float] | None = None, **more: Any) -> Planned:
+def planned(places: Sequence[Path | str], weights: list[float] | None = None, **more: Any) -> Planned:
     """A plan of their weighted mean."""
     given = weights or [1.0] * len(places)
     models = [

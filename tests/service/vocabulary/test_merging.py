@@ -11,7 +11,18 @@ import tokenizers
 import torch
 
 from service.publish import _small_files
-from tests.service.vocabulary.models import HEAD, ONE, THREE, TWO, planned, rows, vocabulary, write_model
+from tests.adapters import PREFIX, write_adapter
+from tests.service.vocabulary.models import (
+    EMBEDDING,
+    HEAD,
+    ONE,
+    THREE,
+    TWO,
+    planned,
+    rows,
+    vocabulary,
+    write_model,
+)
 from tests.tokenizers import bpe, files
 from workers.errors import PlanError
 
@@ -355,3 +366,19 @@ def test_two_places_of_one_tokenizer_are_one(tmp_path: Path) -> None:
     assert (one / "tokenizer.json").read_text() != (two / "tokenizer.json").read_text()
     assert planned([one, two]).plan.parts  # other text, same tokens
     assert files(ONE)["tokenizer.json"] == ONE.to_str()
+
+
+@pytest.mark.parametrize("is_first", [True, False])
+def test_a_model_with_an_adapter_is_another_than_the_one_below_it(is_first: bool, tmp_path: Path) -> None:
+    """At one URI there are two embeddings then: the model's, and the one that its adapter saved."""
+    below, other = write_model(tmp_path / "base", 1, ONE), write_model(tmp_path / "other", 2, TWO)
+    saved = {f"{PREFIX}{name}": torch.full((8, 8), 7.0) for name in (EMBEDDING, HEAD)}
+    lora = write_adapter(tmp_path / "lora", saved, modules_to_save=["embed_tokens", "lm_head"])
+    seen = {}
+    for chosen in (0, 1):
+        weights = {f"{below}+{lora}": 1.0 - chosen, str(other): float(chosen)}
+        places = sorted(weights, key=str(other).__eq__, reverse=not is_first)
+        found = planned(places, [weights[place] for place in places], **base(below), tokenizer_source="union")
+        values = by_token(found, rows(found, tmp_path / f"out{chosen}"))
+        seen[chosen] = [values[token] for token in ("ab", "<x>", "a", "bc")]
+    assert seen == {0: [7, 7, 7, 2007], 1: [1006, 1007, 2005, 2007]}

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from service.checkpoint import StoredTensor
 from service.vocabulary.building import missing_tokens, numbered
-from service.vocabulary.filling import Voice, fill
+from service.vocabulary.filling import Voice, _ranges, fill
 from service.vocabulary.reading import Tokenizer
 from service.vocabulary.rows import Vocabulary, seen_through
 from workers.sources import Gathered, Source, TensorRef
@@ -66,10 +66,11 @@ def test_every_model_keeps_each_of_its_tokens_and_lacks_none(
     assert not problems
     assert vocabulary.size % (padding or 1) == 0
     assert len(tokens) <= vocabulary.size < len(tokens) + (padding or 1)
-    tensors = {each.uri: stored(each.uri, each.rows) for each in voices.values()}
-    places = {f"{each.uri}/model.safetensors": number for number, each in enumerate(voices.values())}
+    tensors = {each.model: stored(each.model, each.rows) for each in voices.values()}
+    places = {f"{each.model}/model.safetensors": number for number, each in enumerate(voices.values())}
+    ranges = 0
     for number, each in enumerate(voices.values()):
-        seen = seen_through(vocabulary, each.uri, tensors)
+        seen = seen_through(vocabulary, each.model, tensors)
         assert seen.shape == (vocabulary.size, WIDTH)
         rows = made_of(seen.source, places)
         assert len(rows) == vocabulary.size
@@ -82,6 +83,9 @@ def test_every_model_keeps_each_of_its_tokens_and_lacks_none(
             else:
                 assert rows[row] == holders
         assert all(not row for row in rows[len(tokens) :])
+        runs = seen.source.runs if isinstance(seen.source, Gathered) else ()
+        ranges += sum(max(1, len(run.takes)) for run in runs)
+    assert ranges <= _ranges(vocabulary.own, first.model if has_base else None)
 
 
 @given(order=st.permutations(range(9)))
