@@ -23,12 +23,13 @@ from tests.oracle.cases import DARE, PARITY, ROUNDED, write_inputs
 from tests.oracle.compare import SLACK
 from tests.oracle.exact import Nearness
 from tests.oracle.language import Spoken, spoken, write_language_inputs
-from tests.oracle.methods import DELLA_MASKS, METHOD_CASES
+from tests.oracle.methods import DELLA_MASKS, METHOD_CASES, STORED
 from tests.oracle.ours import merge_by_service, merge_in_process
 from tests.oracle.report import Results, markdown, total
 from tests.oracle.several import Several, compare_several, several, several_problems
 from tests.oracle.spoken import compare_spoken, spoken_problems
 from tests.oracle.vocabularies import (
+    TALKS,
     TEXTS,
     Worded,
     compare_words,
@@ -86,6 +87,7 @@ def main() -> int:
             adapters=adapters,
             parity={case: total(bench.compare(case)) for case in (*PARITY, *METHOD_CASES)},
             rounded={case: total(bench.compare(case)) for case in ROUNDED},
+            stored={case: bench.stored(case) for case in STORED},
             dare={
                 (case, tool, factor): bench.mask(case, made, factor)
                 for case in DARE
@@ -106,6 +108,7 @@ def main() -> int:
                     _ours(bench, each),
                     _theirs(bench, each),
                     reply["encoded"][str(_ours(bench, each))],
+                    reply["rendered"],
                 )
                 for each in recipes
                 if isinstance(each, Worded)
@@ -133,19 +136,20 @@ def main() -> int:
         problems = [
             *(each.problem for each in results.opened if each.problem),
             *results.problems(),
+            *results.too_few(),
             *misfits,
             *spoken_problems(results.spoken),
             *several_problems(results.several),
             *words_problems(results.words),
             *(problem for case in (*PARITY, *ROUNDED) for problem in bench.checkpoint_problems(case)),
-            *(problem for case in METHOD_CASES for problem in bench.checkpoint_problems(case)),
+            *(problem for case in (*METHOD_CASES, *STORED) for problem in bench.checkpoint_problems(case)),
             *(f"{Path(made).name}: {found['problem']}" for made, found in loaded.items() if found["problem"]),
         ]
     options.output.parent.mkdir(parents=True, exist_ok=True)
     options.output.write_text(markdown(results, len(loaded), problems))
     for problem in problems:
         console.print(f"[red]✗[/red] {problem}")
-    count = len(results.parity) + len(recipes) + len(chains) + len(adapters)
+    count = len(results.parity) + len(STORED) + len(recipes) + len(chains) + len(adapters)
     console.print(f"{count} recipes compared, {len(problems)} problems: {options.output}")
     return 1 if problems else 0
 
@@ -155,7 +159,7 @@ def merge(bench: Bench, *, in_process: bool) -> None:
     write_inputs(bench.root / "inputs")
     jobs = {
         bench.ours(case, profile): bench.recipe(case, **({"profile": profile} if profile else {}))
-        for case in (*PARITY, *ROUNDED, *DARE, *METHOD_CASES, *DELLA_MASKS)
+        for case in (*PARITY, *ROUNDED, *DARE, *METHOD_CASES, *DELLA_MASKS, *STORED)
         for profile in (FACTORS if case in DARE else ("mergekit",))
     } | outputs(bench.root / "models", bench.root / "ours")
     if in_process:
@@ -178,7 +182,7 @@ def ask(bench: Bench, recipes: Sequence[Spoken | Several | Worded]) -> dict[str,
     """Run the other tools, in their environment."""
     merges = [
         {"recipe": bench.recipe(case), "output": str(bench.theirs(case)), "seed": SEED}
-        for case in (*PARITY, *ROUNDED, *DARE, *METHOD_CASES, *DELLA_MASKS)
+        for case in (*PARITY, *ROUNDED, *DARE, *METHOD_CASES, *DELLA_MASKS, *STORED)
     ]
     merges += [
         {"recipe": each.placed(bench.root / "inputs"), "output": str(_theirs(bench, each)), "seed": SEED}
@@ -187,7 +191,14 @@ def ask(bench: Bench, recipes: Sequence[Spoken | Several | Worded]) -> dict[str,
     request, reply = bench.root / "request.json", bench.root / "reply.json"
     opened = [str(bench.ours(case)) for case in (*PARITY, *ROUNDED)]
     words = [str(_ours(bench, each)) for each in recipes if isinstance(each, Worded)]
-    wanted = {"merge": merges, "load": [*opened, *words], "encode": dict.fromkeys(words, TEXTS)}
+    spoken_with = [each for each in recipes if isinstance(each, Worded) and "chat_template" in each.recipe]
+    places = [str(place(bench, each)) for each in spoken_with for place in (_ours, _theirs)]
+    wanted = {
+        "merge": merges,
+        "load": [*opened, *words],
+        "encode": dict.fromkeys(words, TEXTS),
+        "render": dict.fromkeys(places, TALKS),
+    }
     request.write_text(json.dumps(wanted))
     foreign(bench, "foreign.py", request, reply)
     found: dict[str, Any] = json.loads(reply.read_text())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import subprocess
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -84,6 +85,37 @@ RECIPES: dict[str, dict[str, Any]] = {
     },
 }
 """What mergekit merges, too, in float32; models are named by their directories."""
+
+
+def _random(number: int) -> dict[str, Any]:
+    """A random recipe over one base with different adapters, by its number."""
+    dice = random.Random(f"adapters {number}")
+    ours = ("attention", "all-linear", "rslora", "patterns", "rslora-patterns", "head")
+    names = [f"all-linear/base+{adapter}/adapter" for adapter in dice.sample(ours, 3)]
+    weight = lambda: round(dice.uniform(-0.5, 1.2), 2)  # noqa: E731
+    method = ("task_arithmetic", "ties", "linear", "slerp", "breadcrumbs")[number % 5]
+    if method == "slerp":
+        entries: list[dict[str, Any]] = [{"model": name} for name in names[:2]]
+        return {
+            "merge_method": method,
+            "base_model": names[0],
+            "models": entries,
+            "parameters": {"t": [round(dice.random(), 2), round(dice.random(), 2)]},
+        }
+    own: dict[str, Any] = {"density": 1.0} if method == "breadcrumbs" else {}
+    entries = [{"model": name, "parameters": {"weight": weight(), **own}} for name in names]
+    if method == "ties":
+        for entry in entries:
+            entry["parameters"] |= {"density": round(dice.uniform(0.1, 1), 2)}
+    if method == "linear":
+        for entry in entries:
+            entry["parameters"]["weight"] = abs(entry["parameters"]["weight"]) + 0.1
+        return {"merge_method": method, "models": entries}
+    base = dice.choice(["all-linear/base", "all-linear/base", f"all-linear/base+{ours[0]}/adapter"])
+    return {"merge_method": method, "base_model": base, "models": entries}
+
+
+RECIPES |= {f"random-{number:02}": _random(number) for number in range(20)}
 
 
 OUTPUTS: dict[str, dict[str, Any]] = {

@@ -69,6 +69,28 @@ class Bench:
             found[name] = distance(one, two, scale, _undefined(case, base, models, own))
         return found
 
+    def stored(self, case: Case) -> Distance:
+        """How many elements of two results differ that were stored as bfloat16, but for what is nobody's promise.
+
+        Beyond the bound are those that are not the tool's own float32 result, rounded once to the nearest: what is
+        left are float32 results on two sides of the middle of two steps.
+        """
+        plain = Case(case.name.removesuffix("-stored"), case.recipe, case.group)
+        ours, theirs, our_wide, their_wide = (
+            read_checkpoint(place)
+            for place in (self.ours(case), self.theirs(case), self.ours(plain), self.theirs(plain))
+        )
+        found = Distance()
+        for name, base, models, own in self._inputs(case):
+            keep = ~_undefined(case, base, models, own)
+            one, two = ours[name][keep], theirs[name][keep]
+            if {one.dtype, two.dtype} != {torch.bfloat16}:
+                raise ValueError(f"{case.name}: {name} is {one.dtype} and {two.dtype}")
+            rounded = (one == our_wide[name][keep].bfloat16()) & (two == their_wide[name][keep].bfloat16())
+            differing, over = int((one != two).sum()), int((~rounded).sum())
+            found += Distance(one.numel(), differing, over, 0.0, int((~keep).sum()))
+        return found
+
     def nearness(self, case: Case) -> Nearness:
         """How far both results are from what float64 makes of the recipe."""
         ours, theirs = read_checkpoint(self.ours(case)), read_checkpoint(self.theirs(case))
@@ -111,8 +133,18 @@ class Bench:
         of_input = json.loads((self.model(case.group + "/base") / "config.json").read_text())
         if {key: config.get(key) for key in of_input.keys() - DTYPE_KEYS} != _without(of_input, DTYPE_KEYS):
             yield f"{case.name}: config.json is not the input's"
-        if {config[key] for key in DTYPE_KEYS & config.keys()} != {case.recipe["dtype"]}:
-            yield f"{case.name}: config.json does not say {case.recipe['dtype']}"
+        dtype = case.recipe.get("out_dtype", case.recipe["dtype"])
+        if {config[key] for key in DTYPE_KEYS & config.keys()} != {dtype}:
+            yield f"{case.name}: config.json does not say {dtype}"
+        theirs = self.theirs(case)
+        index = json.loads((theirs / "model.safetensors.index.json").read_text())["weight_map"]
+        if odd := sorted(index.keys() ^ weight_map.keys()):
+            yield f"{case.name}: only one index has {odd}"
+        said = json.loads((theirs / "config.json").read_text())
+        if odd := sorted(
+            key for key in (config.keys() & said.keys()) - DTYPE_KEYS if config[key] != said[key]
+        ):
+            yield f"{case.name}: mergekit's config.json says otherwise of {odd}"
 
     def _inputs(
         self, case: Case

@@ -124,7 +124,7 @@ ROUNDED = tuple(
 DARE = tuple(
     _case(f"{method}-{density}", method, _sparse((1.0, density)))
     for method in ("dare_linear", "dare_ties")
-    for density in (0.1, 0.5, 0.9)
+    for density in (0.1, 0.3, 0.5, 0.7, 0.9)
 )
 """One model of weight 1 each, so that the mask can be read off the result."""
 

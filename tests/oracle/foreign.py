@@ -1,8 +1,9 @@
 """The other tools' side. Runs in their environment, and imports nothing of ours.
 
 ``python foreign.py REQUEST REPLY`` reads ``{"merge": [{"recipe", "output", "seed"}], "load": [directory],
-"encode": {directory: [text]}}`` and writes ``{"versions": {tool: version}, "loaded": {directory: {"problem",
-"dtype"}}, "encoded": {directory: {text: [number]}}}``. An error ends it.
+"encode": {directory: [text]}, "render": {directory: [conversation]}}`` and writes ``{"versions": {tool: version},
+"loaded": {directory: {"problem", "dtype"}}, "encoded": {directory: {text: [number]}},
+"rendered": {directory: [text]}}``. An error ends it.
 """
 
 import importlib.metadata
@@ -63,6 +64,12 @@ def encode(directory: str, texts: list[str]) -> dict:
     return {text: tokenizer(text)["input_ids"] for text in texts}
 
 
+def render(directory: str, talks: list) -> list:
+    """What a checkpoint's chat template makes of conversations, by transformers."""
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    return [tokenizer.apply_chat_template(talk, tokenize=False, add_generation_prompt=True) for talk in talks]
+
+
 def main(request_path: str, reply_path: str) -> None:
     """Do all that is asked in one process: importing takes longer than merging."""
     transformers.logging.set_verbosity_error()
@@ -73,6 +80,7 @@ def main(request_path: str, reply_path: str) -> None:
     reply = {
         "versions": {tool: importlib.metadata.version(tool).split("+")[0] for tool in tools},
         "loaded": {directory: load(directory) for directory in request["load"]},
+        "rendered": {directory: render(directory, talks) for directory, talks in request["render"].items()},
         "encoded": {directory: encode(directory, texts) for directory, texts in request["encode"].items()},
     }
     Path(reply_path).write_text(json.dumps(reply))

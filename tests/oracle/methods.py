@@ -1,7 +1,7 @@
-"""Random recipes of the methods beyond the first seven: a dozen of each, the same every time.
+"""Random recipes of the methods beyond the first five: a dozen of each, the same every time.
 
-They are compared like :data:`tests.oracle.cases.PARITY`; of DELLA's, whose draws differ by design, those of one model
-by their masks.
+They are compared like :data:`tests.oracle.cases.PARITY`; of DARE's and DELLA's, whose draws differ by design, those
+that drop nothing, and those of one model by their masks.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import random
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from tests.oracle.cases import TUNED, Case
+from tests.oracle.cases import PARITY, TUNED, Case
 
 COUNT = 12
 """Recipes of each method."""
@@ -82,6 +82,11 @@ def _della(choose: random.Random) -> Made:
     return "base", own, _lambda(choose) | _normalize(choose)
 
 
+def _dare(choose: random.Random) -> Made:
+    own = [(model, {"weight": _weight(choose), "density": 1.0}) for model in _some(choose, 1)]
+    return "base", own, _lambda(choose) | _normalize(choose) | choose.choice([{}, {"rescale": False}])
+
+
 def _drawn(choose: random.Random) -> Made:
     density = round(choose.uniform(0.2, 0.8), 2)
     epsilon = round(choose.uniform(0.02, 0.19), 2)
@@ -120,6 +125,8 @@ RECIPES: dict[str, Callable[[random.Random], Made]] = {
     "nuslerp": _nuslerp,
     "multislerp": _multislerp,
     "karcher": _karcher,
+    "dare_linear": _dare,
+    "dare_ties": _dare,
     "della": _della,
     "della_linear": _della,
     "breadcrumbs": _breadcrumbs,
@@ -155,6 +162,13 @@ def _cases(make: Callable[[random.Random], Made], method: str, label: str, count
 
 METHOD_CASES = tuple(case for method, make in RECIPES.items() for case in _cases(make, method, "", COUNT))
 """Every tensor of these has to agree within the bound, but for :func:`is_excepted` ones."""
+
+STORED = tuple(
+    Case(f"{case.name}-stored", {**case.recipe, "out_dtype": "bfloat16"}, case.group)
+    for number, case in enumerate((*PARITY, *METHOD_CASES))
+    if number < len(PARITY) or number % 3 == 0
+)
+"""Float32 arithmetic that is stored as bfloat16: each tool rounds its own float32 results, once."""
 
 DELLA_MASKS = tuple(
     case for method in ("della", "della_linear") for case in _cases(_drawn, method, "mask-", 6)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from functools import reduce
@@ -17,6 +18,11 @@ from tests.oracle.methods import COUNT, EXCEPTIONS, METHOD_CASES, RECIPES, is_ex
 from tests.oracle.several import SeveralCompared, several_table
 from tests.oracle.spoken import Compared, spoken_table
 from tests.oracle.vocabularies import ComparedWords, words_table
+
+LEAST_OF_A_METHOD = 10
+"""In so many recipes each method has to be."""
+LEAST_OF_A_FEATURE = 20
+"""And in so many each feature of the language."""
 
 SIGMAS = 5
 """A mask's share may be this many standard deviations from its density."""
@@ -135,6 +141,17 @@ out.
 |---|---:|---:|---:|---:|---:|---|
 {exact}
 
+## Stored as bfloat16
+
+Every recipe of the first table, and every third of the other methods, once more with `out_dtype: bfloat16`. *Rounded
+otherwise* are elements that are not the tool's own float32 result rounded once to the nearest, ties to even: there is
+none. So wherever the float32 results are the same the bfloat16 ones are, and each that *differs* is one whose float32
+results, within the bound above of each other, lie on two sides of the middle of two steps of bfloat16.
+
+| method | recipes | elements | undefined | differ | rounded otherwise |
+|---|---:|---:|---:|---:|---:|
+{stored}
+
 ## With `dtype: bfloat16`
 
 For information. mergekit then rounds every intermediate to bfloat16; Mergemill computes in float32 and
@@ -182,6 +199,8 @@ class Results:
     """Cases for information."""
     dare: MutableMapping[tuple[Case, str, str], Mask]
     """Masks, by case, tool and rescale factor."""
+    stored: Mapping[Case, Distance] = field(default_factory=dict)
+    """Cases of float32 arithmetic that is stored as bfloat16."""
     opened: Sequence[Opened] = ()
     """Merges of other architectures."""
     spoken: Sequence[Compared] = ()
@@ -202,11 +221,29 @@ class Results:
                 yield f"{case.name}: {distance.over} of {distance.elements} elements beyond the bound"
             if distance.undefined > distance.elements // 10 and not is_excepted(case):
                 yield f"{case.name}: {distance.undefined} elements are undefined, too many to tell"
+        for case, distance in self.stored.items():
+            if distance.over or not distance.elements:
+                yield f"{case.name}: {distance.over} of {distance.elements} are not float32 results rounded once"
         for (case, tool, factor), mask in self.dare.items():
             if mask.sigmas(density_of(case)) > SIGMAS:
                 yield f"{case.name} ({tool}, {factor}): keeps {mask.fraction:.2%}"
             if mask.over:
                 yield f"{case.name} ({tool}, {factor}): {mask.over} kept elements are not factor · τ"
+
+    def too_few(self) -> Iterator[str]:
+        """One sentence for every method, and every feature of the language, that is in too few recipes."""
+        methods = Counter(case.method for case in self.parity)
+        methods.update(each.spoken.method for each in self.spoken)
+        features = Counter(feature for each in self.spoken for feature in each.spoken.features)
+        features.update(feature for each in self.words for feature in each.worded.features)
+        features.update({"several documents": len(self.several)})
+        features.update({"adapters": sum(each.tool == "mergekit" for each in self.adapters)})
+        for least, found in ((LEAST_OF_A_METHOD, methods), (LEAST_OF_A_FEATURE, features)):
+            yield from (
+                f"{name} is in {count} recipes, fewer than {least}"
+                for name, count in found.items()
+                if count < least
+            )
 
 
 def density_of(case: Case) -> float:
@@ -227,6 +264,8 @@ def markdown(results: Results, opened: int, problems: Sequence[str]) -> str:
         + len(results.spoken)
         + len(results.several)
         + len(results.words)
+        + len(results.stored)
+        + len(results.adapters)
     )
     outcome = (
         f"{agreeing} recipes agree in every element that is defined, and transformers opens all\n{opened} merged "
@@ -254,6 +293,9 @@ def markdown(results: Results, opened: int, problems: Sequence[str]) -> str:
         words=words_table(results.words),
         exact="\n".join(_exact(method, found) for method, found in results.exact.items()),
         adapters=adapter_table(results.adapters),
+        stored="\n".join(
+            _stored(method, results.stored) for method in sorted({c.method for c in results.stored})
+        ),
         rounded="\n".join(_rounded(case, distance) for case, distance in results.rounded.items()),
         dare="\n".join(
             f"| {case.name} | {tool} | {factor} | {mask.elements:,} | {mask.fraction:.2%} "
@@ -306,6 +348,13 @@ def _exact(method: str, found: Nearness) -> str:
         found.verdict,
     )
     return f"| {' | '.join(map(str, cells))} |"
+
+
+def _stored(method: str, stored: Mapping[Case, Distance]) -> str:
+    own = [found for case, found in stored.items() if case.method == method]
+    found = reduce(add, own, Distance())
+    different = found.differing / max(1, found.elements)
+    return f"| {method} | {len(own)} | {found.elements:,} | {found.undefined:,} | {different:.3%} | {found.over} |"
 
 
 def _rounded(case: Case, found: Distance) -> str:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
 
-from tests.oracle.cases import DARE, PARITY, with_models
+from tests.checkpoints import read_checkpoint, write_checkpoint
+from tests.oracle.bench import Bench
+from tests.oracle.cases import DARE, PARITY, with_models, write_inputs
 from tests.oracle.compare import Distance, Mask, cancelled, distance, mask_of, scale_of, undefined_by_trim
 from tests.oracle.exact import Nearness, exact, nearness
+from tests.oracle.methods import METHOD_CASES, STORED
 from tests.oracle.report import Results, markdown
 
 pytestmark = pytest.mark.fast
@@ -97,6 +101,34 @@ def test_the_report_names_what_is_wrong() -> None:
         "ties:", "ties-weights:", "ties-sum:", "dare_linear-0.1", "dare_linear-0.1",
     ]  # fmt: skip
     assert all(problem in markdown(bad, 1, problems) for problem in problems)
+
+
+def test_what_is_in_too_few_recipes_is_named() -> None:
+    cases = {case: Distance(1) for case in METHOD_CASES if case.method in ("sce", "ram")}
+    assert list(Results({}, cases, {}, {}).too_few()) == [
+        "several documents is in 0 recipes, fewer than 20",
+        "adapters is in 0 recipes, fewer than 20",
+    ]
+    cases.pop(next(iter(cases)))
+    cases.pop(next(iter(cases)))
+    cases.pop(next(iter(cases)))
+    assert next(Results({}, cases, {}, {}).too_few()).endswith("is in 9 recipes, fewer than 10")
+
+
+def test_results_that_are_stored_as_bfloat16_are_their_float32_ones_rounded_once(tmp_path: Path) -> None:
+    bench, case = Bench(tmp_path), next(case for case in STORED if case.name == "linear-stored")
+    write_inputs(tmp_path / "inputs")
+    tensors = read_checkpoint(bench.model("float32/a"))
+    stored = {name: each.bfloat16() for name, each in tensors.items()}
+    for place, held in (("ours/linear-mergekit", tensors), ("theirs/linear", tensors)):
+        write_checkpoint(tmp_path / place, held)
+    for place in (bench.ours(case), bench.theirs(case)):
+        write_checkpoint(place, stored)
+    assert bench.stored(case) == Distance(sum(each.numel() for each in tensors.values()))
+    first = next(iter(stored))
+    write_checkpoint(bench.ours(case), stored | {first: stored[first] * 1.01})
+    found = bench.stored(case)
+    assert found.differing == found.over > 0
 
 
 def test_renaming_models_leaves_the_case_alone() -> None:

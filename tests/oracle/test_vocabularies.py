@@ -66,7 +66,7 @@ def test_what_differs_is_seen(change: str, problem: str | None, over: int, tmp_p
     said = config | {"config": {"vocab_size": 9}, "eos": {"eos_token_id": 1}}.get(change, {})
     write_checkpoint(ours, tensors, said, extra_files=files(ONE))
     encoded = {text: ONE.encode(text).ids for text in TEXTS}
-    found = compare_words(WORDED, tmp_path, ours, theirs, encoded)
+    found = compare_words(WORDED, tmp_path, ours, theirs, encoded, {})
     assert any(each.startswith(problem) for each in found.problems) if problem else not found.problems, (
         found.problems
     )
@@ -79,6 +79,6 @@ def test_numbers_that_transformers_reads_otherwise_are_seen(tmp_path: Path) -> N
     for name in ("in", "ours", "theirs"):
         write_checkpoint(tmp_path / name, tensors, config, extra_files=files(ONE))
     encoded = {text: [] for text in TEXTS}
-    found = compare_words(WORDED, tmp_path, tmp_path / "ours", tmp_path / "theirs", encoded)
+    found = compare_words(WORDED, tmp_path, tmp_path / "ours", tmp_path / "theirs", encoded, {})
     assert len(found.problems) == sum(bool(ONE.encode(text).ids) for text in TEXTS) > 4
     assert json.loads((tmp_path / "ours" / "config.json").read_text())["vocab_size"] == 8

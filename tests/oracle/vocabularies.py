@@ -18,6 +18,7 @@ import tokenizers
 import torch
 
 from service.recipe_names import with_names
+from service.vocabulary.templates import NAMED
 from tests.checkpoints import llama_config, llama_tensors, read_checkpoint, write_checkpoint
 from tests.oracle.compare import Distance
 from tests.tokenizers import bpe, files, unigram, wordpiece
@@ -34,6 +35,23 @@ TEXTS = (
     "<new>a<new>",
 )
 """What both tools' tokenizers have to encode alike."""
+
+TEMPLATES = (
+    "{{ bos_token }}{% for m in messages %}[{{ m.role }}] {{ m.content }}{% endfor %}",
+    "{{ messages | length }}",
+)
+"""The chat templates of the first and last model, and of the second."""
+
+TALKS = (
+    [{"role": "user", "content": "a b"}],
+    [
+        {"role": "system", "content": "d"},
+        {"role": "user", "content": "abc"},
+        {"role": "assistant", "content": "hello"},
+        {"role": "user", "content": "c"},
+    ],
+)
+"""What both tools' chat templates have to render alike."""
 
 BOUND = 1e-6
 """Largest error, in units of the sum of the weights times the largest value of a row."""
@@ -59,7 +77,7 @@ _MADE: Mapping[str, tuple[tokenizers.Tokenizer, ...]] = {
 KINDS = (*_MADE, "mixed")
 FEATURES = (
     "union", "base", "a model's", "no base model", "tied", "padded inputs", "a token's model", "a token's zeros",
-    "another token's row", "force", "a new token", "pad_to_multiple_of", *KINDS,
+    "another token's row", "force", "a new token", "pad_to_multiple_of", "chat_template", *KINDS,
 )  # fmt: skip
 """What the report counts."""
 
@@ -105,7 +123,7 @@ def write_vocabulary_inputs(root: Path) -> None:
                     root / _group(kind, tied) / "abc"[number],
                     llama_tensors(seed, vocab=rows, tied=tied, **SHAPE),
                     llama_config(vocab=rows, tied=tied, **SHAPE),
-                    extra_files=files(tokenizer),
+                    extra_files=files(tokenizer, template=TEMPLATES[number % 2]),
                 )
 
 
@@ -136,6 +154,11 @@ def worded(number: int) -> Worded:
     tokens, said = _tokens(rng, kind, group, names, source) if rng.random() < 0.7 else ({}, set())
     padding = rng.choice((8, 16)) if rng.random() < 0.5 else None
     features |= said | ({"pad_to_multiple_of"} if padding else set())
+    if number % 3 == 0:
+        recipe["chat_template"] = rng.choice(
+            (*NAMED, TEMPLATES[0].replace("[", "<"), *(["auto"] if len(names) == 3 else []))
+        )
+        features.add("chat_template")
     if tokens or padding:
         more = ({"tokens": tokens} if tokens else {}) | ({"pad_to_multiple_of": padding} if padding else {})
         recipe["tokenizer"] = {"source": whose} | more
@@ -176,15 +199,23 @@ def _tokens(
 
 
 def compare_words(
-    worded: Worded, root: Path, ours: Path, theirs: Path, encoded: Mapping[str, Any]
+    worded: Worded,
+    root: Path,
+    ours: Path,
+    theirs: Path,
+    encoded: Mapping[str, Any],
+    rendered: Mapping[str, Any],
 ) -> ComparedWords:
     """Compare both results: rows by their tokens, other tensors whole, texts by their tokens, sizes and numbers.
 
     :param encoded: what transformers makes of :data:`TEXTS` with our files: numbers by text.
+    :param rendered: what it makes of :data:`TALKS`, by directory.
     """
     one, two = (tokenizers.Tokenizer.from_file(str(place / "tokenizer.json")) for place in (ours, theirs))
     numbers, their_numbers = one.get_vocab(), two.get_vocab()
     problems = []
+    if "chat_template" in worded.recipe and rendered[str(ours)] != rendered[str(theirs)]:
+        problems.append(f"talks are {rendered[str(ours)]}, mergekit's {rendered[str(theirs)]}")
     if numbers.keys() != their_numbers.keys():
         odd = sorted(numbers.keys() ^ their_numbers.keys())
         return ComparedWords(worded, problems=(f"only one has the tokens {odd[:4]}",))
