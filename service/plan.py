@@ -187,7 +187,8 @@ def with_stages(plan: Plan, stages: Sequence[Plan], notices: Sequence[str]) -> P
 
 
 def _laid_out(recipe: Recipe, matched: Match, options: PlanOptions, baseline_bytes: int, prefix: str) -> Plan:
-    limits = _limits(options, 1 + recipe.most_inputs, baseline_bytes)
+    most = 1 + recipe.most_inputs
+    limits = _limits(options, most, baseline_bytes)
     groups = shards_of(matched.tensors, options.shard_bytes)
     shards: list[Shard] = []
     parts: list[Part] = []
@@ -203,7 +204,7 @@ def _laid_out(recipe: Recipe, matched: Match, options: PlanOptions, baseline_byt
         size = header.nbytes + sum(tensor.nbytes for tensor in group)
         # Two neighbouring parts together exceed the target, or PART_REFS: so this many bytes a part keep within
         # MAX_PARTS.
-        pairs = max(1, MAX_PARTS // 2 - 1 - len(group) * (1 + recipe.most_inputs) // PART_REFS)
+        pairs = max(1, MAX_PARTS // 2 - 1 - len(group) * most // PART_REFS)
         fitted = replace(limits, part_bytes=max(limits.part_bytes, -(-size // pairs)))
         pieces: list[Piece] = [header]
         for tensor in group:

@@ -14,6 +14,7 @@ from pydantic import ValidationError
 from service.recipe import MAX_MODELS, ModelEntry, Recipe, SourceEntry, graph_of
 from service.recipe.entries import MAX_MODULES, MAX_SLICES, Frozen
 from service.recipe.regions import DEFAULT_MODULES
+from service.recipe.sizes import check_sizes
 from service.recipe.values import leaves, setting_problems
 from service.recipe_names import DOCUMENTS
 from workers.errors import RecipeError
@@ -56,7 +57,7 @@ def salvage(value: Any) -> Recipe | None:
         value = value[DOCUMENTS]
     if isinstance(value, list) and len(value) == 1:
         value = value[0]
-    if not isinstance(value, Mapping):
+    if not isinstance(value, Mapping) or not _is_bounded(value):
         return None
     sound = {name: value[name] for name in _KEPT if name in value and _is_sound(**{name: value[name]})}
     known = value.get("merge_method")
@@ -85,6 +86,14 @@ def salvage(value: Any) -> Recipe | None:
             full = _Left(base or named[0], base is not None, method).of(value) or plain
             attempts = [rest | each | {"merge_method": method.name} for each in (full, plain)] + attempts
     return next((recipe for recipe in map(_recipe, attempts) if recipe is not None), None)
+
+
+def _is_bounded(value: Mapping[str, Any]) -> bool:
+    try:
+        check_sizes([value])
+    except RecipeError:
+        return False
+    return True
 
 
 @dataclass(frozen=True, slots=True)

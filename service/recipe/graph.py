@@ -15,6 +15,7 @@ from typing import Any
 
 from service.recipe.language import Recipe
 from service.recipe.parsing import key_hint, load_yaml, parse_recipe
+from service.recipe.sizes import check_sizes
 from service.recipe_names import DOCUMENTS
 from workers.errors import RecipeError
 from workers.task import canonical_json
@@ -190,6 +191,7 @@ def parse_documents(value: Any) -> Graph:
         raise RecipeError(f"documents: {len(value)} of them, more than the {MAX_DOCUMENTS} that are read")
     if len(value) == 1:
         return Graph((parse_recipe(value[0]),))
+    check_sizes(value)
     recipes: list[Recipe] = []
     problems: list[str] = []
     for place, document in enumerate(value):

@@ -7,6 +7,7 @@ Mergemill does not serve yet are refused by name, never ignored.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from functools import cached_property
 from typing import Any, Literal
 
 import yaml
@@ -149,7 +150,7 @@ class Recipe(Frozen):
             problems.append(f"buffers: {self.buffers!r} is not one of the recipe's models")
         return problems
 
-    @property
+    @cached_property
     def regions(self) -> tuple[Region, ...]:
         """The parts of the output, each with what it is made of."""
         method = METHODS.get(self.merge_method)

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ValidationError
 
 from service.recipe.entries import MAX_MODELS, MAX_SLICES, ModelEntry, ModuleEntry, SliceEntry, SourceEntry
 from service.recipe.language import Recipe
+from service.recipe.sizes import check_sizes
 from service.recipe_names import DOCUMENTS
 from service.yaml_text import load_documents
 from workers.errors import RecipeError
@@ -62,6 +63,7 @@ def parse_recipe(value: Any) -> Recipe:
         listed = value.get(name)
         if isinstance(listed, list) and len(listed) > most:
             raise RecipeError(f"{name}: {len(listed)} of them, more than the {most} that are read")
+    check_sizes([value])
     try:
         return Recipe.model_validate(value)
     except ValidationError as error:
