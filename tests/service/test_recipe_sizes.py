@@ -2,15 +2,33 @@
 
 from __future__ import annotations
 
+import re
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from service.recipe import Recipe, parse_documents, parse_documents_yaml, parse_recipe, sizes
+from service import yaml_text
+from service.recipe import (
+    MAX_DOCUMENTS,
+    MAX_PLACES,
+    MAX_RECIPE_CHARACTERS,
+    Recipe,
+    checks,
+    entries,
+    parse_documents,
+    parse_documents_yaml,
+    parse_recipe,
+    sizes,
+    tokenizers,
+    values,
+)
 from service.salvage import salvage
+from service.vocabulary import filling, reading
 from tests.service.recipe_checks import recipe
 from workers.errors import RecipeError
+from workers.methods.resolve import MAX_PARAMETERS
 
 pytestmark = pytest.mark.fast
 
@@ -51,8 +69,8 @@ def test_what_a_short_text_stands_for_is_counted_first(text: str, says: str) -> 
     assert any(says in problem for problem in caught.value.problems), caught.value.problems
 
 
-@pytest.mark.parametrize(("name", "text"), [("sources", MODULES), ("settings", SETTING)])
-def test_nothing_is_left_of_what_is_too_much(name: str, text: str) -> None:
+@pytest.mark.parametrize("name", ["sources", "settings"])
+def test_nothing_is_left_of_what_is_too_much(name: str) -> None:
     value = {"sources": recipe(models=..., modules={"x": {"slices": [{"sources": [{"model": "/a"}] * 64}] * 1024}}),
              "settings": recipe(parameters={"weight": [{"value": [1] * 1024}] * 257})}[name]  # fmt: skip
     started = time.process_time()
@@ -69,16 +87,16 @@ def sliced(count: int) -> dict[str, Any]:
 
 def test_limits_are_of_all_lists_and_documents_together(monkeypatch: pytest.MonkeyPatch) -> None:
     one = sliced(3) | {"tokenizer": {"tokens": {"a": {"source": {"kind": "zero"}}}}}
-    values = recipe(parameters={"density": [0, {"value": [0.5, 0.7]}][1:], "lambda": 0.7})
+    set_values = recipe(parameters={"density": [0, {"value": [0.5, 0.7]}][1:], "lambda": 0.7})
     monkeypatch.setattr(sizes, "MAX_ENTRIES", 11)
     monkeypatch.setattr(sizes, "MAX_SETTINGS", 4 + 1)
     assert parse_recipe(one)
-    assert parse_recipe(values)
+    assert parse_recipe(set_values)
     assert "the 11 models, slices and tokens" in told([one | {"name": "x"}, recipe(models=[{"model": "x"}])])
     monkeypatch.setattr(sizes, "MAX_ENTRIES", 10)
     monkeypatch.setattr(sizes, "MAX_SETTINGS", 4)
     assert "the 10 models, slices and tokens" in told(one)
-    assert "the 4 values in all" in told(values)
+    assert "the 4 values in all" in told(set_values)
     for place in ("modules", "slices"):
         held = {"slices": sliced(3)["slices"], "parameters": {"weight": [1] * 5}}
         inside = held if place == "slices" else {"modules": {"default": held}}
@@ -109,3 +127,22 @@ def test_regions_are_made_once_and_are_no_part_of_the_recipe(monkeypatch: pytest
     assert hash(found.canonical()) == hash(other.canonical())
     assert found.to_json() == sliced(3)
     assert Recipe.model_validate_json(found.canonical()) == found
+
+
+def test_the_documented_limits_are_those_of_the_code() -> None:
+    text = Path("docs/recipes.md").read_text().split("\n## Limits\n")[1].split("\n## ")[0]
+    limits = (
+        MAX_RECIPE_CHARACTERS, MAX_DOCUMENTS, MAX_PLACES, sizes.MAX_ENTRIES, sizes.MAX_SETTINGS, entries.MAX_MODELS,
+        entries.MAX_MODULES, entries.MAX_SLICES, checks.MAX_FILTERS, values.MAX_CONDITIONS, values.MAX_GRADIENT,
+        MAX_PARAMETERS, tokenizers.MAX_TOKEN_ENTRIES, tokenizers.MAX_PADDING, tokenizers.MAX_TEMPLATE,
+        reading.MAX_TOKEN_ID, filling.MAX_ROWS, filling.MAX_MODEL_ROWS, filling.MAX_ROW_RANGES,
+        yaml_text.MAX_DEPTH, yaml_text.MAX_MERGED_KEYS,
+    )  # fmt: skip
+    written = set(re.findall(r"\d[\d,]*\d", text))
+    assert {f"{limit:,}" for limit in limits} <= written
+
+
+def test_a_tokenizer_option_without_a_source_means_a_union() -> None:
+    vocabulary = parse_recipe(recipe(tokenizer={})).vocabulary
+    assert vocabulary is not None
+    assert vocabulary.source == "union"
