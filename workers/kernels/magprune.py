@@ -6,8 +6,6 @@ Which are drawn is decided as DARE does, by Philox words of the elements' flat i
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 
 from workers.kernels.reference import drop, finite_or_zero, float32, to_float32
@@ -19,11 +17,12 @@ SMALL_NORM = 1e-7
 
 
 def pruned(
-    base: torch.Tensor, model: torch.Tensor, chances: Sequence[float], key: int, rescale: str
+    base: torch.Tensor, model: torch.Tensor, chances: torch.Tensor, key: int, rescale: str
 ) -> torch.Tensor:
     """A task vector, pruned and rescaled: float32, flat.
 
-    :param chances: to stay, by rank of the magnitude in its row, the smallest first; equal magnitudes rank as they lie.
+    :param chances: to stay, in float64, by rank of the magnitude in its row, the smallest first; equal magnitudes rank
+        as they lie.
     :param rescale: ``inverse`` divides each element by its chance, ``l1`` restores the tensor's L1 norm, ``none`` does
         nothing.
     """
@@ -31,12 +30,12 @@ def pruned(
     rows = as_rows(tau)
     magnitudes = finite_or_zero(rows.contiguous()).abs()
     order = torch.argsort(magnitudes, dim=1, stable=True)
-    bounds = torch.tensor([int(chance * 2.0**32) for chance in chances], dtype=torch.int64)
+    bounds = (chances * 2.0**32).to(torch.int64)
     of_element = torch.empty_like(order).scatter_(1, order, bounds.expand_as(order)).flatten()
     flat = rows.reshape(-1)
     mask = words(key, flat.numel()) < of_element
     if rescale == "inverse":
-        factors = torch.tensor([1 / chance for chance in chances], dtype=torch.float64).to(torch.float32)
+        factors = chances.reciprocal().to(torch.float32)
         by_element = torch.empty_like(magnitudes).scatter_(1, order, factors.expand_as(magnitudes))
         flat = flat * by_element.flatten()
     factor = 1.0

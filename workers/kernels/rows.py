@@ -8,13 +8,20 @@ infinities as zero. Rows run along a tensor's last dimension; a tensor of no or 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import combinations
 
 import numpy as np
 import torch
 
 from workers.kernels.reference import finite_or_zero, float32, to_float32
 from workers.kernels.scalars import slerp_weights, stock_ratio
+
+_ELEMENTS = 1 << 20
+"""Of each matrix that are looked at together in float64, unless a single row has more."""
+
+_NUMBERS = 1 << 16
+"""Python numbers that are worked out together."""
 
 
 def as_rows(x: torch.Tensor) -> torch.Tensor:
@@ -24,7 +31,7 @@ def as_rows(x: torch.Tensor) -> torch.Tensor:
 
 def row_sums(x: torch.Tensor) -> torch.Tensor:
     """The sum of each row of a float64 matrix, by a fixed tree: its second half is added to its first until one
-    column is left, filled up with zeros at the beginning."""
+    column is left, filled up with zeros at the beginning. Of one column it is a view."""
     width = 1 << max(0, x.shape[1] - 1).bit_length()
     sums = x
     while width > 1:
@@ -43,19 +50,17 @@ def turn_rows(
     great circle; see :func:`workers.methods.spans.turned`."""
     shape = models[0].shape
     at = dimension if models[0].dim() else 0
-    matrices = [
+    one, two = (
         as_rows(vector.movedim(at, -1) if vector.dim() else vector) for vector in _vectors(base, models)
-    ]
-    one, two = (finite_or_zero(matrix.contiguous()).double() for matrix in matrices)
-    firsts, seconds, dots = (row_sums(x * y).tolist() for x, y in ((one, one), (two, two), (one, two)))
-    del one, two
-    weights = []
-    for first, second, dot in zip(firsts, seconds, dots, strict=True):
-        lengths = math.sqrt(first) * math.sqrt(second)
-        cosine = max(-1.0, min(1.0, dot / lengths)) if lengths > 0 else 0.0
-        weights.append(slerp_weights(t, math.acos(cosine)))
-    shares = torch.tensor(weights, dtype=torch.float64).to(torch.float32)
-    merged = matrices[0] * shares[:, :1] + matrices[1] * shares[:, 1:]
+    )
+    shares = torch.empty(one.shape[0], 2)
+    for rows in _runs(one, 5):
+        first, second, dot = (_dots(x[rows], y[rows]) for x, y in ((one, one), (two, two), (one, two)))
+        cosines = map(_cosine, first, second, dot)
+        shares[rows] = torch.tensor(
+            [slerp_weights(t, math.acos(cosine)) for cosine in cosines], dtype=torch.float64
+        )
+    merged = one * shares[:, :1] + two * shares[:, 1:]
     if len(shape):
         moved = torch.empty(shape).movedim(at, -1).shape
         merged = merged.reshape(moved).movedim(-1, at)
@@ -65,16 +70,16 @@ def turn_rows(
 def stock_rows(base: torch.Tensor | None, models: Sequence[torch.Tensor]) -> torch.Tensor:
     """Model Stock, each row with its own ratio; see :func:`workers.methods.spans.stock`."""
     matrices = [as_rows(vector) for vector in _vectors(base, models)]
-    squares = [row_sums(_square(matrix, matrix)).tolist() for matrix in matrices]
-    cosines: list[list[float]] = [[] for _ in squares[0]]
-    for number, matrix in enumerate(matrices):
-        for other in range(number):
-            dots = row_sums(_square(matrix, matrices[other])).tolist()
-            for row, (one, two, dot) in enumerate(zip(squares[number], squares[other], dots, strict=True)):
-                lengths = math.sqrt(one) * math.sqrt(two)
-                cosines[row].append(max(-1.0, min(1.0, dot / lengths)) if lengths > 0 else 0.0)
-    ratios = [stock_ratio(of_row, len(models)) / len(models) for of_row in cosines]
-    shares = torch.tensor(ratios, dtype=torch.float64).to(torch.float32).unsqueeze(1)
+    pairs = list(combinations(range(len(matrices)), 2))
+    shares = torch.empty(matrices[0].shape[0], 1)
+    for rows in _runs(matrices[0], len(matrices) + 2 * len(pairs)):
+        parts = [matrix[rows] for matrix in matrices]
+        squares = [_dots(part, part) for part in parts]
+        cosines = [
+            map(_cosine, squares[one], squares[two], _dots(parts[one], parts[two])) for one, two in pairs
+        ]
+        ratios = [stock_ratio(of_row, len(models)) / len(models) for of_row in zip(*cosines, strict=True)]
+        shares[rows, 0] = torch.tensor(ratios, dtype=torch.float64)
     total = matrices[0]
     for matrix in matrices[1:]:
         total = total + matrix
@@ -94,9 +99,29 @@ def _on(base: torch.Tensor | None, merged: torch.Tensor) -> torch.Tensor:
     return merged if base is None else to_float32(base) + merged
 
 
-def _square(one: torch.Tensor, two: torch.Tensor) -> torch.Tensor:
-    """Products in float64, exact, with NaN and infinities as zero."""
-    return finite_or_zero(one.contiguous()).double() * finite_or_zero(two.contiguous()).double()
+def _runs(matrix: torch.Tensor, numbers: int) -> Iterator[slice]:
+    """Runs of a matrix' rows that are looked at together, where so many Python numbers are worked out of each."""
+    rows, columns = matrix.shape
+    step = max(1, min(_ELEMENTS // columns, _NUMBERS // numbers))
+    return (slice(first, first + step) for first in range(0, rows, step))
+
+
+def _dots(one: torch.Tensor, two: torch.Tensor) -> list[float]:
+    """The dot product of each pair of rows; NaN and infinities count as zero."""
+    return _floats(
+        row_sums(finite_or_zero(one.contiguous()).double() * finite_or_zero(two.contiguous()).double())
+    )
+
+
+def _cosine(one: float, two: float, dot: float) -> float:
+    """The cosine between two vectors, given their squared norms and their dot product; 0 where one has no length."""
+    lengths = math.sqrt(one) * math.sqrt(two)
+    return max(-1.0, min(1.0, dot / lengths)) if lengths > 0 else 0.0
+
+
+def _floats(x: torch.Tensor) -> list[float]:
+    found: list[float] = x.tolist()
+    return found
 
 
 def fuse_rows(base: torch.Tensor, model: torch.Tensor) -> torch.Tensor:
@@ -105,11 +130,14 @@ def fuse_rows(base: torch.Tensor, model: torch.Tensor) -> torch.Tensor:
     start, end = to_float32(base), to_float32(model)
     tau = end - start
     healthy = torch.where(torch.isfinite(tau), end, start)  # what is not a number has not changed
-    rows, others = (finite_or_zero(as_rows(x).contiguous()).double() for x in (start, healthy))
-    del healthy
-    divergences = torch.tensor(_divergences(others, rows), dtype=torch.float64).unsqueeze(1)
-    importance = ((others - rows).abs() * divergences).to(torch.float32).flatten()
-    del rows, others
+    before, after = as_rows(start), as_rows(healthy)
+    importance = torch.empty(before.shape)
+    for rows in _runs(before, 4):
+        to, of = (finite_or_zero(x[rows].contiguous()).double() for x in (before, after))
+        divergences = torch.tensor(_divergences(of, to), dtype=torch.float64).unsqueeze(1)
+        importance[rows] = of.sub_(to).abs_().mul_(divergences)
+    del healthy, after
+    importance = importance.flatten()
     first, middle, third = _quartiles(importance)
     least = float32(middle + 1.5 * (third - first))
     tau = tau.flatten()
@@ -127,14 +155,15 @@ def _quartiles(x: torch.Tensor) -> tuple[float, float, float]:
 
 def _divergences(of: torch.Tensor, to: torch.Tensor) -> list[float]:
     """Of each row the Kullback-Leibler divergence of the softmax of ``of`` from that of ``to``, both float64."""
-    shifted = of - of.max(dim=1, keepdim=True).values
-    weights = exponential(shifted)
+    of, to = (x - x.max(dim=1, keepdim=True).values for x in (of, to))
+    weights = exponential(of)
     totals = row_sums(weights)
-    moved = row_sums(weights * (shifted - (to - to.max(dim=1, keepdim=True).values)))
-    others = row_sums(exponential(to - to.max(dim=1, keepdim=True).values))
+    moved = row_sums(of.sub_(to).mul_(weights))
+    del weights, of
+    others = row_sums(exponential(to))
     return [
         move / total + math.log(other) - math.log(total)
-        for move, total, other in zip(moved.tolist(), totals.tolist(), others.tolist(), strict=True)
+        for move, total, other in zip(_floats(moved), _floats(totals), _floats(others), strict=True)
     ]
 
 
@@ -149,10 +178,10 @@ def exponential(x: torch.Tensor) -> torch.Tensor:
     Made of operations that are rounded alike everywhere, which ``torch.exp`` is not.
     """
     x = x.clamp(min=-700.0)
-    power = torch.round(x * _LOG2E)
-    rest = x - power * _LN2_HIGH - power * _LN2_LOW
+    power = (x * _LOG2E).round_()
+    rest = x.sub_(power * _LN2_HIGH).sub_(power * _LN2_LOW)
     series = torch.full_like(rest, _TAYLOR[-1])
     for coefficient in reversed(_TAYLOR[:-1]):
         series = series.mul_(rest).add_(coefficient)
-    scale = (power.to(torch.int64) + 1023).bitwise_left_shift_(52).view(torch.float64)
+    scale = power.to(torch.int64).add_(1023).bitwise_left_shift_(52).view(torch.float64)
     return series.mul_(scale)

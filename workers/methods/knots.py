@@ -14,6 +14,11 @@ from workers.task import Facts
 if TYPE_CHECKING:
     import torch
 
+ALIGNED_BYTES = 80
+"""Workspace bytes for each element of each model, besides: of a matrix as tall as all task matrices are wide together,
+the task vectors take 4 and 8, they side by side, what LAPACK overwrites and both sides' vectors 8 each, and its
+workspace 24 to 32."""
+
 
 class KnotsModel(SparseModel):
     """Parameters of each model."""
@@ -34,7 +39,7 @@ def whole(parameters: SpectralParameters, models: Sequence[KnotsModel]) -> Whole
             raise ValueError("task vectors need the base model's elements")
         return aligned_merge(tensors.base, tensors.models, weights, densities, parameters.lambda_)
 
-    return Whole(merge, SPECTRAL_BYTES + 64 * len(models))
+    return Whole(merge, SPECTRAL_BYTES + ALIGNED_BYTES * len(models))
 
 
 def formula(parameters: SpectralParameters, models: Sequence[KnotsModel], facts: Facts) -> Formula:

@@ -40,16 +40,20 @@ class DellaModel(SparseModel):
         return self
 
 
-def chances_of(model: DellaModel, count: int, chances: Chances) -> list[float]:
+def chances_of(model: DellaModel, count: int, chances: Chances) -> torch.Tensor:
     """The chance to stay of each of a row's ``count`` elements, by rank of their magnitudes, the smallest first."""
+    import torch  # noqa: PLC0415 - whoever only plans needs no torch
+
+    ranks = torch.arange(count, dtype=torch.float64)
     if count == 1:
-        return [model.density]
+        return ranks + model.density
     if (
         chances == "width"
     ):  # the paper: drop with 1 - density - epsilon/2 + epsilon/n · (rank from the largest)
-        return [model.density + model.epsilon * (0.5 - (count - 1 - rank) / count) for rank in range(count)]
+        from_largest = ranks.neg_().add_(count - 1).div_(count)
+        return from_largest.neg_().add_(0.5).mul_(model.epsilon).add_(model.density)
     low, step = model.density - model.epsilon, 2 * model.epsilon / (count - 1)
-    return [low + step * rank for rank in range(count)]
+    return ranks.mul_(step).add_(low)
 
 
 def pruning(

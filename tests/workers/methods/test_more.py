@@ -265,10 +265,10 @@ def test_the_exponential_is_the_exponential() -> None:
 
 def test_chances_are_the_papers_or_mergekits() -> None:
     model = DellaModel(density=0.5, epsilon=0.2)
-    assert chances_of(model, 5, "half_width") == pytest.approx([0.3, 0.4, 0.5, 0.6, 0.7])
+    assert chances_of(model, 5, "half_width").tolist() == pytest.approx([0.3, 0.4, 0.5, 0.6, 0.7])
     # Drop with p_min + epsilon/n · rank, the largest first: 0.4, 0.44 .. 0.56 (2406.11617, section 3.1).
-    assert chances_of(model, 5, "width") == pytest.approx([0.44, 0.48, 0.52, 0.56, 0.6])
-    assert chances_of(model, 1, "half_width") == [0.5]
+    assert chances_of(model, 5, "width").tolist() == pytest.approx([0.44, 0.48, 0.52, 0.56, 0.6])
+    assert chances_of(model, 1, "half_width").tolist() == [0.5]
 
 
 @pytest.mark.parametrize("rescale", ["inverse", "l1", "none"])

@@ -11,6 +11,8 @@ import torch
 
 from service.plan import Plan, PlanOptions
 from service.price import part_peak_bytes, price, survey_peak_bytes, workspace_bytes
+from service.recipe.language import MAX_RANK
+from tests.adapters import factors, write_adapter
 from tests.checkpoints import Tensors, write_checkpoint
 from tests.workers.execute import plan
 from tests.workers.memory import Task, growth
@@ -139,6 +141,16 @@ def test_crowds_of_tensors(tmp_path: Path, name: str) -> None:
     tasks = part_tasks(tmp_path, "alone", alone) + part_tasks(tmp_path, "crowd", crowd)
     before, grown = growth([task for task, _ in tasks], tmp_path / "tasks")
     assert 0 < grown - before <= tasks[1][1] - workspace_bytes(5)
+
+
+def test_adapters_of_the_highest_rank(tmp_path: Path) -> None:
+    """The compiled kernel widens some columns of one adapter's right matrix, whatever its rank."""
+    base = {"w.weight": torch.zeros(64, 64)}
+    write_checkpoint(tmp_path / "base", base)
+    write_adapter(tmp_path / "lora", factors(3, base, {"w": MAX_RANK}, dtype=torch.bfloat16), r=MAX_RANK)
+    options = PlanOptions(worker_memory_bytes=1 << 40)
+    found = plan(tmp_path, "linear", [f"base+{tmp_path / 'lora'}"], {}, options).plan
+    check(part_tasks(tmp_path, "lora", found), tmp_path)
 
 
 def check(tasks: list[tuple[Task, int]], scratch: Path) -> None:

@@ -63,6 +63,28 @@ def test_whole_tensors_take_no_more_than_their_price(models: Path, tmp_path: Pat
     check(tasks, tmp_path)
 
 
+def test_the_shape_makes_no_tensor_take_more_than_its_price(tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(2)
+    for name in ("base", "a", "b", "c"):
+        shapes = {"tall": (1_400_003, 1), "wide": (1, 1_400_003)}
+        tensors = {key: torch.randn(shape, generator=generator).bfloat16() for key, shape in shapes.items()}
+        write_models(tmp_path, {name: tensors})
+    tasks = []
+    for number, (method, count, parameters) in enumerate(WHOLE):
+        found = planned_of(tmp_path, method, count, parameters).plan
+        tasks += part_tasks(tmp_path, f"{method}-{number}", found)
+    check(tasks, tmp_path)
+
+
+@pytest.mark.parametrize("method", ["knots", "tsv"])
+def test_matrices_as_tall_as_all_are_wide_take_no_more_than_their_price(tmp_path: Path, method: str) -> None:
+    generator = torch.Generator().manual_seed(3)
+    names = [f"m{number}" for number in range(8)]
+    for name in ("base", *names):
+        write_models(tmp_path, {name: {"w": torch.randn(1600, 200, generator=generator).bfloat16()}})
+    check(part_tasks(tmp_path, method, plan(tmp_path, method, names, {}, SMALL).plan), tmp_path)
+
+
 @pytest.mark.parametrize(("method", "count", "parameters"), WHOLE, ids=IDS)
 def test_whole_tensors_merge_as_in_memory(
     models: Path, tmp_path: Path, method: str, count: int, parameters: dict[str, Any]
