@@ -119,7 +119,8 @@ class Bench:
         directory = self.ours(case)
         if (directory / "model.safetensors").exists():
             yield f"{case.name}: a stale model.safetensors lies in the way"
-        weight_map = json.loads((directory / "model.safetensors.index.json").read_text())["weight_map"]
+        own = json.loads((directory / "model.safetensors.index.json").read_text())
+        weight_map, total_size = own["weight_map"], own["metadata"]["total_size"]
         shards = {path.name for path in directory.glob("*.safetensors")}
         if odd := sorted(shards ^ set(weight_map.values())):
             yield f"{case.name}: only the index or only the directory has {odd}"
@@ -137,9 +138,11 @@ class Bench:
         if {config[key] for key in DTYPE_KEYS & config.keys()} != {dtype}:
             yield f"{case.name}: config.json does not say {dtype}"
         theirs = self.theirs(case)
-        index = json.loads((theirs / "model.safetensors.index.json").read_text())["weight_map"]
-        if odd := sorted(index.keys() ^ weight_map.keys()):
+        index = json.loads((theirs / "model.safetensors.index.json").read_text())
+        if odd := sorted(index["weight_map"].keys() ^ weight_map.keys()):
             yield f"{case.name}: only one index has {odd}"
+        if "total_size" in index["metadata"] and index["metadata"]["total_size"] != total_size:
+            yield f"{case.name}: the index tells of {total_size} bytes, mergekit's {index['metadata']['total_size']}"
         said = json.loads((theirs / "config.json").read_text())
         if odd := sorted(
             key for key in (config.keys() & said.keys()) - DTYPE_KEYS if config[key] != said[key]

@@ -20,13 +20,18 @@ from mergekit.merge import MergeOptions, run_merge
 from mergekit.scripts.multimerge import main as multimerge
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+SHARD_BYTES = 100_000
+"""As ours, so that there is an index to compare."""
+
 
 def merge(recipe: dict | list, output: str, seed: int) -> None:
     """Have mergekit run a recipe; of several documents, mergekit-multi."""
     if isinstance(recipe, list):
         merge_documents(recipe, output)
         return
-    options = MergeOptions(copy_tokenizer=False, write_model_card=False, quiet=True, random_seed=seed)
+    options = MergeOptions(
+        copy_tokenizer=False, write_model_card=False, quiet=True, random_seed=seed, out_shard_size=SHARD_BYTES
+    )
     run_merge(MergeConfiguration.model_validate(recipe), output, options)
 
 
