@@ -1,7 +1,8 @@
 """Chat templates: a model's, the one that most models have, one of those known by name, or the recipe's own. Pure.
 
-The named ones are written anew from the formats of the models that they are called after, and render as mergekit
-0.1.5's do for conversations of system, user and assistant.
+The named ones are written anew from the formats of the models that they are called after. For conversations of system,
+user and assistant they render as mergekit 0.1.5's do, but for white space that its `llama3`, `exaone` and `alpaca` have
+too much or too little of.
 """
 
 from __future__ import annotations

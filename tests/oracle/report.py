@@ -104,7 +104,7 @@ thousand may be beyond it: its float32 result lay on the other side of the middl
 {worded} random recipes over models of different vocabularies: byte-level BPE, WordPiece and Unigram tokenizers, and all
 three together (*mixed*), tied and untied, one model padded beyond its tokens. Rows of embeddings and heads are compared
 by their tokens, within 10⁻⁶ · Σ\\|w\\| · max \\|θ\\|; both tokenizers have to have the same tokens and to encode
-the same texts alike, and transformers has to read ours to the same numbers.
+the same texts alike, and transformers has to read ours to the same numbers; chat templates have to render alike.
 
 | | recipes | elements | same bits | beyond the bound | worst |
 |---|---:|---:|---:|---:|---:|
@@ -124,6 +124,9 @@ Where Mergemill does otherwise than mergekit, on purpose:
 - **New tokens** under `tokens` with `source: base` or a model's end mergekit with a KeyError; here they are appended.
 - **Nothing differs.** When all tokenizers and row counts are the same and nothing else is asked for, rows beyond the
   tokens stay; mergekit cuts them off.
+- **Chat templates.** What transformers renders of conversations has to be the same, but for white space with three of
+  the named ones: mergekit's `llama3` puts a line feed between messages, its `exaone` indents them, and its `alpaca`
+  has none before the answer; here they have what the formats that they are called after have.
 - **Gaps.** A base with gaps between its tokens' numbers ends mergekit with an IndexError; here the base's rows stay.
 - **Tied heads.** A model with a head of its own on a tied base gives mergekit an output with both, whose config says
   tied; here it is an error that names `extra_tensors: drop`.
