@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import chain
 
+from service.labels import label_of, part_label
 from workers.arena import padded
 from workers.binding import whole_of
 from workers.kernels.moves import device_bytes
@@ -264,18 +265,6 @@ def needs(price: Price, gpu_memory_bytes: int = 0) -> Needs:
         return Needs(price.peak_bytes, 1, 0, "cpu")
     share = math.ceil(100 * price.gpu_bytes / gpu_memory_bytes) / 100
     return Needs(price.peak_bytes + GPU_HOST_BYTES, 1, share, "cuda")
-
-
-def part_label(part: Part) -> str:
-    """A part's tensors, for people: ``model.norm.weight and 3 more``."""
-    names = [piece.name for piece in part.pieces if not isinstance(piece, HeaderPiece)]
-    return label_of(names) if names else f"header of {part.shard}"
-
-
-def label_of(names: Iterable[str]) -> str:
-    """One or more tensors, for people."""
-    first, *others = dict.fromkeys(names)
-    return f"{first} and {len(others)} more" if others else first
 
 
 def _input_bytes(parts: Sequence[Part], loads: Sequence[_Load]) -> int:

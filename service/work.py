@@ -23,9 +23,10 @@ from service.driver import Driver, TaskRequest
 from service.jobrecord import JobRecord
 from service.jobstore import JobStore, Lease
 from service.known_digests import KnownDigests
+from service.labels import label_of, part_label
 from service.plan import Plan
 from service.planning import Planned
-from service.price import label_of, needs, part_label
+from service.price import needs
 from service.progress import Progress
 from service.settings import Settings
 from workers import tracing

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 
+from service.labels import part_label
 from service.price import (
     BASELINE_BYTES,
     DESCRIPTIONS,
@@ -19,7 +20,6 @@ from service.price import (
     description_bytes,
     merge_bytes,
     needs,
-    part_label,
     part_peak_bytes,
     price,
     survey_peak_bytes,
