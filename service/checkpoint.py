@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import re
@@ -249,6 +250,19 @@ def is_copied(name: str) -> bool:
 def is_plain(name: str) -> bool:
     """Whether a name is one that every store and every JSON takes, and shows as it is: no hidden file either."""
     return name.isprintable() and len(name.encode()) <= _MAX_FILE_NAME and not name.startswith(".")
+
+
+@dataclass(frozen=True, slots=True)
+class WrittenFile(ObjectInfo):
+    """A small file that an earlier merge of the same job would have written beside its weights: it is only here."""
+
+    text: bytes = field(default=b"", repr=False)
+    """What it holds."""
+
+
+def written_file(merge: str, name: str, text: bytes) -> WrittenFile:
+    """A file of an earlier merge, called after it in errors."""
+    return WrittenFile(f"{merge}/{name}", len(text), hashlib.sha256(text).hexdigest(), text=text)
 
 
 def copied_files(reference: Checkpoint, tokenizer: Checkpoint) -> dict[str, ObjectInfo]:

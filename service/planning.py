@@ -14,7 +14,7 @@ from urllib.parse import quote
 
 from service.adapters.fitting import adapted
 from service.adapters.reading import Adapter
-from service.checkpoint import MAX_COPIED_BYTES, Checkpoint, copied_files
+from service.checkpoint import MAX_COPIED_BYTES, Checkpoint, WrittenFile, copied_files, written_file
 from service.matching import needs_digest
 from service.opening import content_digest, open_adapter, open_checkpoint, parallel
 from service.pairing import Inputs
@@ -205,7 +205,7 @@ class _Examination:
             tokenizer=tokenizer,
             checkpoints=tuple(read.values()),
             pins=pins,
-            texts=words.texts,
+            texts=_texts(copied_files(given.inputs.reference, tokenizer), words),
             left_out=words.left_out,
         )
         return Outcome(planned, price, (), ())
@@ -235,11 +235,8 @@ class _Examination:
             if (given := self._given(earlier)) is None:
                 continue
             files = self._files(earlier)
-            if given.words is not None and given.words.texts:
-                self._problems.append(
-                    f"{earlier.name}: writes tokenizer or template files anew, which only the last merge can: give "
-                    "it the option instead"
-                )
+            if given.words is not None:
+                files = _written(earlier.name or "", files, given.words)
             stage, misfits = draft_stage(
                 given.recipe,
                 given.inputs,
@@ -303,6 +300,18 @@ class _Examination:
 
 def _once(said: Iterable[str]) -> tuple[str, ...]:
     return tuple(sorted(set(said)))
+
+
+def _written(merge: str, files: Mapping[str, ObjectInfo], words: Vocabularies) -> dict[str, ObjectInfo]:
+    """The files that an earlier merge would have beside its weights."""
+    kept = {name: info for name, info in files.items() if name not in words.left_out}
+    return kept | {name: written_file(merge, name, text) for name, text in words.texts.items()}
+
+
+def _texts(files: Mapping[str, ObjectInfo], words: Vocabularies) -> dict[str, bytes]:
+    """The files that are written anew: by this merge, or by an earlier one whose files it takes."""
+    taken = {name: info.text for name, info in files.items() if isinstance(info, WrittenFile)}
+    return {name: text for name, text in taken.items() if name not in words.left_out} | dict(words.texts)
 
 
 def _vocabularies(store: ObjectStore, recipe: Recipe, inputs: Inputs) -> Vocabularies:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from service.checkpoint import Checkpoint
+from service.checkpoint import Checkpoint, WrittenFile
 from workers.errors import PlanError
 from workers.json_text import load, most_values
 from workers.safetensors_format import clip
@@ -150,6 +150,8 @@ def read_file(store: ObjectStore, info: ObjectInfo, limit: int) -> bytes:
     """
     if info.size > limit:
         raise PlanError(f"{info.uri} has {info.size} bytes, more than the {limit} that are read")
+    if isinstance(info, WrittenFile):
+        return info.text
     buffer = bytearray(info.size)
     if buffer:
         store.read_into(info.uri, 0, memoryview(buffer), info.etag)

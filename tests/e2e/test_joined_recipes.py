@@ -91,15 +91,16 @@ merge_method: linear
 models:
   - model: acme/words-one
   - model: acme/words-two
-tokenizer_source: acme/words-two
+tokenizer_source: union
 dtype: float32
 ---
 merge_method: linear
 models:
   - {model: half, parameters: {weight: 1}}
-  - {model: acme/words-one, parameters: {weight: 3}}
+  - {model: acme/words-two, parameters: {weight: 3}}
+base_model: half
 tokenizer:
-  source: union
+  source: base
   pad_to_multiple_of: 16
 dtype: float32
 """
@@ -289,14 +290,14 @@ def _words(hub: Hub, out: Path) -> None:
     held = tokenizers.Tokenizer.from_file(str(out / "tokenizer.json")).get_vocab()
     assert set(held) == {*ONE.get_vocab(), *TWO.get_vocab()}
     wanted = {
-        key: ((one[key] + two[key]) / 2 + 3 * one[key]) / 4 for key in one if key not in (EMBEDDING, HEAD)
+        key: ((one[key] + two[key]) / 2 + 3 * two[key]) / 4 for key in one if key not in (EMBEDDING, HEAD)
     }
     for name in (EMBEDDING, HEAD):
         wanted[name] = np.zeros((16, SHAPE["hidden"]))
         for token, number in held.items():
             rows = [model[name][vocabulary[token]] for model, vocabulary in own if token in vocabulary]
-            half = np.mean(rows, axis=0)  # which stands for a token that only one of them has, too
-            wanted[name][number] = (half + 3 * (rows[0] if token in ONE.get_vocab() else half)) / 4
+            half = np.mean(rows, axis=0)  # the base's, which stands for what the second model lacks, too
+            wanted[name][number] = (half + 3 * (rows[-1] if token in TWO.get_vocab() else half)) / 4
     _close(read_checkpoint(out), wanted)
     assert json.loads((out / "config.json").read_text())["vocab_size"] == 16
 
