@@ -114,7 +114,7 @@ class Client:
             ``overwrite``, ``allow_nonfinite``; what is ``None`` or left out is the service's default.
         :raises RecipeError: the request is wrong; lists every problem.
         :raises ForbiddenError: the key may not have these places; ``problems`` names all of them.
-        :raises TooManyRequestsError: as many of the key's jobs wait as may.
+        :raises TooManyRequestsError: as many of the key's jobs wait as may, or the inputs have too many bytes.
         :raises RequestTooLargeError: the recipe is longer than the service reads.
         :raises IdempotencyMismatchError: the key came with another request before.
         """

@@ -23,7 +23,7 @@ from service.driver import Driver, TaskRequest
 from service.jobrecord import JobRecord
 from service.jobstore import JobStore, Lease
 from service.known_digests import KnownDigests
-from service.labels import label_of, part_label
+from service.labels import label_of, part_label, suspects
 from service.plan import Plan
 from service.planning import Planned
 from service.price import needs
@@ -236,14 +236,19 @@ class Work:
         try:
             answer = future.result()
         except MergemillError as error:
-            if isinstance(error, FleetError) and label not in str(error):
-                error = FleetError(f"{label}: {error}")
+            if isinstance(error, FleetError):
+                said = str(error) if label in str(error) else f"{label}: {error}"
+                error = FleetError(said + self._suspects(task, said))
             error.part = task.part
             span.end(error)
             log.warning("task failed", part=task.part, error=type(error).__name__, detail=str(error))
             raise error
         span.end()
         task.finish(answer)
+
+    def _suspects(self, task: _Task, said: str) -> str:
+        parts = zip(self._plan.parts, self._plan.part_ids, strict=True)
+        return next((suspects(part, said) for part, identity in parts if identity == task.part), "")
 
     def _part_request(self, part: Part, identity: str) -> TaskRequest:
         upload = self._output.upload(part.shard, self._record.uploads)

@@ -16,7 +16,7 @@ from api.bodies import Body, BodyDep, Wanted, read
 from api.deps import PlanLimiterDep, SettingsDep, StoreDep, SweepsDep
 from api.files import served
 from api.idempotency import REPLAYED, KeyDep, once_of
-from api.looking import granted, plan_wanted, refuse_taken
+from api.looking import granted, plan_wanted, refuse_oversize, refuse_taken
 from api.observing import origin
 from api.openapi import problems, recipe_body
 from api.routing import readable
@@ -82,9 +82,11 @@ async def submit(
     assert wanted.recipe is not None and wanted.output is not None  # noqa: S101 - it is a whole request
     remembered_s, owner = settings.idempotency_seconds, jobs.key or ""
     once = await run_sync(once_of, key, request, body, wanted, remembered_s, owner)
-    # What was accepted once is not refused for the output that it has made since.
-    if not wanted.options.overwrite and await run_sync(jobs.made_by, once) is None:
-        await refuse_taken(confine(store, access, wanted.output), wanted.output, limiter)
+    # What was accepted once is not refused for the output that it has made since, nor for another limit.
+    if await run_sync(jobs.made_by, once) is None:
+        if not wanted.options.overwrite:
+            await refuse_taken(confine(store, access, wanted.output), wanted.output, limiter)
+        await refuse_oversize(wanted, settings, store, access, limiter)
     options = wanted.options.model_dump(mode="json")
     record = new_job(
         wanted.recipe.to_json(),

@@ -332,9 +332,16 @@ def test_quotas(tenants: Tenants, valkey_url: str, valkey_namespace: str) -> Non
         valkey_url, valkey_namespace, ["submit"], home, home, limits={"queued_jobs": 1, "input_bytes": 63}
     )
     sent = body(tenants.place, "bob/a", "bob/b")
-    answer = tenants.http.post("/v1/plans", json=sent, headers=bearer(token))
-    assert answer.status_code == 422
-    assert "64 bytes" in answer.json()["errors"][0]
+    for route in ("plans", "merges"):
+        answer = tenants.http.post(f"/v1/{route}", json=sent, headers=bearer(token))
+        assert answer.status_code == 429
+        assert "64 bytes" in answer.json()["detail"]
+        assert answer.headers["retry-after"] == "3600"
+    wrong = body(tenants.place, "bob/a", "bob/nothing")
+    answer = tenants.http.post("/v1/plans", json=wrong, headers=bearer(token))
+    assert answer.status_code == 422  # and all that is wrong is told
+    limits = {"queued_jobs": 1, "input_bytes": 64}
+    token = make_key(valkey_url, valkey_namespace, ["submit"], home, home, limits=limits)
     once = {**bearer(token), "Idempotency-Key": "a-key"}
     assert tenants.http.post("/v1/merges", json=sent, headers=once).status_code == 202
     answer = tenants.http.post("/v1/merges", json=sent, headers=bearer(token))
