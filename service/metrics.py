@@ -106,6 +106,12 @@ PEAK_RATIO: Final = Histogram(
     buckets=(0.25, 0.5, 0.6, 0.7, 0.8, 0.9, 1, 1.1, 1.25, 1.5, 2),
     registry=SCHEDULER,
 )
+PEAK_BYTES: Final = Histogram(
+    "mergemill_worker_peak_memory_bytes",
+    "Peak memory of a worker when a part was done.",
+    buckets=tuple(float(1 << power) for power in range(28, 38)),
+    registry=SCHEDULER,
+)
 TASK_RETRIES: Final = Counter(
     "mergemill_task_retries",
     "Tasks that were handed out again, by what ended them.",
@@ -173,6 +179,7 @@ def part_done(result: PartResult, priced_peak_bytes: int) -> None:
     PARTS.inc()
     READ_BYTES.labels("part").inc(result.bytes_read)
     WRITTEN_BYTES.inc(result.size)
+    PEAK_BYTES.observe(result.peak_bytes)
     if priced_peak_bytes:
         PEAK_RATIO.observe(result.peak_bytes / priced_peak_bytes)
     _store_retried(result.retries)

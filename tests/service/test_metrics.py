@@ -97,6 +97,7 @@ def test_a_part_is_counted_by_what_it_did() -> None:
         ("mergemill_part_stage_duration_seconds_bucket", {"stage": "write", "le": "10.0"}, 1),
         ("mergemill_worker_peak_memory_ratio_bucket", {"le": "0.7"}, 0),
         ("mergemill_worker_peak_memory_ratio_bucket", {"le": "0.8"}, 1),
+        ("mergemill_worker_peak_memory_bytes_sum", {}, result().peak_bytes),
         ("mergemill_store_retries_total", {"cause": "throttled"}, 3),
         ("mergemill_store_retries_total", {"cause": "timeout"}, 0),
     ]
@@ -156,7 +157,13 @@ def test_a_series_is_there_before_its_first_event() -> None:
     assert set(shown["mergemill_job_retries_total"]) == {("store",), ("upload",), ("plan",)}
     assert ("failed",) in shown["mergemill_job_duration_seconds_count"]
     assert len(shown["mergemill_task_retries_total"]) == 5
-    for histogram in (metrics.STAGE_SECONDS, metrics.HTTP_SECONDS, metrics.JOB_SECONDS, metrics.PEAK_RATIO):
+    for histogram in (
+        metrics.STAGE_SECONDS,
+        metrics.HTTP_SECONDS,
+        metrics.JOB_SECONDS,
+        metrics.PEAK_RATIO,
+        metrics.PEAK_BYTES,
+    ):
         assert isinstance(histogram, Histogram)
         assert list(histogram._upper_bounds) == sorted(histogram._upper_bounds)
         assert math.isinf(histogram._upper_bounds[-1])
