@@ -63,7 +63,7 @@ def test_names_and_labels_follow_the_rules() -> None:
         assert re.fullmatch(r"mergemill(_[a-z]+)+", name), name
         assert labels <= BOUNDED, name
         if kind == "histogram":
-            assert re.search(r"_(seconds|ratio)$", name), name
+            assert re.search(r"_(seconds|ratio|bytes)$", name), name
         assert not re.search(r"_(total|count|sum|bucket|created|ms|kb|mb)$", name), name
 
 
