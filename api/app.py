@@ -15,12 +15,12 @@ from api.openapi import Application, problems
 from api.readiness import StoreProbe
 from api.routes import deliveries, events, health, merges, methods, metrics, plans
 from api.streams import streaming
-from service.deployment import Deployment
-from service.jobstore import JobStore
+from service.jobs.jobstore import JobStore
+from service.jobs.sweepstore import SweepStore
 from service.keystore import KeyStore
 from service.settings import Settings
-from service.sweepstore import SweepStore
-from service.webhookstore import WebhookStore
+from service.watching.deployment import Deployment
+from service.webhooks.store import WebhookStore
 from workers import tracing
 from workers.store import open_stores
 

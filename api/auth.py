@@ -15,9 +15,9 @@ from fastapi import Depends, Request, Response, Security
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 
 from api.deps import JobStoreDep, KeysDep, SettingsDep
+from service.jobs.ownjobs import OwnJobs
 from service.keys import ANYBODY, ApiKey, Scope, is_secret_of, split_token
 from service.keystore import Admission, KeyStore
-from service.ownjobs import OwnJobs
 from workers.errors import (
     ForbiddenError,
     JobStoreUnavailableError,

@@ -15,11 +15,11 @@ from starlette.requests import ClientDisconnect
 from api.deps import plan_options
 from api.schemas import MergeRequest, OptionsBody, PlanRequest, RecipeQuery
 from api.webhooks import webhook_of
-from service.plan import PlanOptions
+from service.planning.plan import PlanOptions
+from service.planning.salvage import salvage
 from service.recipe import Graph, graph_of, key_hint, load_yaml, parse_documents, validation_problems
-from service.salvage import salvage
 from service.settings import Settings
-from service.webhooks import Webhook
+from service.webhooks.webhooks import Webhook
 from workers.errors import (
     MalformedRequestError,
     RecipeError,

@@ -12,14 +12,14 @@ from pydantic import ValidationError
 from api.readiness import StoreProbe
 from api.schemas import OptionsBody
 from api.streams import Streams
-from service.deployment import Deployment
-from service.jobstore import JobStore
+from service.jobs.jobstore import JobStore
+from service.jobs.sweepstore import SweepStore
 from service.keystore import KeyStore
-from service.plan import PlanOptions
+from service.planning.plan import PlanOptions
 from service.recipe import validation_problems
 from service.settings import Settings
-from service.sweepstore import SweepStore
-from service.webhookstore import WebhookStore
+from service.watching.deployment import Deployment
+from service.webhooks.store import WebhookStore
 from workers.errors import RecipeError
 from workers.store.base import ObjectStore
 

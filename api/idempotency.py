@@ -8,7 +8,7 @@ from fastapi import Depends, Header, Request
 from pydantic_core import from_json
 
 from api.bodies import Body, Wanted
-from service.idempotency import MAX_KEY_CHARS, Once, once, read_key
+from service.jobs.idempotency import MAX_KEY_CHARS, Once, once, read_key
 
 REPLAYED = "Idempotent-Replayed"
 """Header of an answer that tells of an earlier request's job."""

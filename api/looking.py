@@ -7,9 +7,9 @@ from anyio.to_thread import run_sync
 
 from api.bodies import Wanted
 from service.access import confine, grant, size_problems
-from service.commit import holds_checkpoint, output_problems
 from service.keys import Access, ApiKey
-from service.planning import Outcome, Planned, examine
+from service.planning.planner import Outcome, Planned, examine
+from service.running.commit import holds_checkpoint, output_problems
 from service.settings import Settings
 from workers.errors import ForbiddenError, PlanError, RecipeError, StoreError, TooManyRequestsError
 from workers.store.base import ObjectStore

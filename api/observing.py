@@ -12,7 +12,7 @@ import structlog
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from service import metrics
+from service.watching import metrics
 from workers import tracing
 
 HEADER: Final = "X-Request-Id"

@@ -17,7 +17,7 @@ from typing import Final, Self
 import structlog
 
 from api.schemas import Check
-from service.deployment import Deployment, View
+from service.watching.deployment import Deployment, View
 from workers.errors import JobStoreUnavailableError, MergemillError, ObjectNotFoundError
 from workers.store.base import ObjectStore
 from workers.store.uris import normalise, scheme, to_path

@@ -7,9 +7,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr
 
-from service.jobpages import JobStatus
-from service.jobprogress import Progress
-from service.jobrecord import JobState
+from service.jobs.pages import JobStatus
+from service.jobs.progress import Progress
+from service.jobs.record import JobState
 
 
 class _Model(BaseModel):

@@ -13,8 +13,8 @@ from contextlib import asynccontextmanager, contextmanager
 
 import structlog
 
-from service.eventlog import EventLog, Look
-from service.events import JobEvent
+from service.jobs.eventlog import EventLog, Look
+from service.jobs.events import JobEvent
 from workers.errors import JobNotFoundError, JobStoreUnavailableError
 
 HEARTBEAT_S = 15.0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from api.schemas import WebhookBody
 from service.settings import Settings
-from service.webhooks import DEFAULT_EVENTS, EVENTS, Webhook, read_secret, url_problem
+from service.webhooks.webhooks import DEFAULT_EVENTS, EVENTS, Webhook, read_secret, url_problem
 
 
 def webhook_of(body: WebhookBody | None, settings: Settings) -> tuple[Webhook | None, tuple[str, ...]]:

@@ -106,9 +106,9 @@ def make_hollow_inputs(size: Size, root: Path) -> Inputs:
 
 def main() -> None:
     """Schedule until SIGTERM; see the settings ``MERGEMILL_*``."""
-    from service import scheduler, work  # noqa: PLC0415 - the workers need neither
-    from service.logs import configure  # noqa: PLC0415
+    from service.running import scheduler, work  # noqa: PLC0415
     from service.settings import Settings  # noqa: PLC0415
+    from service.watching.logs import configure  # noqa: PLC0415
 
     def refuse(_: int, __: int, ___: int) -> None:
         raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))

@@ -15,17 +15,17 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, cast
 
-from service.driver import Capacity, Driver, TaskRequest
-from service.jobrecord import JobRecord
-from service.jobstore import JobStore, Lease
-from service.logs import configure
-from service.scheduler import Scheduler
+from service.cluster.driver import Capacity, Driver, TaskRequest
+from service.jobs.jobstore import JobStore, Lease
+from service.jobs.record import JobRecord
+from service.running.scheduler import Scheduler
 from service.settings import Settings
+from service.watching.logs import configure
 from workers.errors import MergemillError
 
 
 class OneThread:
-    """A :class:`~service.driver.Driver` that does one task after the other, here."""
+    """A :class:`~service.cluster.driver.Driver` that does one task after the other, here."""
 
     known_capacity = Capacity(cpus=1, gpus=0, nodes=1, max_node_memory_bytes=1 << 40)
     in_flight = 0

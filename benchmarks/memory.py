@@ -19,8 +19,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks.baseline import Stage
-from service.driver import Driver, TaskRequest
-from service.fleet_process import FleetSettings
+from service.cluster.driver import Driver, TaskRequest
+from service.cluster.fleet_process import FleetSettings
 from workers.arena import Arena
 from workers.store import files
 

@@ -24,7 +24,7 @@ from benchmarks.places import FILES, Place
 from benchmarks.results import COLD, COPY, MERGEKIT, SERVICE, Run
 from mergemill.client import Client
 from mergemill.stack_key import KEY_FILE
-from service.jobstore import JobStore
+from service.jobs.jobstore import JobStore
 from service.valkey import EmbeddedValkey
 
 STOP_TIMEOUT_S = 60.0

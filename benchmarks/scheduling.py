@@ -35,8 +35,8 @@ from benchmarks.stages import profile
 from benchmarks.usage import ROLES, SAMPLE_S, SCHEDULING, Processes, Sample, Watch
 from mergemill.client import Client
 from mergemill.jobs import Job
-from service.plan import PlanOptions
-from service.planning import plan_recipe
+from service.planning.plan import PlanOptions
+from service.planning.planner import plan_recipe
 from service.recipe import parse_recipe
 from service.valkey import EmbeddedValkey
 from workers.store.local import LocalStore

@@ -17,8 +17,8 @@ from typing import Any
 
 from benchmarks.cases import METHODS, case
 from benchmarks.inputs import SIZES, make_inputs
-from service.plan import Plan, PlanOptions
-from service.planning import plan_recipe
+from service.planning.plan import Plan, PlanOptions
+from service.planning.planner import plan_recipe
 from service.recipe import parse_recipe
 from workers.arena import Arena
 from workers.kernels import kernels_of

@@ -38,7 +38,7 @@ class Sample:
 
 def role_of(command: str) -> str | None:
     """Who a process below the scheduler is, by its command line; ``None`` for a worker."""
-    for words, role in (("benchmarks.hollow", "scheduler"), ("service.fleet", "driver")):
+    for words, role in (("benchmarks.hollow", "scheduler"), ("service.cluster.fleet", "driver")):
         if words in command:  # and the warden, which names what it watches
             return role
     return None if command.startswith("ray::") or "default_worker.py" in command else "ray"

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from mergemill.jobs import File as File
     from mergemill.jobs import Job as Job
     from mergemill.jobs import JobPage as JobPage
-    from service.jobprogress import Progress as Progress
+    from service.jobs.progress import Progress as Progress
     from workers.errors import AccessDeniedError as AccessDeniedError
     from workers.errors import AlreadyExistsError as AlreadyExistsError
     from workers.errors import JobCancelledError as JobCancelledError
@@ -47,7 +47,7 @@ __all__ = ["Client", "Event", "Progress", *_JOBS, *_ERRORS]  # noqa: PLE0604 - a
 _HOMES = {
     "Client": "mergemill.client",
     "Event": "mergemill.events",
-    "Progress": "service.jobprogress",
+    "Progress": "service.jobs.progress",
     **dict.fromkeys(_JOBS, "mergemill.jobs"),
     **dict.fromkeys(_ERRORS, "workers.errors"),
 }

@@ -15,7 +15,7 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from service.warden import die_with_parent
+from service.cluster.warden import die_with_parent
 
 LONG_LIFE_S = 30.0
 """A child that lived this long is started again without delay, in seconds."""

@@ -118,7 +118,7 @@ def serve(
 ) -> None:
     """Run the REST API; see the settings MERGEMILL_HOST, MERGEMILL_PORT and MERGEMILL_REDIS_URL."""
     from mergemill.serving import run_api
-    from service.logs import configure
+    from service.watching.logs import configure
 
     settings = read_settings().served()
     configure(settings.log_format)
@@ -133,8 +133,8 @@ def schedule(
     ] = None,
 ) -> None:
     """Run a scheduler; see the settings MERGEMILL_REDIS_URL and RAY_ADDRESS. Any number of them may run."""
-    from service import scheduler
-    from service.logs import configure
+    from service.running import scheduler
+    from service.watching.logs import configure
 
     settings = read_settings().served()
     configure(settings.log_format)

@@ -12,7 +12,7 @@ from typing import Any, Self
 import httpx
 
 from mergemill.jobs import TERMINAL_STATES, Job
-from service.jobprogress import Progress
+from service.jobs.progress import Progress
 from workers.errors import MergemillError
 
 SILENCE_S = 45.0

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, Self
 
-from service.jobprogress import Progress
+from service.jobs.progress import Progress
 
 TERMINAL_STATES = frozenset({"succeeded", "failed", "cancelled"})
 """States in which nothing can happen any more."""
@@ -108,7 +108,7 @@ class Job:
 
     @property
     def price(self) -> Mapping[str, Any] | None:
-        """What it costs, once planned: see :class:`service.price.Price`."""
+        """What it costs, once planned: see :class:`service.planning.price.Price`."""
         return self.body.get("price")
 
 

@@ -9,7 +9,7 @@ from api.bodies import check
 from api.looking import plan_wanted
 from api.routes.methods import list_methods
 from api.schemas import OptionsBody
-from service.plan import plan_summary
+from service.planning.plan import plan_summary
 from service.settings import Settings
 from workers.store import open_stores
 

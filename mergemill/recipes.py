@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from service.recipe.yaml_text import load_documents
 from service.recipe_names import DOCUMENTS, split_adapter, with_names
-from service.yaml_text import load_documents
 from workers.errors import RecipeError
 
 

@@ -29,8 +29,8 @@ def recover(
 ) -> None:
     """Have a job go on that the service's Redis (MERGEMILL_REDIS_URL) has lost; one that is there is left alone."""
     from mergemill.recipes import output_uri
-    from service.recovery import recover as recover_job
-    from service.recoverystore import RecoveryStore
+    from service.jobs.recoverystore import RecoveryStore
+    from service.running.recovery import recover as recover_job
     from workers.store import open_stores
 
     settings = read_settings()

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Final
 
 from service.keys import EVERYWHERE, HUB, Access, ApiKey, Limits, lies_in
-from service.places import resolve_model
-from service.price import Price
+from service.planning.places import resolve_model
+from service.planning.price import Price
 from workers.errors import ForbiddenError, RecipeError
 from workers.store.base import Buffer, ObjectInfo, ObjectStore, Upload, UploadedPart
 from workers.store.files import etag_of

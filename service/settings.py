@@ -8,11 +8,11 @@ from typing import Literal, Self
 from pydantic import AliasChoices, Field, SecretStr, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from service.addresses import Destinations
 from service.keys import Limits
-from service.plan import PlanOptions
-from service.price import BASELINE_BYTES
-from service.webhooks import read_secret
+from service.planning.plan import PlanOptions
+from service.planning.price import BASELINE_BYTES
+from service.webhooks.addresses import Destinations
+from service.webhooks.webhooks import read_secret
 from workers.store import StoreSettings
 
 

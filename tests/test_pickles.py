@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from service.opening import open_checkpoint
+from service.planning.opening import open_checkpoint
 from tests.checkpoints import write_checkpoint
 from workers.errors import PlanError
 from workers.store.local import LocalStore

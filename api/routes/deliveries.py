@@ -11,7 +11,7 @@ from api.delivery_schemas import DeliveryInfo, DeliveryList, TryInfo
 from api.deps import WebhooksDep
 from api.openapi import problems
 from api.routing import readable
-from service.webhooks import Delivery, Try
+from service.webhooks.webhooks import Delivery, Try
 
 router = APIRouter(prefix="/v1/merges", tags=["merges"])
 

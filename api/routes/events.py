@@ -12,7 +12,7 @@ from api.auth import CallerDep, JobsDep, still_good
 from api.deps import KeysDep, StreamsDep
 from api.openapi import problems
 from api.routing import readable
-from service.events import last_event, read_id
+from service.jobs.events import last_event, read_id
 
 router = APIRouter(prefix="/v1/merges", tags=["merges"])
 

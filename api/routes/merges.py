@@ -22,11 +22,11 @@ from api.openapi import problems, recipe_body
 from api.routing import readable
 from api.schemas import File, FileList, Job, JobList, MergeRequest, job_of
 from service.access import confine
-from service.delivery import check_in_place, listed
-from service.jobpages import JobStatus
-from service.jobrecord import JobState, new_job
-from service.jobs import CancelRequested
-from service.places import resolve_model
+from service.jobs.pages import JobStatus
+from service.jobs.record import JobState, new_job
+from service.jobs.transitions import CancelRequested
+from service.planning.places import resolve_model
+from service.running.delivery import check_in_place, listed
 from service.settings import Settings
 from workers.errors import ObjectNotFoundError, OutputReplacedError, RecipeError, StoreError
 from workers.store.local import LocalStore

@@ -7,8 +7,8 @@ from fastapi import APIRouter, Request, Response
 from api.deps import DeploymentDep, SettingsDep
 from api.errors import problem
 from api.routing import readable
-from service import metrics
-from service.metrics_server import PATH, REFUSAL, may_read
+from service.watching import metrics
+from service.watching.metrics_server import PATH, REFUSAL, may_read
 
 router = APIRouter(tags=["health"])
 

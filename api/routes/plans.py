@@ -12,7 +12,7 @@ from api.looking import granted, plan_wanted
 from api.openapi import problems, recipe_body
 from api.schemas import PlanInfo, PlanRequest
 from service.keys import ApiKey
-from service.plan import plan_summary
+from service.planning.plan import plan_summary
 from service.settings import Settings
 from workers.store.base import ObjectStore
 

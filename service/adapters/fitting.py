@@ -11,8 +11,8 @@ from dataclasses import replace
 from itertools import islice
 
 from service.adapters.reading import Adapter, Factors
-from service.checkpoint import TIED_NAMES, Checkpoint, Laid, StoredTensor
-from service.matching import EMBEDDING_NAMES
+from service.planning.checkpoint import TIED_NAMES, Checkpoint, Laid, StoredTensor
+from service.planning.matching import EMBEDDING_NAMES
 from service.recipe.language import MAX_RANK
 from workers.errors import PlanError
 from workers.sources import Change

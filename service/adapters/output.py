@@ -16,8 +16,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from service.adapters.reading import CONFIG, PREFIX, WEIGHTS
-from service.checkpoint import TIED_NAMES, Checkpoint, StoredTensor
-from service.matching import OutputTensor
+from service.planning.checkpoint import TIED_NAMES, Checkpoint, StoredTensor
+from service.planning.matching import OutputTensor
 from service.recipe import Recipe
 from workers.binding import bind
 from workers.factors import FactorsPiece

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from service.adapters.config import AdapterConfig
-from service.checkpoint import StoredTensor
+from service.planning.checkpoint import StoredTensor
 from workers.safetensors_format import clip
 from workers.store.base import ObjectInfo
 

@@ -11,8 +11,8 @@ from pydantic import BaseModel, ValidationError
 from service.recipe.entries import MAX_MODELS, MAX_SLICES, ModelEntry, ModuleEntry, SliceEntry, SourceEntry
 from service.recipe.language import Recipe
 from service.recipe.sizes import check_sizes
+from service.recipe.yaml_text import load_documents
 from service.recipe_names import DOCUMENTS
-from service.yaml_text import load_documents
 from workers.errors import RecipeError
 from workers.methods import METHODS
 

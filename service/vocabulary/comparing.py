@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from service.pairing import Inputs
+from service.planning.pairing import Inputs
 from service.recipe import Recipe
 from service.vocabulary.reading import TOKENIZER_FILE, Tokenizer, Tokenizers
 from service.vocabulary.tensors import rows_of

@@ -12,8 +12,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from service.checkpoint import TIED_NAMES, Checkpoint, StoredTensor, is_tokenizer_file
-from service.pairing import Inputs
+from service.planning.checkpoint import TIED_NAMES, Checkpoint, StoredTensor, is_tokenizer_file
+from service.planning.pairing import Inputs
 from service.recipe import Recipe
 from service.recipe.tokenizers import KEYWORDS, UNION, TokenizerEntry
 from service.vocabulary.building import Added, missing_tokens, numbered, settings_json, tokenizer_json

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from service.checkpoint import Checkpoint, WrittenFile
+from service.planning.checkpoint import Checkpoint, WrittenFile
 from workers.errors import PlanError
 from workers.json_text import load, most_values
 from workers.safetensors_format import clip

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from service.checkpoint import StoredTensor
+from service.planning.checkpoint import StoredTensor
 from service.vocabulary.tensors import row_shape, with_rows
 from workers.sources import Gathered, RowRun
 

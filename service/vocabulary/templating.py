@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from service.checkpoint import Checkpoint
+from service.planning.checkpoint import Checkpoint
 from service.recipe import Recipe
 from service.vocabulary.reading import SETTINGS_FILE, TEMPLATE_FILE, read_file, read_settings
 from service.vocabulary.templates import AUTO, NAMED, commonest, is_template, template_of

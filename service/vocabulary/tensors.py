@@ -12,9 +12,9 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from service.checkpoint import Checkpoint, StoredTensor
-from service.layers import stacks_of
-from service.matching import EMBEDDING_NAMES
+from service.planning.checkpoint import Checkpoint, StoredTensor
+from service.planning.layers import stacks_of
+from service.planning.matching import EMBEDDING_NAMES
 
 _SURE = re.compile(
     r"(^|\.)(embed_tokens(_per_layer)?|wte|word_embeddings|embed_in|shared|tok_embeddings|lm_head|embed_out"

@@ -15,7 +15,7 @@ from fastapi import FastAPI
 
 from api.app import create_app
 from api.server import Server
-from service import jobstore
+from service.jobs import jobstore
 from service.settings import Settings
 from tests.servers.keys import bearer, make_key
 

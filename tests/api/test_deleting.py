@@ -7,9 +7,9 @@ import time
 import httpx
 import pytest
 
-from service.jobrecord import JobState
-from service.jobs import Cancelled, CancelRequested, PlanningStarted
-from service.jobstore import JobStore
+from service.jobs.jobstore import JobStore
+from service.jobs.record import JobState
+from service.jobs.transitions import Cancelled, CancelRequested, PlanningStarted
 from tests.service.held_jobs import claimed
 from tests.service.job_steps import PATHS
 

@@ -21,9 +21,9 @@ import redis
 from api import streams
 from api.app import create_app
 from mergemill.events import messages
-from service.jobrecord import JobState
-from service.jobs import CancelRequested, CommitStarted, Event, PlanningStarted, Succeeded
-from service.jobstore import JobStore, Lease
+from service.jobs.jobstore import JobStore, Lease
+from service.jobs.record import JobState
+from service.jobs.transitions import CancelRequested, CommitStarted, Event, PlanningStarted, Succeeded
 from service.keystore import KeyStore
 from service.settings import Settings
 from service.valkey import EmbeddedValkey

@@ -10,8 +10,8 @@ import httpx
 import pytest
 
 from api.app import create_app
-from service.jobs import CommitStarted, Succeeded
-from service.jobstore import JobStore
+from service.jobs.jobstore import JobStore
+from service.jobs.transitions import CommitStarted, Succeeded
 from service.settings import Settings
 from tests.api.conftest import serving
 from tests.api.test_routes import record

@@ -13,9 +13,9 @@ import pytest
 import redis
 
 from api.app import create_app
-from service.idempotency import once
-from service.jobs import CancelRequested
-from service.jobstore import JobStore
+from service.jobs.idempotency import once
+from service.jobs.jobstore import JobStore
+from service.jobs.transitions import CancelRequested
 from service.settings import Settings
 from service.valkey import EmbeddedValkey
 from tests.api.conftest import serving

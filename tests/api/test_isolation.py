@@ -13,11 +13,11 @@ import pytest
 import torch
 
 from api.app import create_app
-from service.checkpoint import INDEX_FILE
-from service.jobrecord import JobRecord, JobState
-from service.jobs import CommitStarted, Succeeded
-from service.jobstore import JobStore
+from service.jobs.jobstore import JobStore
+from service.jobs.record import JobRecord, JobState
+from service.jobs.transitions import CommitStarted, Succeeded
 from service.keys import Access, split_token
+from service.planning.checkpoint import INDEX_FILE
 from service.settings import Settings
 from tests.api.conftest import serving
 from tests.checkpoints import fine_tune, write_checkpoint

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from api.app import create_app
 from api.observing import accepted
-from service.jobstore import JobStore
+from service.jobs.jobstore import JobStore
 from service.settings import Settings
 from tests.api.conftest import serving
 

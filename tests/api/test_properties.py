@@ -19,9 +19,9 @@ from hypothesis import strategies as st
 from api.app import create_app
 from api.bodies import YAML_TYPES
 from api.schemas import Problem
-from service.jobrecord import JobState
-from service.jobs import CommitStarted, Succeeded
-from service.jobstore import JobStore
+from service.jobs.jobstore import JobStore
+from service.jobs.record import JobState
+from service.jobs.transitions import CommitStarted, Succeeded
 from service.settings import Settings
 from tests.api.conftest import serving
 from tests.api.test_routes import record

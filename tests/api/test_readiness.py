@@ -15,10 +15,10 @@ from prometheus_client.parser import text_string_to_metric_families
 from api.app import create_app
 from api.readiness import StoreProbe, compute_check, missing
 from api.schemas import Check
-from service.deployment import Deployment, Heartbeat, Scheduler, View
-from service.jobrecord import new_job
-from service.jobstore import JobStore
+from service.jobs.jobstore import JobStore
+from service.jobs.record import new_job
 from service.settings import Settings
+from service.watching.deployment import Deployment, Heartbeat, Scheduler, View
 from tests.api.conftest import serving
 from workers.errors import AccessDeniedError, ObjectNotFoundError
 from workers.store.base import ObjectInfo

@@ -18,10 +18,10 @@ from api.app import PLAN_THREADS, create_app
 from api.looking import plan_wanted
 from api.routes import plans
 from mergemill import Client
-from service.checkpoint import INDEX_FILE
-from service.jobrecord import JobRecord
-from service.jobs import CommitStarted, Event, Succeeded
-from service.jobstore import JobStore
+from service.jobs.jobstore import JobStore
+from service.jobs.record import JobRecord
+from service.jobs.transitions import CommitStarted, Event, Succeeded
+from service.planning.checkpoint import INDEX_FILE
 from service.settings import Settings
 from tests.api.conftest import serving
 from tests.checkpoints import fine_tune, write_checkpoint

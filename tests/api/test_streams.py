@@ -8,10 +8,10 @@ from typing import cast
 import pytest
 
 from api.streams import Streams
-from service.eventlog import EventLog, Look
-from service.events import JobEvent
-from service.jobprogress import Progress
-from service.jobrecord import JobState
+from service.jobs.eventlog import EventLog, Look
+from service.jobs.events import JobEvent
+from service.jobs.progress import Progress
+from service.jobs.record import JobState
 from workers.errors import JobStoreUnavailableError
 
 pytestmark = pytest.mark.fast

@@ -11,10 +11,10 @@ import pytest
 import redis
 
 from api.app import create_app
-from service.courier import Courier
 from service.settings import Settings
-from service.webhooks import Backoff
-from service.webhookstore import WebhookStore
+from service.webhooks.courier import Courier
+from service.webhooks.store import WebhookStore
+from service.webhooks.webhooks import Backoff
 from tests.api.conftest import serving
 from tests.servers.receiver import Receiver, status
 

@@ -21,10 +21,10 @@ from benchmarks.scheduling import (
     used_by_phase,
 )
 from benchmarks.usage import ROLES, Sample, role_of
-from service.plan import Plan, PlanOptions
-from service.planning import plan_recipe
+from service.planning.plan import Plan, PlanOptions
+from service.planning.planner import plan_recipe
 from service.recipe import parse_recipe
-from service.sidecars import tensor_digests
+from service.running.sidecars import tensor_digests
 from workers.store.base import UploadedPart
 from workers.store.local import LocalStore
 from workers.store.uris import from_path, join
@@ -84,8 +84,11 @@ def test_a_shape_has_about_as_many_parts_as_are_wanted(shape: str, parts: int) -
     ("command", "role"),
     [
         ("/venv/bin/python -m benchmarks.hollow /tmp/ready", "scheduler"),
-        ("/venv/bin/python -m service.fleet 5", "driver"),
-        ("/venv/bin/python -m service.warden 12 --scratch /tmp/x -- python -m service.fleet 5", "driver"),
+        ("/venv/bin/python -m service.cluster.fleet 5", "driver"),
+        (
+            "/venv/bin/python -m service.cluster.warden 12 --scratch /tmp/x -- python -m service.cluster.fleet 5",
+            "driver",
+        ),
         ("/venv/ray/core/src/ray/raylet/raylet --node_id=1", "ray"),
         ("ray::model.layers.0.mlp and 15 more", None),
         ("ray::IDLE", None),

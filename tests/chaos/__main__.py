@@ -17,8 +17,8 @@ from pathlib import Path
 
 import structlog
 
+from service.cluster.warden import PR_SET_CHILD_SUBREAPER
 from service.valkey import EmbeddedValkey
-from service.warden import PR_SET_CHILD_SUBREAPER
 from tests.chaos.inputs import RECIPES, Undisturbed
 from tests.chaos.places import place
 from tests.chaos.plan import make_plan

@@ -10,7 +10,7 @@ from typing import Any, Final
 
 import httpx
 
-from service.jobpages import JobStatus
+from service.jobs.pages import JobStatus
 from tests.chaos.inputs import NONFINITE_RECIPE, POISON_RECIPE, RECIPES, SMALL, Recipe, put_swapped
 from tests.chaos.invariants import Outcome
 from tests.chaos.places import Place

@@ -15,12 +15,12 @@ from typing import Any
 
 import torch
 
-from service.jobrecord import JobState, new_job
-from service.jobstore import JobStore
+from service.jobs.jobstore import JobStore
+from service.jobs.record import JobState, new_job
 from service.recipe import parse_documents
-from service.runner import JobRunner
+from service.running.runner import JobRunner
+from service.running.work import Tools
 from service.settings import Settings
-from service.work import Tools
 from tests.chaos.known import header_of, put_known
 from tests.checkpoints import Tensors, fine_tune, llama_config, llama_tensors, write_checkpoint
 from tests.e2e.bench import LocalDriver

@@ -7,7 +7,7 @@ from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from service.jobrecord import JobRecord, JobState
+from service.jobs.record import JobRecord, JobState
 from tests.chaos.inputs import NONFINITE, POISON
 from tests.chaos.plan import Fate, Job, Kind
 

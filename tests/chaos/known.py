@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
-from service.checkpoint import MANIFEST_FILE, PLAN_METADATA
-from service.known_digests import written
+from service.planning.checkpoint import MANIFEST_FILE, PLAN_METADATA
+from service.planning.known_digests import written
 from tests.chaos.faults import Fault, Kind, Policy, Request
 from workers.safetensors_format import LENGTH_BYTES, Header, header_length, parse
 from workers.store import join

@@ -12,7 +12,7 @@ import redis
 from typer.testing import CliRunner
 
 from mergemill import cli
-from service.jobpages import JobStatus
+from service.jobs.pages import JobStatus
 from tests.chaos.stack import LEASE_S, NAMESPACE, Stack
 from workers.errors import JobStoreUnavailableError
 

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from service.warden import processes
+from service.cluster.warden import processes
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,8 +14,8 @@ from typing import Any
 
 import redis
 
-from service.jobpages import JobStatus
-from service.jobrecord import JobState
+from service.jobs.pages import JobStatus
+from service.jobs.record import JobState
 from tests.chaos import invariants, told
 from tests.chaos.clients import SWAPPED_RECIPE, Case, Clients, delete
 from tests.chaos.disk import Disk, small_disk

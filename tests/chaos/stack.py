@@ -20,7 +20,7 @@ import httpx
 
 from mergemill.children import Child
 from mergemill.credentials import BearerAuth
-from service.jobstore import JobStore
+from service.jobs.jobstore import JobStore
 from service.valkey import EmbeddedValkey
 from tests.chaos import inputs
 from tests.chaos.credentials import Credentials, Key

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from service.jobrecord import JobRecord
+from service.jobs.record import JobRecord
 from tests.chaos.credentials import Credentials
 from tests.chaos.disk import Disk
 from tests.chaos.fault_proxy import FaultProxy
@@ -264,9 +264,9 @@ def _named(lives: list[Life]) -> Iterator[tuple[Kind, Life]]:
     workers = []
     for life in lives:
         program = Path(life.command.split(" ")[0]).name
-        if "service.warden" in life.command:
+        if "service.cluster.warden" in life.command:
             yield Kind.KILL_WARDEN, life
-        elif "-m service.fleet" in life.command:
+        elif "-m service.cluster.fleet" in life.command:
             yield Kind.KILL_DRIVER, life
         elif program == "gcs_server":
             yield Kind.KILL_GCS, life

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from service.jobrecord import HistoryEntry, JobRecord, JobState, new_job
+from service.jobs.record import HistoryEntry, JobRecord, JobState, new_job
 from tests.chaos import invariants
 from tests.chaos.inputs import NONFINITE, POISON, digests
 from tests.chaos.invariants import Blown, Outcome

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import httpx
 import pytest
 
-from service.webhooks import signature
+from service.webhooks.webhooks import signature
 from tests.chaos.told import SECRET, Follower, deliveries, events
 from tests.servers.receiver import Received
 

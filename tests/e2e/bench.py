@@ -16,14 +16,14 @@ from typing import Any
 
 import pytest
 
-from service.driver import Capacity, TaskRequest
-from service.jobrecord import JobRecord, new_job
-from service.jobs import Event, event_name
-from service.jobstore import JobStore, Lease
+from service.cluster.driver import Capacity, TaskRequest
+from service.jobs.jobstore import JobStore, Lease
+from service.jobs.record import JobRecord, new_job
+from service.jobs.transitions import Event, event_name
 from service.recipe import parse_documents
-from service.runner import JobRunner
+from service.running.runner import JobRunner
+from service.running.work import Tools
 from service.settings import Settings
-from service.work import Tools
 from workers.errors import MergemillError, from_json, to_json
 from workers.store import StoreSettings, open_stores
 from workers.store.base import ObjectStore
@@ -115,7 +115,7 @@ def _subject(method: str, args: tuple[Any, ...]) -> str:
 
 
 class LocalDriver:
-    """A :class:`service.driver.Driver` that does each task at once, here."""
+    """A :class:`service.cluster.driver.Driver` that does each task at once, here."""
 
     def __init__(self, memory_bytes: int = 1 << 40) -> None:
         self.labels: list[str] = []

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import redis
 
-from service.jobrecord import JobRecord
+from service.jobs.record import JobRecord
+from service.jobs.recoverystore import RecoveryStore
 from service.keys import ANYBODY
-from service.recovery import Recovery, recover
-from service.recoverystore import RecoveryStore
+from service.running.recovery import Recovery, recover
 from tests.e2e.bench import Bench, KilledError, at_step, raising
 from tests.e2e.overwriting import PREPARATIONS, SHARD_BYTES, recipe
 

@@ -15,11 +15,11 @@ from collections import Counter
 from concurrent.futures import Future
 from typing import Any
 
-from service.driver import TaskRequest
-from service.jobstore import JobStore, Lease
-from service.logs import configure
-from service.scheduler import Scheduler
+from service.cluster.driver import TaskRequest
+from service.jobs.jobstore import JobStore, Lease
+from service.running.scheduler import Scheduler
 from service.settings import Settings
+from service.watching.logs import configure
 from tests.e2e.bench import LocalDriver
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from service.jobrecord import JobState, new_job
+from service.jobs.record import JobState, new_job
 from service.keys import Access
 from service.recipe import parse_recipe
 from tests.checkpoints import fine_tune, write_checkpoint

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 
-from service.driver import Capacity, Driver
+from service.cluster.driver import Capacity, Driver
 from tests.checkpoints import fine_tune, llama_tensors, read_checkpoint, write_checkpoint
 from tests.e2e.bench import Bench, LocalDriver
 from tests.servers.service import RunningService, running_service
@@ -276,7 +276,7 @@ def test_a_job_that_fails_anyhow_does_not_wait_for_the_cluster(
     assert record.error is not None
     assert [problem.rpartition("/")[2][:6] for problem in record.error["problems"]] == ["absent"]
     assert len(NoCluster.waited) == 1
-    monkeypatch.setattr("service.preparation.CLUSTER_WAIT_S", 0.2)
+    monkeypatch.setattr("service.running.preparation.CLUSTER_WAIT_S", 0.2)
     record = bench.run(bench.submit(ties(tmp_path, "one"), tmp_path / "out"))
     assert record.error is not None
     assert record.error["type"] == "FleetError"

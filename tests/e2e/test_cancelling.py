@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from service import runner
-from service.jobrecord import JobState
-from service.jobs import CancelRequested
-from service.sweeper import Sweeper
+from service.jobs.record import JobState
+from service.jobs.transitions import CancelRequested
+from service.running import runner
+from service.running.sweeper import Sweeper
 from tests.checkpoints import write_checkpoint
 from tests.e2e.bench import Bench, KilledError, at_step, raising
 from tests.e2e.means import is_mean, nothing_at, submit

@@ -10,8 +10,8 @@ from uuid import uuid4
 import pytest
 import torch
 
-from service.driver import Driver
-from service.fleet_process import FleetSettings
+from service.cluster.driver import Driver
+from service.cluster.fleet_process import FleetSettings
 from tests.chaos.fault_proxy import FaultProxy
 from tests.chaos.faults import Fault, Kind, Request, Script
 from tests.checkpoints import fine_tune, llama_tensors, write_checkpoint

@@ -9,7 +9,7 @@ import pytest
 import redis
 import torch
 
-from service.jobrecord import JobState, new_job
+from service.jobs.record import JobState, new_job
 from service.recipe import parse_recipe
 from tests.e2e.bench import Bench, at_step
 from tests.e2e.means import SHARD_BYTES, is_mean, recipe

@@ -24,13 +24,13 @@ import pytest
 import torch
 
 from mergemill.stack import EmbeddedStack
-from service.jobrecord import JobRecord, JobState, new_job
-from service.jobstore import JobStore
-from service.plan import PlanOptions
+from service.cluster.warden import processes
+from service.jobs.jobstore import JobStore
+from service.jobs.record import JobRecord, JobState, new_job
+from service.planning.plan import PlanOptions
 from service.recipe import parse_recipe
-from service.scheduler import Scheduler
+from service.running.scheduler import Scheduler
 from service.settings import Settings
-from service.warden import processes
 from tests.checkpoints import fine_tune, llama_tensors, write_checkpoint
 from tests.e2e.bench import LocalDriver
 from tests.servers.keys import bearer
@@ -204,7 +204,7 @@ def victim_pid(rig: Rig, victim: str) -> int:
             return int(until(lambda: process_below(schedule, label), "no worker is at work"))
         case "ray driver":
             # The warden has the same words on its command line, and is its parent.
-            return int(until(lambda: process_below(schedule, b"service.fleet"), "no driver is there"))
+            return int(until(lambda: process_below(schedule, b"service.cluster.fleet"), "no driver is there"))
         case _:
             return rig.stack.pids[victim]
 

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 import redis
 
-from service.jobrecord import JobState
+from service.jobs.record import JobState
 from tests.e2e.bench import JOB_CHANGES, Bench, KilledError, Steps, at_step, raising
 from tests.e2e.overwriting import PREPARATIONS, SHARD_BYTES, content, recipe
 from workers.store import fence

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from service.jobrecord import JobRecord, JobState
+from service.jobs.record import JobRecord, JobState
 from tests.e2e.bench import Bench
 from tests.e2e.means import is_mean, submit
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from service.jobrecord import JobState
-from service.jobs import CancelRequested
+from service.jobs.record import JobState
+from service.jobs.transitions import CancelRequested
 from tests.checkpoints import fine_tune, write_checkpoint
 from tests.e2e.bench import Bench, KilledError, Steps, at_step, raising
 from tests.e2e.means import is_mean, nothing_at, submit

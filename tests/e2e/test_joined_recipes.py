@@ -18,7 +18,7 @@ import tokenizers
 import torch
 from safetensors.torch import load_file
 
-from service.driver import Driver
+from service.cluster.driver import Driver
 from tests.adapters import PREFIX, factors, write_adapter
 from tests.checkpoints import (
     Tensors,

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import redis
 
-from service.jobrecord import JobState
-from service.recovery import Recovery
+from service.jobs.record import JobState
+from service.running.recovery import Recovery
 from tests.e2e.bench import Bench, KilledError, Steps
 from tests.e2e.lost import killed, lose, recovered, submit
 from tests.e2e.overwriting import content

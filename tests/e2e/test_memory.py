@@ -18,9 +18,9 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from service.driver import Driver
-from service.fleet_process import FleetSettings
-from service.price import BASELINE_BYTES
+from service.cluster.driver import Driver
+from service.cluster.fleet_process import FleetSettings
+from service.planning.price import BASELINE_BYTES
 from tests.servers.service import running_service
 
 pytestmark = [pytest.mark.valkey, pytest.mark.ray]

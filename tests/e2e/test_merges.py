@@ -13,8 +13,8 @@ import torch
 import yaml
 from safetensors import safe_open
 
-from service.driver import Driver
-from service.fleet_process import FleetSettings
+from service.cluster.driver import Driver
+from service.cluster.fleet_process import FleetSettings
 from tests.checkpoints import (
     edge_tensors,
     fine_tune,

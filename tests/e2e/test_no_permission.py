@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
-from service.driver import Driver
+from service.cluster.driver import Driver
 from tests.checkpoints import fine_tune, llama_tensors, write_checkpoint
 from tests.servers.rgw_fixtures import client_of, make_bucket
 from tests.servers.service import RunningService, running_service

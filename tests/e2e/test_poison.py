@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from service.dispatch import Dispatcher, Need, Node
-from service.driver import TaskRequest
-from service.jobrecord import JobState
+from service.cluster.dispatch import Dispatcher, Need, Node
+from service.cluster.driver import TaskRequest
+from service.jobs.record import JobState
 from tests.e2e.bench import Bench, LocalDriver
 from tests.e2e.means import is_mean, nothing_at, submit
 from workers.errors import FleetError
@@ -23,7 +23,7 @@ POISON = "model.norm.weight"
 
 
 class Dying(LocalDriver):
-    """A cluster whose workers die of the part with the poison, as :mod:`service.fleet` sees it."""
+    """A cluster whose workers die of the part with the poison, as :mod:`service.cluster.fleet` sees it."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from service.jobrecord import JobState
+from service.jobs.record import JobState
 from tests.checkpoints import read_checkpoint
 from tests.e2e.bench import Bench, Steps
 from tests.e2e.overwriting import INDEX, PREPARATIONS, SHARD_BYTES, content, recipe, same_layout

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from service.jobrecord import JobState
-from service.jobs import CancelRequested
+from service.jobs.record import JobState
+from service.jobs.transitions import CancelRequested
 from tests.checkpoints import fine_tune, llama_tensors, write_checkpoint
 from tests.e2e.bench import Bench, Steps
 from workers.store import StoreSettings, join

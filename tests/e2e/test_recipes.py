@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 
-from service.driver import Driver
+from service.cluster.driver import Driver
 from tests.checkpoints import (
     Tensors,
     fine_tune,

@@ -12,10 +12,10 @@ import redis
 from typer.testing import CliRunner, Result
 
 from mergemill import cli
-from service.claim import read_claim
-from service.jobrecord import JobState
+from service.jobs.record import JobState
 from service.keys import Scope, new_key
 from service.keystore import KeyStore
+from service.running.claim import read_claim
 from tests.e2e.bench import Bench
 from tests.e2e.lost import killed, lose, recovered, submit
 from tests.e2e.overwriting import INDEX, content

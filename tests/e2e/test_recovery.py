@@ -11,9 +11,9 @@ import pytest
 import redis
 import torch
 
-from service.jobrecord import JobRecord, JobState
-from service.jobs import CancelRequested
-from service.runner import MAX_OUTAGES
+from service.jobs.record import JobRecord, JobState
+from service.jobs.transitions import CancelRequested
+from service.running.runner import MAX_OUTAGES
 from tests.checkpoints import fine_tune, write_checkpoint
 from tests.e2e.bench import Bench, KilledError, Steps, at_step, raising
 from tests.e2e.means import SHARD_BYTES, is_mean, nothing_at, submit

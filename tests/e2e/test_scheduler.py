@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from service.jobrecord import JobState, new_job
-from service.jobstore import JobStore
-from service.scheduler import Scheduler
+from service.jobs.jobstore import JobStore
+from service.jobs.record import JobState, new_job
+from service.running.scheduler import Scheduler
 from service.settings import Settings
 from tests.e2e.bench import LocalDriver
 

@@ -14,9 +14,9 @@ import redis
 import structlog
 import torch
 
-from service import logs
-from service.driver import Driver
+from service.cluster.driver import Driver
 from service.valkey import EmbeddedValkey
+from service.watching import logs
 from tests.checkpoints import fine_tune, llama_tensors, write_checkpoint
 from tests.servers.moto import running_moto
 from tests.servers.rgw_fixtures import client_of, make_bucket

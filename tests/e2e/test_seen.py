@@ -16,11 +16,11 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from api.app import create_app
-from service import metrics
-from service.driver import Driver
-from service.jobstore import JobStore
-from service.scheduler import Scheduler
+from service.cluster.driver import Driver
+from service.jobs.jobstore import JobStore
+from service.running.scheduler import Scheduler
 from service.settings import Settings
+from service.watching import metrics
 from tests.api.conftest import serving
 from tests.checkpoints import fine_tune, llama_tensors, write_checkpoint
 from tests.e2e.bench import LocalDriver

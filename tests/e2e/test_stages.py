@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import redis
 
-from service.commit import Output, for_ever
-from service.jobrecord import JobRecord, JobState
-from service.jobs import CancelRequested
-from service.retention import Retention
+from service.jobs.record import JobRecord, JobState
+from service.jobs.transitions import CancelRequested
+from service.running.commit import Output, for_ever
+from service.running.retention import Retention
 from tests.checkpoints import read_checkpoint
 from tests.e2e.bench import Bench, Steps, at_step
 from tests.e2e.lost import killed, lose, recovered

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from service import metrics
-from service.jobrecord import JobRecord, JobState
+from service.jobs.record import JobRecord, JobState
+from service.watching import metrics
 from tests.chaos.fault_proxy import FaultProxy
 from tests.chaos.faults import Calm, Fault, Kind, Script, Storm
 from tests.checkpoints import fine_tune, llama_tensors, write_checkpoint

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from service.jobrecord import JobState
+from service.jobs.record import JobState
 from tests.checkpoints import Tensors, read_checkpoint, write_checkpoint
 from tests.e2e.bench import Bench, Steps
 from workers.methods import METHODS

@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from service import metrics
-from service.claim import Claim
-from service.jobrecord import JobState
-from service.jobs import CancelRequested
-from service.sweeper import Sweeper
-from service.sweepstore import SweepStore
+from service.jobs.record import JobState
+from service.jobs.sweepstore import SweepStore
+from service.jobs.transitions import CancelRequested
+from service.running.claim import Claim
+from service.running.sweeper import Sweeper
+from service.watching import metrics
 from tests.e2e.bench import Bench, KilledError, Steps, at_step, raising
 from tests.e2e.means import is_mean, nothing_at, submit
 from workers.errors import JobNotFoundError, StoreUnavailableError
@@ -150,7 +150,7 @@ def test_old_records_are_forgotten_and_outputs_stay(
     assert bench.run(old).state == JobState.SUCCEEDED
     assert sweeper(bench).sweep()
     assert bench.jobs.get(old)
-    monkeypatch.setattr("service.retention.SOONEST_S", 0.0)
+    monkeypatch.setattr("service.running.retention.SOONEST_S", 0.0)
     before = count("record")
     assert sweeper(bench, retention_seconds=1e-6).sweep()
     with pytest.raises(JobNotFoundError):

@@ -10,11 +10,11 @@ import torch
 from standardwebhooks import Webhook as Verifier
 
 from mergemill import Client, Job
-from service.courier import Courier
-from service.jobrecord import new_job
+from service.jobs.record import new_job
 from service.settings import Settings
-from service.webhooks import Webhook
-from service.webhookstore import WebhookStore
+from service.webhooks.courier import Courier
+from service.webhooks.store import WebhookStore
+from service.webhooks.webhooks import Webhook
 from tests.checkpoints import fine_tune, write_checkpoint
 from tests.servers.receiver import Receiver
 from tests.servers.service import RunningService
@@ -57,7 +57,7 @@ def test_a_merge_that_fails_tells_its_webhook(service: RunningService, tmp_path:
         record = new_job(
             {"merge_method": "linear", "models": models}, (tmp_path / "out").as_uri(), options, time.time()
         )
-        service.jobs.create(record, None, Webhook(receiver.url, ("failed",), SECRET))
+        service.jobs.transitions.create(record, None, Webhook(receiver.url, ("failed",), SECRET))
         (got,) = receiver.wait_for(1, 60)
         body = Verifier(SECRET).verify(got.body, got.headers)
     assert (body["type"], body["data"]["job"]) == ("merge.failed", record.id)

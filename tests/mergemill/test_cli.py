@@ -19,7 +19,7 @@ from typer.testing import CliRunner, Result
 from mergemill import Client, cli, keys, session
 from mergemill.arguments import BOUNDS
 from mergemill.stack import FILE_ROOTS, child_environment
-from service.plan import PlanOptions
+from service.planning.plan import PlanOptions
 from service.settings import Settings
 from tests.checkpoints import write_checkpoint
 from workers.methods import METHODS
@@ -366,7 +366,7 @@ def test_what_works_for_others_uses_no_directory_that_is_not_named(
     given: str | None, roots: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[Settings] = []
-    monkeypatch.setattr("service.scheduler.main", lambda settings, _: seen.append(settings))
+    monkeypatch.setattr("service.running.scheduler.main", lambda settings, _: seen.append(settings))
     assert run("schedule", env={"MERGEMILL_STORE__FILE_ROOTS": given} if given else {}).exit_code == 0
     assert [settings.store.file_roots for settings in seen] == [roots]
     monkeypatch.setattr("api.app.create_app", lambda settings: seen.append(settings) or sys.exit(9))

@@ -16,9 +16,9 @@ import uvicorn
 from api.app import create_app
 from api.server import Server
 from mergemill import Client, Job
-from service.jobrecord import JobState
-from service.jobs import CommitStarted, Event, Failed, PlanningStarted, Succeeded
-from service.jobstore import JobStore
+from service.jobs.jobstore import JobStore
+from service.jobs.record import JobState
+from service.jobs.transitions import CommitStarted, Event, Failed, PlanningStarted, Succeeded
 from service.settings import Settings
 from tests.servers.keys import make_key
 from tests.service.job_steps import ALL_COMPLETE, PATHS, TO_RUNNING, fresh

@@ -16,8 +16,8 @@ import pytest
 from api.app import create_app
 from mergemill import Client, Event, Job
 from mergemill.events import NoStreamError, messages
-from service.jobrecord import JobState
-from service.jobstore import JobStore
+from service.jobs.jobstore import JobStore
+from service.jobs.record import JobState
 from service.settings import Settings
 from tests.api.conftest import serving
 from tests.service.held_jobs import claimed

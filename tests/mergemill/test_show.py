@@ -12,7 +12,7 @@ from rich.console import Console
 from mergemill import show
 from mergemill.jobs import Job
 from mergemill.show import byte_progress, error_lines, job_lines, job_progress, price_table, state_text
-from service.jobprogress import Progress
+from service.jobs.progress import Progress
 from workers.errors import JobFailedError, PlanError, RecipeError, StoreError
 
 pytestmark = pytest.mark.fast

@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from mergemill import Client
 from mergemill.children import Child
 from mergemill.stack import EmbeddedStack
-from service import warden
+from service.cluster import warden
 from tests.checkpoints import write_checkpoint
 from tests.processes import running
 from workers.errors import StackError, UnauthenticatedError

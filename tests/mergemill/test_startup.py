@@ -23,7 +23,7 @@ def test_help_is_quick_and_loads_nothing_big() -> None:
 
 def test_who_only_serves_and_plans_loads_no_torch() -> None:
     code = (
-        "import sys, api.app, service.scheduler;"
+        "import sys, api.app, service.running.scheduler;"
         "big = {'torch', 'numba', 'ray'} & set(sys.modules); sys.exit(f'loaded {big}' if big else 0)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

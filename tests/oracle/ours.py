@@ -12,10 +12,10 @@ from pathlib import Path
 
 import yaml
 
-from service.plan import PlanOptions
-from service.planning import plan_recipe
+from service.planning.plan import PlanOptions
+from service.planning.planner import plan_recipe
 from service.recipe import parse_documents
-from service.sidecars import adapter_config_json, config_json
+from service.running.sidecars import adapter_config_json, config_json
 from tests.oracle.cases import Recipe
 from tests.workers.execute import run
 from workers.store.local import LocalStore

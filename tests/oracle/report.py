@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from functools import reduce
 from operator import add
 
-from service.plan import SEMANTICS_VERSION
+from service.planning.plan import SEMANTICS_VERSION
 from tests.oracle.adapters import Merged, adapter_table
 from tests.oracle.architectures import Opened, architecture_table
 from tests.oracle.cases import Case

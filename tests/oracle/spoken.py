@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
-from service.pairing import pair
-from service.plan import PlanOptions
-from service.planning import plan_recipe
+from service.planning.pairing import pair
+from service.planning.plan import PlanOptions
+from service.planning.planner import plan_recipe
 from service.recipe import parse_recipe
 from service.recipe.resolve import Resolver
 from tests.checkpoints import Tensors, read_checkpoint

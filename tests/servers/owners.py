@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from pathlib import Path
 
-from service.warden import processes
+from service.cluster.warden import processes
 
 
 def owner_of(port: int) -> int:

@@ -29,7 +29,7 @@ class RayCluster:
     """
 
     def __init__(self, *, nodes: int, cpus: int = 1, memory_bytes: int = 1 << 30) -> None:
-        warden = [sys.executable, "-m", "service.warden", str(os.getpid()), "--"]
+        warden = [sys.executable, "-m", "service.cluster.warden", str(os.getpid()), "--"]
         cluster = [sys.executable, "-m", "tests.servers.ray_nodes", str(nodes), str(cpus), str(memory_bytes)]
         self._process = subprocess.Popen(
             [*warden, *cluster],

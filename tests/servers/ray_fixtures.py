@@ -7,8 +7,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from service.driver import Driver
-from service.fleet_process import FleetSettings
+from service.cluster.driver import Driver
+from service.cluster.fleet_process import FleetSettings
 from tests.servers.ray_cluster import RayCluster
 from workers.errors import FleetError
 

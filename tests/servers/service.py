@@ -22,9 +22,9 @@ import uvicorn
 from api.app import create_app
 from api.server import Server
 from mergemill.credentials import BearerAuth
-from service.driver import Driver
-from service.jobstore import JobStore
-from service.scheduler import Scheduler
+from service.cluster.driver import Driver
+from service.jobs.jobstore import JobStore
+from service.running.scheduler import Scheduler
 from service.settings import Settings
 from tests.servers.keys import make_key
 from workers.store import StoreSettings

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 import redis
 
-from service.jobstore import JobStore
+from service.jobs.jobstore import JobStore
 from service.valkey import EmbeddedValkey
 from workers.errors import JobStoreUnavailableError
 

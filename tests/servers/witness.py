@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from service.driver import Capacity, Driver, TaskRequest
+from service.cluster.driver import Capacity, Driver, TaskRequest
 from workers import entry
 from workers.errors import MergemillError
 
@@ -37,7 +37,7 @@ class Batch:
 
 
 class Witness:
-    """A :class:`service.driver.Driver` on this machine whose parts are made by so many processes at once.
+    """A :class:`service.cluster.driver.Driver` on this machine whose parts are made by so many processes at once.
 
     Tasks go out in streams, as they always do. No process begins with its first batch of parts before the others are
     there with theirs: without that, one that is quick leaves nothing to one that is still starting.

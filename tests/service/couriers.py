@@ -7,13 +7,13 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from service.courier import Courier
-from service.jobs import CancelRequested
-from service.jobstore import JobStore, Lease
+from service.jobs.jobstore import JobStore, Lease
+from service.jobs.transitions import CancelRequested
 from service.settings import Settings
-from service.webhook_http import post
-from service.webhooks import Backoff, Delivery, Webhook
-from service.webhookstore import WebhookStore
+from service.webhooks.courier import Courier
+from service.webhooks.posting import post
+from service.webhooks.store import WebhookStore
+from service.webhooks.webhooks import Backoff, Delivery, Webhook
 from tests.service.job_steps import fresh
 
 SECRET = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"

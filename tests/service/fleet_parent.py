@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import sys
 
-from service.driver import Driver, TaskRequest
-from service.fleet_process import FleetSettings
+from service.cluster.driver import Driver, TaskRequest
+from service.cluster.fleet_process import FleetSettings
 
 
 def main() -> None:

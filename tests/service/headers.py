@@ -6,8 +6,8 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from service.checkpoint import Checkpoint, StoredTensor
-from service.pairing import Inputs
+from service.planning.checkpoint import Checkpoint, StoredTensor
+from service.planning.pairing import Inputs
 from service.recipe import Recipe, parse_recipe
 from workers.task import DTYPE_BYTES, TensorRef
 

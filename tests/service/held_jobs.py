@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import time
 
-from service.jobrecord import JobRecord
-from service.jobs import Event
-from service.jobstore import JobStore, Lease
+from service.jobs.jobstore import JobStore, Lease
+from service.jobs.record import JobRecord
+from service.jobs.transitions import Event
 from tests.service.job_steps import fresh
 
 

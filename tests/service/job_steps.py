@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 
-from service.jobrecord import JobRecord, JobState, new_job
-from service.jobs import (
+from service.jobs.record import JobRecord, JobState, new_job
+from service.jobs.transitions import (
     Cancelled,
     CancelRequested,
     CommitStarted,

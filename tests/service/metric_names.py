@@ -7,9 +7,9 @@ from functools import cache
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from service import metrics
-from service.deployment import Deployment
-from service.driver import Capacity
+from service.cluster.driver import Capacity
+from service.watching import metrics
+from service.watching.deployment import Deployment
 
 
 @dataclass

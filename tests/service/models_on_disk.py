@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from service.plan import PlanOptions
-from service.planning import Planned, plan_recipe
+from service.planning.plan import PlanOptions
+from service.planning.planner import Planned, plan_recipe
 from service.recipe import parse_recipe
 from tests.checkpoints import llama_tensors
 from workers.store.local import LocalStore

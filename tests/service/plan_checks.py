@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from itertools import groupby, pairwise
 
-from service.checkpoint import TIED_NAMES
-from service.plan import Plan, PlanOptions, Shard
-from service.price import MAX_PARTS, MIN_PART_BYTES, part_peak_bytes, survey_peak_bytes
+from service.planning.checkpoint import TIED_NAMES
+from service.planning.plan import Plan, PlanOptions, Shard
+from service.planning.price import MAX_PARTS, MIN_PART_BYTES, part_peak_bytes, survey_peak_bytes
 from service.recipe import Recipe
 from tests.service.headers import Spec
 from workers.binding import bind

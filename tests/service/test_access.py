@@ -12,7 +12,7 @@ import pytest
 
 from service.access import ConfinedStore, confine, grant, is_within, size_problems
 from service.keys import HUB, Access, ApiKey, Limits, Scope, new_key
-from service.price import Price
+from service.planning.price import Price
 from workers.errors import ForbiddenError, ObjectChangedError
 from workers.store import Stores, open_stores
 from workers.store.base import ObjectInfo, ObjectStore, Upload

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from service.addresses import Destinations, is_public
+from service.webhooks.addresses import Destinations, is_public
 
 pytestmark = pytest.mark.fast
 

@@ -14,16 +14,16 @@ import pytest
 import redis
 from standardwebhooks import Webhook as Verifier
 
-from service import courier as couriers
-from service import webhookstore
-from service.courier import Courier
-from service.jobrecord import JobState
-from service.jobstore import JobStore
+from service.jobs.jobstore import JobStore
+from service.jobs.record import JobState
 from service.settings import Settings
 from service.valkey import EmbeddedValkey
-from service.webhook_http import Answer, post
-from service.webhooks import MAX_TRIES, Try
-from service.webhookstore import Claim, WebhookStore
+from service.webhooks import courier as couriers
+from service.webhooks import store as webhookstore
+from service.webhooks.courier import Courier
+from service.webhooks.posting import Answer, post
+from service.webhooks.store import Claim, WebhookStore
+from service.webhooks.webhooks import MAX_TRIES, Try
 from tests.servers.receiver import Receiver, closes, status
 from tests.servers.redis_proxy import AnswerLosingProxy
 from tests.service.couriers import FAST, SECRET, cancelled, courier, ended, job, until

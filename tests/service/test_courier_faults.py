@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
-from service import courier as couriers
-from service.jobstore import JobStore
+from service.jobs.jobstore import JobStore
 from service.valkey import EmbeddedValkey
-from service.webhooks import Backoff
-from service.webhookstore import WebhookStore
+from service.webhooks import courier as couriers
+from service.webhooks.store import WebhookStore
+from service.webhooks.webhooks import Backoff
 from tests.servers.receiver import Receiver, status
 from tests.service.couriers import cancelled, courier, ended, until
 
@@ -35,9 +35,9 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
 KILLED = """
 import os, signal, sys
 from types import SimpleNamespace  # for settings, whose import takes seconds
-from service.addresses import Destinations
-from service.courier import Courier
-from service.webhookstore import WebhookStore
+from service.webhooks.addresses import Destinations
+from service.webhooks.courier import Courier
+from service.webhooks.store import WebhookStore
 
 settings = SimpleNamespace(webhook_secret=None, webhook_destinations=Destinations.parse(["127.0.0.1"]))
 

@@ -8,13 +8,13 @@ from dataclasses import dataclass, replace
 
 import pytest
 
-from service.deployment import Deployment, Heartbeat, View
-from service.driver import Capacity
-from service.heartbeat import BEATS_PER_LIFE, Heart
-from service.jobrecord import JobState, created_at_ms, new_job, new_job_id
-from service.jobs import CancelRequested
-from service.jobstore import JobStore
+from service.cluster.driver import Capacity
+from service.jobs.jobstore import JobStore
+from service.jobs.record import JobState, created_at_ms, new_job, new_job_id
+from service.jobs.transitions import CancelRequested
 from service.settings import Settings
+from service.watching.deployment import Deployment, Heartbeat, View
+from service.watching.heartbeat import BEATS_PER_LIFE, Heart
 from workers.errors import JobStoreUnavailableError
 
 pytestmark = pytest.mark.valkey

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from service.depth import with_depths
-from service.pairing import Slicing
+from service.planning.depth import with_depths
+from service.planning.pairing import Slicing
 from tests.service.headers import checkpoint
 
 pytestmark = pytest.mark.fast

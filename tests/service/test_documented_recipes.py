@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from service.plan import PlanOptions
-from service.planning import plan_recipe
+from service.planning.plan import PlanOptions
+from service.planning.planner import plan_recipe
 from service.recipe import parse_yaml
-from service.sidecars import config_json
+from service.running.sidecars import config_json
 from tests.checkpoints import Tensors, fine_tune, llama_config, llama_tensors, write_checkpoint
 from tests.workers.execute import run
 from tests.workers.merges import opened

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from service.driver import Capacity, Driver, TaskRequest
-from service.fleet_process import FleetSettings
-from service.warden import processes
+from service.cluster.driver import Capacity, Driver, TaskRequest
+from service.cluster.fleet_process import FleetSettings
+from service.cluster.warden import processes
 from workers.errors import FleetError
 from workers.task import JSONValue
 

@@ -10,11 +10,17 @@ from typing import Any
 import pytest
 import redis
 
-from service import jobstore
-from service.events import CHANGES, JobEvent, last_event, read_event, read_id, telling
-from service.jobrecord import JobState
-from service.jobs import CancelRequested, CommitStarted, PlanningStarted, Restarted, advance
-from service.jobstore import JobStore
+from service.jobs import jobstore
+from service.jobs.events import CHANGES, JobEvent, last_event, read_event, read_id, telling
+from service.jobs.jobstore import JobStore
+from service.jobs.record import JobState
+from service.jobs.transitions import (
+    CancelRequested,
+    CommitStarted,
+    PlanningStarted,
+    Restarted,
+    advance,
+)
 from service.valkey import EmbeddedValkey
 from tests.servers.redis_proxy import AnswerLosingProxy
 from tests.service.held_jobs import claimed, lose

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from service.driver import Driver, TaskRequest
-from service.fleet_process import FleetSettings
-from service.warden import processes
+from service.cluster.driver import Driver, TaskRequest
+from service.cluster.fleet_process import FleetSettings
+from service.cluster.warden import processes
 from tests.servers.ray_cluster import ROOT, RayCluster
 from workers.errors import AccessDeniedError, FleetError, NonFiniteError, PlanError
 from workers.task import JSONValue
@@ -235,7 +235,9 @@ def test_workers_get_one_thread_and_a_frugal_heap(driver: Driver) -> None:
     assert found == {"OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "2", "MALLOC_MMAP_THRESHOLD_": "2097152"}
 
 
-@pytest.mark.parametrize("victim", ["service.fleet", "gcs/gcs_server", "raylet/raylet", "service.warden"])
+@pytest.mark.parametrize(
+    "victim", ["service.cluster.fleet", "gcs/gcs_server", "raylet/raylet", "service.cluster.warden"]
+)
 def test_the_child_and_its_ray_can_die(driver: Driver, tmp_path: Path, gate: Path, victim: str) -> None:
     """What was finished is not done again; what was not, is; nothing is left of the Ray that was."""
     finished = tmp_path / "finished"
@@ -244,7 +246,7 @@ def test_the_child_and_its_ray_can_die(driver: Driver, tmp_path: Path, gate: Pat
     waiting = [submit(driver, "square", number) for number in range(8)]
     restarts, old = driver.restarts, driver.pid
     assert old is not None
-    pid = old if victim == "service.warden" else below(old, victim)
+    pid = old if victim == "service.cluster.warden" else below(old, victim)
     os.kill(pid, signal.SIGKILL)
     wait_until(lambda: len(lines(held.notes)) == 2, 60)
     gate.touch()
@@ -271,7 +273,7 @@ def test_nothing_outlives_a_killed_parent(tmp_path: Path, gate: Path) -> None:
         wait_until(lambda: lines(notes))
         worker = int(lines(notes)[0].split()[0])
         assert worker in session(leader)
-        os.kill(below(leader, "service.fleet"), signal.SIGKILL)
+        os.kill(below(leader, "service.cluster.fleet"), signal.SIGKILL)
         parent.kill()
     wait_until(lambda: not session(leader), 10)
     assert not Path(f"/proc/{worker}").exists()

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from service.fleet_directory import fleet_directory
-from service.warden import processes
+from service.cluster.fleet_directory import fleet_directory
+from service.cluster.warden import processes
 from tests.processes import running
 
 
@@ -32,7 +32,7 @@ def test_it_is_short_enough_for_rays_sockets(depth: int) -> None:
 OWNER = """
 import subprocess, sys, time
 from pathlib import Path
-from service.fleet_directory import fleet_directory
+from service.cluster.fleet_directory import fleet_directory
 with fleet_directory(Path(sys.argv[1])) as made:
     sleep = "echo here >&2; sleep 60 & sleep 60"
     log = (made / "log").open("w")
@@ -104,7 +104,7 @@ def test_who_reads_the_logs_of_the_dead_is_left_alone() -> None:
 SWEEPER = """
 import os, sys, time
 from pathlib import Path
-from service.fleet_directory import fleet_directory
+from service.cluster.fleet_directory import fleet_directory
 leader = os.getsid(0)
 while Path(f"/proc/{leader}/stat").exists() and " Z " not in Path(f"/proc/{leader}/stat").read_text():
     time.sleep(0.01)

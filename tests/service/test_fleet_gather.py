@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from service import fleet
+from service.cluster import fleet
 from tests.service.test_fleet import TASKS
 
 GATHER_S = 0.2

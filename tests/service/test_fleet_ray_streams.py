@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from service.driver import Driver, TaskRequest
+from service.cluster.driver import Driver, TaskRequest
 from tests.service.test_fleet import below, lines, wait_until
 from workers.errors import AccessDeniedError, FleetError, PlanError
 from workers.task import JSONValue
@@ -251,7 +251,7 @@ def test_a_stream_survives_rays_driver(streams: Streams) -> None:
     assert streams.results(range(SIZE, 64)) == names(range(SIZE, 64))
     leader = streams.driver.pid
     assert leader is not None
-    os.kill(below(leader, "service.fleet"), signal.SIGKILL)
+    os.kill(below(leader, "service.cluster.fleet"), signal.SIGKILL)
     wait_until(lambda: streams.begun()[3] == 2, 60)
     streams.gate.touch()
     assert streams.results(range(64)) == names(range(64))

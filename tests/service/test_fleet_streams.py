@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from service.dispatch import Batch, Dispatcher, Need, Node, Policy
+from service.cluster.dispatch import Batch, Dispatcher, Need, Node, Policy
 
 pytestmark = pytest.mark.fast
 

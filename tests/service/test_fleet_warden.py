@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from service.warden import kill_session, processes
+from service.cluster.warden import kill_session, processes
 from tests.processes import running
 
-WARDEN = [sys.executable, "-m", "service.warden"]
+WARDEN = [sys.executable, "-m", "service.cluster.warden"]
 LITTER = "(setsid sleep 60 & sleep 60 & (sleep 60 &));"
 """Leaves children, orphans, and a process in a session of its own."""
 

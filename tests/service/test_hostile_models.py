@@ -15,10 +15,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service import checkpoint as limits
-from service import opening, planning
-from service.checkpoint import is_copied, parse_index, shard_uri
-from service.opening import open_checkpoint
+from service.planning import checkpoint as limits
+from service.planning import opening
+from service.planning import planner as planning
+from service.planning.checkpoint import is_copied, parse_index, shard_uri
+from service.planning.opening import open_checkpoint
 from tests.checkpoints import INDEX, SINGLE, write_checkpoint
 from tests.fuzzing import fuzzed
 from tests.service.models_on_disk import planned

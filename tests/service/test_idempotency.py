@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from service.idempotency import MAX_KEY_CHARS, once, read_key
+from service.jobs.idempotency import MAX_KEY_CHARS, once, read_key
 from workers.errors import IdempotencyKeyError
 
 pytestmark = pytest.mark.fast

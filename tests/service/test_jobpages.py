@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service.jobpages import page_of, read_cursor, write_cursor
-from service.jobrecord import JobState, new_job_id
-from service.jobs import Cancelled, CancelRequested
-from service.jobstore import JobStore
+from service.jobs.jobstore import JobStore
+from service.jobs.pages import page_of, read_cursor, write_cursor
+from service.jobs.record import JobState, new_job_id
+from service.jobs.transitions import Cancelled, CancelRequested
 from tests.service.job_steps import TO_RUNNING, fresh, part
 from workers.errors import CursorError
 

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from service.jobrecord import HISTORY_LIMIT, JOB_ID, JobRecord, JobState, new_job, new_job_id
-from service.jobs import (
+from service.jobs.record import HISTORY_LIMIT, JOB_ID, JobRecord, JobState, new_job, new_job_id
+from service.jobs.transitions import (
     DETAIL_CHARS,
     Cancelled,
     CancelRequested,

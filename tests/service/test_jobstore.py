@@ -8,9 +8,10 @@ from collections.abc import Callable
 import pytest
 import redis
 
-from service import jobstore
-from service.jobrecord import JobState, new_job_id
-from service.jobs import (
+from service.jobs import jobstore
+from service.jobs.jobstore import JobStore
+from service.jobs.record import JobState, new_job_id
+from service.jobs.transitions import (
     Cancelled,
     CancelRequested,
     CommitStarted,
@@ -19,7 +20,6 @@ from service.jobs import (
     Restarted,
     UploadsOpened,
 )
-from service.jobstore import JobStore
 from tests.service.held_jobs import claimed, lose
 from tests.service.job_steps import ERROR, PATHS, PLANNED, TO_COMMITTING, TO_RUNNING, UPLOADS, fresh, part
 from workers.errors import (

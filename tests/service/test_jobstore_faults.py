@@ -16,9 +16,10 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from service import jobstore
-from service.jobrecord import JobState
-from service.jobs import (
+from service.jobs import jobstore
+from service.jobs.jobstore import JobStore, Lease
+from service.jobs.record import JobState
+from service.jobs.transitions import (
     Cancelled,
     CancelRequested,
     CommitStarted,
@@ -28,7 +29,6 @@ from service.jobs import (
     ShardCompleted,
     UploadsOpened,
 )
-from service.jobstore import JobStore, Lease
 from service.valkey import EmbeddedValkey
 from tests.processes import running as process
 from tests.servers.redis_proxy import AnswerLosingProxy
@@ -145,8 +145,8 @@ def test_a_part_recorded_by_many_counts_once(job_store: JobStore) -> None:
 
 OWNER = """
 import itertools, json, sys
-from service.jobs import CommitStarted, Failed
-from service.jobstore import JobStore
+from service.jobs.transitions import CommitStarted, Failed
+from service.jobs.jobstore import JobStore
 from tests.service.job_steps import TO_RUNNING, part
 from workers.errors import LeaseLostError
 

@@ -8,9 +8,9 @@ from collections.abc import Callable
 import pytest
 import redis
 
-from service.jobrecord import JobState
-from service.jobs import Cancelled, CancelRequested, CommitStarted, Failed
-from service.jobstore import JobStore, Lease
+from service.jobs.jobstore import JobStore, Lease
+from service.jobs.record import JobState
+from service.jobs.transitions import Cancelled, CancelRequested, CommitStarted, Failed
 from tests.service.held_jobs import claimed, lose
 from tests.service.job_steps import ERROR, PATHS, TO_RUNNING, fresh, part
 from workers.errors import LeaseLostError

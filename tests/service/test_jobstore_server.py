@@ -8,11 +8,11 @@ import time
 import pytest
 import redis
 
-from service import jobstore, queuescripts, sweepscripts
-from service.idempotency import once
-from service.jobs import Failed, PlanningStarted
-from service.jobstore import JobStore
-from service.sweepstore import SweepStore
+from service.jobs import jobstore, queuescripts, sweepscripts
+from service.jobs.idempotency import once
+from service.jobs.jobstore import JobStore
+from service.jobs.sweepstore import SweepStore
+from service.jobs.transitions import Failed, PlanningStarted
 from tests.service.held_jobs import claimed
 from tests.service.job_steps import ERROR, TO_RUNNING, fresh, part
 from workers.errors import JobStoreUnavailableError

@@ -14,8 +14,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service.checkpoint import PLAN_METADATA, Checkpoint, StoredTensor
-from service.known_digests import KnownDigests, blocks_of, written
+from service.planning.checkpoint import PLAN_METADATA, Checkpoint, StoredTensor
+from service.planning.known_digests import KnownDigests, blocks_of, written
 from workers.errors import CorruptReadError
 from workers.inputs import Inputs
 from workers.store import from_path, join

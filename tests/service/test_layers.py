@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from service.layers import is_before, main_stacks, stacks_of
+from service.planning.layers import is_before, main_stacks, stacks_of
 
 pytestmark = pytest.mark.fast
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from service.layout import pack
+from service.planning.layout import pack
 from workers.task import Arithmetic, CopyPiece, HeaderPiece, MergePiece, ModelInput, Part, Piece, TensorRef
 
 pytestmark = pytest.mark.fast

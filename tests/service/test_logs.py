@@ -12,8 +12,8 @@ import structlog
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service import logs
-from service.logs import configure
+from service.watching import logs
+from service.watching.logs import configure
 from workers.redaction import HIDDEN, hidden_text
 
 pytestmark = pytest.mark.fast

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from service.checkpoint import Checkpoint, StoredTensor
-from service.matching import Match, OutputTensor, match, needs_digest
+from service.planning.checkpoint import Checkpoint, StoredTensor
+from service.planning.matching import Match, OutputTensor, match, needs_digest
 from service.recipe import Recipe
 from tests.service.headers import Spec, checkpoint, inputs_of, recipe_of
 from workers.sources import Change

@@ -15,9 +15,9 @@ from prometheus_client import Histogram
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.registry import Collector
 
-from service import metrics
-from service.driver import Capacity
-from service.metrics_server import MetricsServer, may_read
+from service.cluster.driver import Capacity
+from service.watching import metrics
+from service.watching.metrics_server import MetricsServer, may_read
 from tests.service.job_steps import fresh
 from tests.service.metric_names import Fleet, every_metric
 from workers.store.retries import RETRIES

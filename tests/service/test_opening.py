@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from service.opening import open_checkpoint
+from service.planning.opening import open_checkpoint
 from tests.checkpoints import INDEX, SINGLE, llama_config, write_checkpoint
 from tests.service.models_on_disk import LLAMA, planned, shards_of
 from workers.errors import AccessDeniedError, ObjectNotFoundError, PlanError

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from service.matching import Match, match
-from service.plan import PlanOptions, draft_plan, make_plan
+from service.planning.matching import Match, match
+from service.planning.plan import PlanOptions, draft_plan, make_plan
 from service.recipe import Region, language, parse_recipe
 from service.recipe.regions import region_of
 from tests.service.headers import Spec, checkpoint, inputs_of, llama

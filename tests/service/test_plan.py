@@ -12,10 +12,10 @@ import pytest
 from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 
-from service.layout import GRAIN_ELEMENTS, PART_REFS
-from service.pairing import Inputs
-from service.plan import PLAN, Plan, PlanOptions, make_plan, plan_summary
-from service.price import (
+from service.planning.layout import GRAIN_ELEMENTS, PART_REFS
+from service.planning.pairing import Inputs
+from service.planning.plan import PLAN, Plan, PlanOptions, make_plan, plan_summary
+from service.planning.price import (
     BASELINE_BYTES,
     MAX_PARTS,
     MIN_PART_BYTES,

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from service.layout import PART_REFS
-from service.plan import Plan, PlanOptions, make_plan
-from service.price import BASELINE_BYTES, survey_peak_bytes
+from service.planning.layout import PART_REFS
+from service.planning.plan import Plan, PlanOptions, make_plan
+from service.planning.price import BASELINE_BYTES, survey_peak_bytes
 from tests.service.headers import Spec, alike, checkpoint, inputs_of, recipe_of
 from tests.service.plan_checks import check
 from workers.task import MergePiece

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from service.places import overlap
-from service.plan import PlanOptions
-from service.planning import examine, plan_recipe
+from service.planning.places import overlap
+from service.planning.plan import PlanOptions
+from service.planning.planner import examine, plan_recipe
 from service.recipe import parse_recipe
 from tests.adapters import factors, write_adapter
 from tests.checkpoints import SINGLE, write_checkpoint
@@ -183,7 +183,7 @@ def test_a_store_that_is_away_for_one_model_hides_nothing_of_the_others(family: 
 def test_buffers_that_could_not_be_compared_are_not_said_to_differ(
     family: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("service.planning.COMPARED_BYTES", 1)
+    monkeypatch.setattr("service.planning.planner.COMPARED_BYTES", 1)
     found = looked_at(family, "shaped", "counted")
     assert len(found) == 3
     assert "ids take no arithmetic" in found[1]

@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import pytest
 
-from service.labels import part_label
-from service.price import (
+from service.planning.labels import part_label
+from service.planning.price import (
     BASELINE_BYTES,
     DESCRIPTIONS,
     GPU_BASELINE_BYTES,

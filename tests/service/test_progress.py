@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from service.commit import Output
-from service.plan import Plan, PlanOptions, make_plan
-from service.progress import PAGE_PARTS, PREFIX, Progress
+from service.planning.plan import Plan, PlanOptions, make_plan
+from service.running.commit import Output
+from service.running.progress import PAGE_PARTS, PREFIX, Progress
 from tests.service.headers import alike, recipe_of
 from workers.store.local import LocalStore
 from workers.store.uris import from_path, join

@@ -13,12 +13,12 @@ import redis
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from service.jobrecord import JobRecord, JobState
-from service.jobs import Cancelled, CancelRequested, Failed, PlanningStarted
-from service.jobstore import JobStore, Lease
+from service.jobs.jobstore import JobStore, Lease
+from service.jobs.ownjobs import OwnJobs
+from service.jobs.record import JobRecord, JobState
+from service.jobs.transitions import Cancelled, CancelRequested, Failed, PlanningStarted
 from service.keys import Limits, Scope, new_key
 from service.keystore import KeyStore
-from service.ownjobs import OwnJobs
 from service.valkey import EmbeddedValkey
 from tests.service.job_steps import ERROR, PATHS, fresh
 from workers.errors import JobNotFoundError, TooManyRequestsError
@@ -189,7 +189,7 @@ def test_a_lost_answer_is_given_again_also_at_the_limit(
 ) -> None:
     queue(job_store, A)
     queue(job_store, A)
-    monkeypatch.setattr("service.jobstore.secrets.token_hex", lambda _: "epoch")
+    monkeypatch.setattr("service.jobs.jobstore.secrets.token_hex", lambda _: "epoch")
     first, again = claim(job_store, 1), claim(job_store, 1)
     assert first is not None
     assert first == again

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from service.places import resolve_model
+from service.planning.places import resolve_model
 from service.recipe import Recipe, Source, parse_recipe, parse_yaml
 from tests.fuzzing import fuzzed
 from tests.service.recipe_checks import problems, recipe

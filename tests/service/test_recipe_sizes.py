@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from service import yaml_text
+from service.planning.salvage import salvage
 from service.recipe import (
     MAX_DOCUMENTS,
     MAX_PLACES,
@@ -23,8 +23,8 @@ from service.recipe import (
     sizes,
     tokenizers,
     values,
+    yaml_text,
 )
-from service.salvage import salvage
 from service.vocabulary import filling, reading
 from tests.service.recipe_checks import recipe
 from workers.errors import RecipeError

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from service.jobrecord import JobState, new_job_id
-from service.jobs import CancelRequested
-from service.jobstore import JobStore
+from service.jobs.jobstore import JobStore
+from service.jobs.record import JobState, new_job_id
+from service.jobs.transitions import CancelRequested
 from tests.service.held_jobs import claimed, lose
 from tests.service.job_steps import PATHS, TO_RUNNING, part
 from workers.errors import ConflictError, LeaseLostError

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from service.retention import PAUSES_S, SOONEST_S, Retention
+from service.running.retention import PAUSES_S, SOONEST_S, Retention
 
 pytestmark = pytest.mark.fast
 

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from service.planning.salvage import salvage
 from service.recipe import Recipe, parse_documents, parse_recipe
-from service.salvage import salvage
 from workers.errors import RecipeError
 from workers.methods import METHODS
 

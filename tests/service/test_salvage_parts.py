@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service.plan import PlanOptions
-from service.planning import examine
+from service.planning.plan import PlanOptions
+from service.planning.planner import examine
+from service.planning.salvage import salvage
 from service.recipe import Recipe, parse_recipe
-from service.salvage import salvage
 from tests.checkpoints import llama_config, llama_tensors, write_checkpoint
 from workers.errors import RecipeError
 from workers.methods import METHODS

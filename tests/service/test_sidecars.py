@@ -13,9 +13,9 @@ import pytest
 import torch
 import yaml
 
-from service.plan import PlanOptions
+from service.planning.plan import PlanOptions
 from service.recipe import parse_documents, parse_yaml
-from service.sidecars import (
+from service.running.sidecars import (
     CONFIG,
     OutputFile,
     config_json,

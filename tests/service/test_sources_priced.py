@@ -7,9 +7,9 @@ from dataclasses import replace
 
 import pytest
 
-from service.layout import GRAIN_ELEMENTS, PART_REFS, Limits, held_by, pieces_of
-from service.matching import OutputTensor
-from service.price import (
+from service.planning.layout import GRAIN_ELEMENTS, PART_REFS, Limits, held_by, pieces_of
+from service.planning.matching import OutputTensor
+from service.planning.price import (
     DESCRIPTIONS,
     GPU_BASELINE_BYTES,
     MADE_BYTES,

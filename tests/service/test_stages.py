@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 import torch
 
-from service.checkpoint import Checkpoint
-from service.claim import Claim
-from service.commit import Output, for_ever
-from service.opening import open_checkpoint
-from service.plan import PLAN, PlanOptions
-from service.planning import Planned, examine, plan_recipe
+from service.planning.checkpoint import Checkpoint
+from service.planning.opening import open_checkpoint
+from service.planning.plan import PLAN, PlanOptions
+from service.planning.planner import Planned, examine, plan_recipe
 from service.recipe import parse_documents, parse_recipe
-from service.sidecars import config_json, manifest, model_card, tensor_blocks
+from service.running.claim import Claim
+from service.running.commit import Output, for_ever
+from service.running.sidecars import config_json, manifest, model_card, tensor_blocks
 from tests.checkpoints import fine_tune, llama_config, llama_tensors, write_checkpoint
 from tests.workers.execute import run
 from workers.errors import PlanError
@@ -285,13 +285,13 @@ def test_a_model_that_did_not_open_ends_planning_whoever_forgot_to_say_why(
     def silent(store: ObjectStore, uri: str) -> Checkpoint | None:
         return None if uri.endswith("/b") else open_checkpoint(store, uri)
 
-    monkeypatch.setattr("service.planning.open_checkpoint", silent)
+    monkeypatch.setattr("service.planning.planner.open_checkpoint", silent)
     recipe = documents(models, "linear", None)[0]
     for value in (recipe, [recipe, {"merge_method": "passthrough", "models": [{"model": "first"}]}]):
         outcome = examine(parse_documents(value), OPTIONS, LocalStore(), {})
         assert outcome.planned is None
         assert outcome.problems == (f"{models / 'b'}: could not be opened, and nothing says why",)
-    monkeypatch.setattr("service.planning.open_checkpoint", lambda store, uri: None)
+    monkeypatch.setattr("service.planning.planner.open_checkpoint", lambda store, uri: None)
     with pytest.raises(PlanError, match="could not be opened") as caught:
         plan([recipe])
     assert len(caught.value.problems) == 2

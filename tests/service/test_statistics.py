@@ -11,12 +11,12 @@ import torch
 from mergemill.recipes import localise
 from service.access import grant
 from service.keys import ApiKey, Limits, Scope
-from service.plan import PlanOptions
-from service.planning import Outcome, Planned, examine
-from service.price import BASELINE_BYTES, workspace_bytes
+from service.planning.plan import PlanOptions
+from service.planning.planner import Outcome, Planned, examine
+from service.planning.price import BASELINE_BYTES, workspace_bytes
+from service.planning.salvage import salvage
 from service.recipe import parse_recipe
-from service.salvage import salvage
-from service.sidecars import manifest, model_card
+from service.running.sidecars import manifest, model_card
 from tests.checkpoints import Tensors, write_checkpoint
 from workers.errors import ForbiddenError, PlanError, RecipeError
 from workers.store.local import LocalStore

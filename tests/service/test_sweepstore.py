@@ -9,13 +9,13 @@ from collections.abc import Iterator
 import pytest
 import redis
 
-from service.idempotency import once
-from service.jobrecord import JobState
-from service.jobs import Cancelled, CancelRequested, Event, Failed, PlanningStarted
-from service.jobstore import JobStore
-from service.sweepstore import SweepStore
-from service.webhooks import Webhook
-from service.webhookstore import WebhookStore
+from service.jobs.idempotency import once
+from service.jobs.jobstore import JobStore
+from service.jobs.record import JobState
+from service.jobs.sweepstore import SweepStore
+from service.jobs.transitions import Cancelled, CancelRequested, Event, Failed, PlanningStarted
+from service.webhooks.store import WebhookStore
+from service.webhooks.webhooks import Webhook
 from tests.service.held_jobs import claimed
 from tests.service.job_steps import ERROR, PATHS, TO_RUNNING, fresh, part
 from workers.errors import ConflictError, IllegalTransitionError, JobNotFoundError

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from service.plan import PlanOptions
-from service.planning import plan_recipe
+from service.planning.plan import PlanOptions
+from service.planning.planner import plan_recipe
 from service.recipe import parse_yaml
 from tests.checkpoints import write_checkpoint
 from tests.workers.execute import run

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from service import valkey
-from service.jobstore import JobStore
+from service.jobs.jobstore import JobStore
 from service.valkey import EmbeddedValkey, server_binary
 from tests.processes import running
 from tests.service.job_steps import fresh

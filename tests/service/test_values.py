@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service.layers import position
+from service.planning.layers import position
 from service.recipe import parse_recipe
 from service.recipe.resolve import Resolver, unused_filters
 from service.recipe.values import interpolate, leaves, setting_problems, value_of

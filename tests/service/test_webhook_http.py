@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from service import webhook_http
-from service.addresses import Destinations
-from service.webhook_http import Answer, post
+from service.webhooks import posting
+from service.webhooks.addresses import Destinations
+from service.webhooks.posting import Answer, post
 from tests.servers.receiver import Behaviour, Receiver, closes, drips, pours, speaks_nonsense, status
 
 LOOPBACK = Destinations.parse(["127.0.0.0/8", "::1"])
@@ -124,7 +124,7 @@ class TestAddresses:
     def test_of_several_addresses_only_public_ones_are_tried(self, monkeypatch: pytest.MonkeyPatch) -> None:
         tried = []
         addresses = ["10.0.0.1", "1.1.1.1", "169.254.169.254", "8.8.8.8"]
-        monkeypatch.setattr(webhook_http, "_resolve", lambda *_: addresses)
+        monkeypatch.setattr(posting, "_resolve", lambda *_: addresses)
 
         def connect(self: Any, host: str, *_: Any, **__: Any) -> Any:
             tried.append(host)
@@ -152,7 +152,7 @@ class TestAddresses:
 
 
 def test_certificates_are_checked() -> None:
-    context = webhook_http._tls()
+    context = posting._tls()
     assert (context.verify_mode, context.check_hostname) == (ssl.CERT_REQUIRED, True)
     with Receiver() as receiver:  # it speaks no TLS at all
         answer = post(receiver.url.replace("http:", "https:"), {}, b"", LOOPBACK, 5)

@@ -14,12 +14,12 @@ from hypothesis import strategies as st
 from standardwebhooks import Webhook as Verifier
 from standardwebhooks import WebhookVerificationError
 
-from service.addresses import Destinations
-from service.events import JobEvent
-from service.jobprogress import Progress
-from service.jobrecord import JobState
+from service.jobs.events import JobEvent
+from service.jobs.progress import Progress
+from service.jobs.record import JobState
 from service.settings import Settings
-from service.webhooks import (
+from service.webhooks.addresses import Destinations
+from service.webhooks.webhooks import (
     BACKOFF,
     EVENTS,
     MAX_TRIES,

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from service.plan import Plan, PlanOptions
-from service.planning import Planned, plan_recipe
+from service.planning.plan import Plan, PlanOptions
+from service.planning.planner import Planned, plan_recipe
 from service.recipe import parse_recipe
 from tests.checkpoints import Tensors, write_checkpoint
 from workers.binding import bind

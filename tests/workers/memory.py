@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from service.fleet_process import WORKER_ENV
+from service.cluster.fleet_process import WORKER_ENV
 from workers import entry
 from workers.kernels.cpu import prepare
 

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from safetensors import safe_open
 
-from service.plan import PlanOptions
+from service.planning.plan import PlanOptions
 from tests.checkpoints import Tensors
 from tests.workers.execute import MIB, Done, dyadic, plan, run
 from workers.random import keep_mask, mask_key

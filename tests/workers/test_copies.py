@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from service.plan import PlanOptions
+from service.planning.plan import PlanOptions
 from tests.workers.execute import MIB, dyadic, plan, run
 from tests.workers.merges import assert_digests
 from workers.errors import NonFiniteError, ObjectChangedError, StoreError

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from service.plan import PlanOptions
-from service.price import price
+from service.planning.plan import PlanOptions
+from service.planning.price import price
 from tests.checkpoints import Tensors, fine_tune, llama_tensors
 from tests.workers.execute import MIB, dyadic, plan, run, write_models
 from workers import entry

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import structlog
 
-from service.plan import PlanOptions
+from service.planning.plan import PlanOptions
 from tests.checkpoints import fine_tune, llama_tensors
 from tests.workers.execute import plan, write_models
 from tests.workers.test_entry import payloads

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import torch
 
-from service.layout import Limits, pieces_of
-from service.matching import OutputTensor
-from service.price import part_peak_bytes, price
+from service.planning.layout import Limits, pieces_of
+from service.planning.matching import OutputTensor
+from service.planning.price import part_peak_bytes, price
 from tests.workers.made import Objects
 from tests.workers.memory import growth
 from workers.arena import Arena

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from service.plan import PlanOptions
-from service.planning import Planned
+from service.planning.plan import PlanOptions
+from service.planning.planner import Planned
 from tests.checkpoints import Tensors, read_checkpoint, write_checkpoint
 from tests.workers.execute import MIB, plan, run
 from workers.errors import NonFiniteError

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from service.plan import PlanOptions
+from service.planning.plan import PlanOptions
 from tests.checkpoints import (
     Tensors,
     edge_tensors,

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from service.plan import PlanOptions
-from service.planning import Planned
+from service.planning.plan import PlanOptions
+from service.planning.planner import Planned
 from tests.checkpoints import Tensors, read_checkpoint
 from tests.workers.execute import MIB, Done, plan, run, write_models
 from tests.workers.merges import assert_digests, opened

@@ -17,7 +17,7 @@ from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
-from service.plan import PlanOptions
+from service.planning.plan import PlanOptions
 from tests.checkpoints import fine_tune, llama_tensors
 from tests.workers.execute import plan, write_models
 from tests.workers.test_entry import payloads

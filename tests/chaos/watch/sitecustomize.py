@@ -157,4 +157,4 @@ class Hold:
 
 
 if "MERGEMILL_CHAOS_WITNESS" in os.environ:
-    sys.meta_path.insert(0, Watch({"workers.entry": watch_parts, "service.jobstore": watch_leases}))
+    sys.meta_path.insert(0, Watch({"workers.entry": watch_parts, "service.jobs.jobstore": watch_leases}))

@@ -12,10 +12,10 @@ from safetensors.torch import save_file
 
 from service.access import grant
 from service.keys import Limits, Scope, new_key
-from service.plan import PlanOptions
-from service.planning import Planned, plan_recipe
+from service.planning.plan import PlanOptions
+from service.planning.planner import Planned, plan_recipe
 from service.recipe import parse_recipe
-from service.sidecars import manifest
+from service.running.sidecars import manifest
 from tests.adapters import PREFIX, factors, write_adapter
 from tests.checkpoints import Tensors, fine_tune, llama_config, llama_tensors, write_checkpoint
 from tests.workers.execute import run

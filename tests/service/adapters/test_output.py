@@ -13,16 +13,16 @@ import torch
 import yaml
 
 from service.adapters.output import draft, errors
-from service.commit import Output, for_ever
-from service.matching import match
-from service.opening import open_checkpoint
-from service.pairing import Inputs
-from service.plan import PlanOptions
-from service.planning import Planned, plan_recipe
-from service.price import part_peak_bytes
-from service.publish import publish, published
+from service.planning.matching import match
+from service.planning.opening import open_checkpoint
+from service.planning.pairing import Inputs
+from service.planning.plan import PlanOptions
+from service.planning.planner import Planned, plan_recipe
+from service.planning.price import part_peak_bytes
 from service.recipe import parse_documents, parse_recipe
-from service.sidecars import adapter_config_json, model_card
+from service.running.commit import Output, for_ever
+from service.running.publish import publish, published
+from service.running.sidecars import adapter_config_json, model_card
 from tests.adapters import PREFIX, factors, write_adapter
 from tests.checkpoints import (
     Tensors,

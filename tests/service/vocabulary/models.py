@@ -9,8 +9,8 @@ from typing import Any
 import tokenizers
 import torch
 
-from service.plan import PlanOptions
-from service.planning import Planned, plan_recipe
+from service.planning.plan import PlanOptions
+from service.planning.planner import Planned, plan_recipe
 from service.recipe import parse_recipe
 from tests.checkpoints import llama_config, llama_tensors, read_checkpoint, write_checkpoint
 from tests.tokenizers import bpe, files

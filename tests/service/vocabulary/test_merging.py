@@ -10,7 +10,7 @@ import pytest
 import tokenizers
 import torch
 
-from service.publish import _small_files
+from service.running.publish import _small_files
 from tests.adapters import PREFIX, write_adapter
 from tests.service.vocabulary.models import (
     EMBEDDING,

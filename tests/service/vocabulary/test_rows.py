@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service.checkpoint import StoredTensor
+from service.planning.checkpoint import StoredTensor
 from service.vocabulary.building import missing_tokens, numbered
 from service.vocabulary.filling import Voice, _ranges, fill
 from service.vocabulary.reading import Tokenizer

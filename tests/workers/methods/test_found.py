@@ -19,7 +19,7 @@ PAGE = ROOT / "docs/add-a-method.md"
 MERGE = """
 import torch
 from pathlib import Path
-from service.plan import PlanOptions
+from service.planning.plan import PlanOptions
 from tests.checkpoints import read_checkpoint
 from tests.workers.execute import plan, run, write_models
 

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from service.plan import Plan, PlanOptions
-from service.price import part_peak_bytes, price, survey_peak_bytes, workspace_bytes
+from service.planning.plan import Plan, PlanOptions
+from service.planning.price import part_peak_bytes, price, survey_peak_bytes, workspace_bytes
 from service.recipe.language import MAX_RANK
 from tests.adapters import factors, write_adapter
 from tests.checkpoints import Tensors, write_checkpoint

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from service.plan import PlanOptions
-from service.planning import Planned
+from service.planning.plan import PlanOptions
+from service.planning.planner import Planned
 from tests.checkpoints import read_checkpoint
 from tests.workers.execute import MIB, plan, run, write_models
 from tests.workers.methods.test_survey_memory import check, part_tasks

@@ -1,0 +1,1 @@
+"""From a recipe to a plan: models are found, opened and matched, tensors laid out, and all of it priced."""

@@ -1,0 +1,1 @@
+"""Webhooks: who is told of what, the durable queue that it is sent from, and where it may go."""
