@@ -19,7 +19,7 @@ from workers.store.local import LocalStore
 
 pytestmark = pytest.mark.fast
 
-PAGE = Path(__file__).parents[2] / "docs/methods.md"
+PAGE = Path(__file__).parents[3] / "docs/methods.md"
 FEATURES = 24
 
 

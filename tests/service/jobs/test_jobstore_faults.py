@@ -190,7 +190,7 @@ def test_an_owner_paused_past_its_lease_can_record_nothing(
     record = fresh(time.time())
     job_store.create(record)
     command = [sys.executable, "-c", OWNER, valkey_url, valkey_namespace, record.id, "2.5"]
-    root = Path(__file__).parents[2]
+    root = Path(__file__).parents[3]
     with process(command, stdout=subprocess.PIPE, text=True, cwd=root) as owner:
         assert owner.stdout is not None
         try:

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from service.planning.places import resolve_model
 from service.recipe import Recipe, Source, parse_recipe, parse_yaml
 from tests.fuzzing import fuzzed
-from tests.service.recipe_checks import problems, recipe
+from tests.service.recipe.recipe_checks import problems, recipe
 from workers.errors import PlanError, RecipeError
 
 pytestmark = pytest.mark.fast

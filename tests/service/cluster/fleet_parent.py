@@ -1,4 +1,4 @@
-"""A parent for the tests to kill: ``python -m tests.service.fleet_parent NOTES GATE``."""
+"""A parent for the tests to kill: ``python -m tests.service.cluster.fleet_parent NOTES GATE``."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ def main() -> None:
     notes, gate = sys.argv[1:]
     with Driver(FleetSettings(address="local", num_cpus=1)) as driver:
         payload = {"file": notes, "gate": gate}
-        entry = "tests.service.fleet_tasks:note_and_wait"
+        entry = "tests.service.cluster.fleet_tasks:note_and_wait"
         future = driver.submit(TaskRequest(entry=entry, payload=payload, memory_bytes=1, label="held"))
         driver.capacity()
         sys.stdout.write(f"{driver.pid}\n")

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from service.recipe import MAX_RECIPE_CHARACTERS, parse_yaml
 from service.recipe.yaml_text import load_documents
 from tests.fuzzing import fuzzed
-from tests.service.recipe_checks import problems
+from tests.service.recipe.recipe_checks import problems
 from workers.errors import RecipeError
 
 pytestmark = pytest.mark.fast

@@ -22,7 +22,7 @@ REQUEST = TaskRequest(entry="m:f", payload=[1], memory_bytes=1, label="part 1")
 
 
 def settings(behaviour: str, **changes: object) -> FleetSettings:
-    return replace(FleetSettings(address=behaviour, module="tests.service.fleet_fake"), **changes)  # type: ignore[arg-type]
+    return replace(FleetSettings(address=behaviour, module="tests.service.cluster.fleet_fake"), **changes)  # type: ignore[arg-type]
 
 
 def wait_until(condition: Callable[[], object]) -> None:

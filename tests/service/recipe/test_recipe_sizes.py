@@ -26,7 +26,7 @@ from service.recipe import (
     yaml_text,
 )
 from service.vocabulary import filling, reading
-from tests.service.recipe_checks import recipe
+from tests.service.recipe.recipe_checks import recipe
 from workers.errors import RecipeError
 from workers.methods.resolve import MAX_PARAMETERS
 

@@ -10,7 +10,7 @@ from service.planning.layout import PART_REFS
 from service.planning.plan import Plan, PlanOptions, make_plan
 from service.planning.price import BASELINE_BYTES, survey_peak_bytes
 from tests.service.headers import Spec, alike, checkpoint, inputs_of, recipe_of
-from tests.service.plan_checks import check
+from tests.service.planning.plan_checks import check
 from workers.task import MergePiece
 
 pytestmark = pytest.mark.fast

@@ -25,7 +25,7 @@ from workers.task import PartResult
 
 pytestmark = pytest.mark.fast
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 BOUNDED = {
     "what",
     "method",

@@ -25,7 +25,7 @@ from service.planning.price import (
 )
 from service.recipe import Recipe
 from tests.service.headers import Spec, alike, checkpoint, inputs_of, llama, recipe_of
-from tests.service.plan_checks import check
+from tests.service.planning.plan_checks import check
 from workers.errors import PlanError
 from workers.safetensors_format import parse
 from workers.task import (

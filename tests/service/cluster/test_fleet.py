@@ -24,7 +24,7 @@ from workers.task import JSONValue
 pytestmark = pytest.mark.ray
 pytest_plugins = ["tests.servers.ray_fixtures"]
 
-TASKS = "tests.service.fleet_tasks:"
+TASKS = "tests.service.cluster.fleet_tasks:"
 
 
 def submit(
@@ -261,7 +261,7 @@ def test_nothing_outlives_a_killed_parent(tmp_path: Path, gate: Path) -> None:
     """Not even when Ray's driver, which could have seen to it, is killed with it."""
     notes = tmp_path / "notes"
     parent = subprocess.Popen(
-        [sys.executable, "-m", "tests.service.fleet_parent", str(notes), str(gate)],
+        [sys.executable, "-m", "tests.service.cluster.fleet_parent", str(notes), str(gate)],
         stdout=subprocess.PIPE,
         text=True,
         cwd=ROOT,

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from service.cluster import fleet
-from tests.service.test_fleet import TASKS
+from tests.service.cluster.test_fleet import TASKS
 
 GATHER_S = 0.2
 

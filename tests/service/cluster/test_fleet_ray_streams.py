@@ -13,14 +13,14 @@ from pathlib import Path
 import pytest
 
 from service.cluster.driver import Driver, TaskRequest
-from tests.service.test_fleet import below, lines, wait_until
+from tests.service.cluster.test_fleet import below, lines, wait_until
 from workers.errors import AccessDeniedError, FleetError, PlanError
 from workers.task import JSONValue
 
 pytestmark = pytest.mark.ray
 pytest_plugins = ["tests.servers.ray_fixtures"]
 
-TASKS = "tests.service.fleet_tasks:"
+TASKS = "tests.service.cluster.fleet_tasks:"
 SIZE = 16
 """Requests in the first batch: a quarter of 64 that are ready, for two slots."""
 
