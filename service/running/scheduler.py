@@ -19,6 +19,7 @@ from pydantic import ValidationError
 from service.cluster.driver import Driver
 from service.cluster.fleet_process import FleetSettings
 from service.jobs.jobstore import JobStore
+from service.jobs.leases import Lease
 from service.running.runner import JobRunner
 from service.running.sweeper import Sweeper
 from service.running.work import Tools
@@ -48,7 +49,8 @@ class Scheduler:
         self._settings = settings
         self._jobs = jobs
         self._tools = Tools(settings, jobs, open_stores(settings.store), driver, self._stopping)
-        self._running: dict[str, tuple[JobRunner, threading.Thread]] = {}
+        # By lease: who has lost one may take the job again before the one who held it has noticed.
+        self._running: dict[Lease, tuple[JobRunner, threading.Thread]] = {}
         # Says that there may be work before the next look; a signal handler may say so, whatever it interrupts.
         self._roused: SimpleQueue[None] = SimpleQueue()
         self._next_look = 0.0
@@ -91,7 +93,7 @@ class Scheduler:
             runner.run()
         finally:
             with self._lock:
-                del self._running[runner.lease.job]
+                del self._running[runner.lease]
                 self._next_look = 0.0
             self._roused.put(None)
 
@@ -122,7 +124,7 @@ class Scheduler:
         runner = JobRunner(record, lease, self._tools)
         thread = threading.Thread(target=self._run_job, args=(runner,), name=record.id, daemon=True)
         with self._lock:
-            self._running[lease.job] = (runner, thread)
+            self._running[lease] = (runner, thread)
         thread.start()
         return True
 

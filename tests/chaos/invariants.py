@@ -125,7 +125,7 @@ def ends(outcome: Outcome, struck: Collection[str]) -> Iterator[str]:
 def _allowed(outcome: Outcome) -> set[JobState]:
     match outcome.job.fate:
         case Fate.CANCELLED if outcome.lost:
-            return {JobState.CANCELLED, JobState.SUCCEEDED}
+            return {JobState.CANCELLED, JobState.SUCCEEDED, *_conflict(outcome)}
         case Fate.CANCELLED if outcome.cancelled == 202:
             return {JobState.CANCELLED}
         case Fate.NONFINITE | Fate.POISON:

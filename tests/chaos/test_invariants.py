@@ -59,6 +59,7 @@ SUCCEEDED, FAILED, CANCELLED = JobState.SUCCEEDED, JobState.FAILED, JobState.CAN
         outcome(FAILED, Fate.POISON, error=f"{POISON}: given up"),
         outcome(FAILED, Fate.SWAPPED, error="s3://b/swapped/model.safetensors changed"),
         outcome(FAILED, Fate.RIVAL, error="OutputConflictError"),
+        outcome(FAILED, Fate.CANCELLED, cancelled=404, lost=True, error="out-1 already holds a checkpoint"),
         Outcome(Job(1, "linear", 0.0, Fate.RIVAL), None, refused="it holds a checkpoint"),
     ],
 )
@@ -73,6 +74,7 @@ def test_ends_that_are_as_they_should_be(fine: Outcome) -> None:
         (outcome(FAILED, error="no reason"), "no reason"),
         (outcome(CANCELLED), "is cancelled"),
         (outcome(SUCCEEDED, Fate.CANCELLED, cancelled=202), "is succeeded"),
+        (outcome(FAILED, Fate.CANCELLED, cancelled=404, lost=True, error="no reason"), "no reason"),
         (outcome(SUCCEEDED, Fate.NONFINITE), "is succeeded"),
         (outcome(FAILED, Fate.POISON, error="some part"), "is not in the error"),
         (outcome(SUCCEEDED, Fate.PLAIN, "restarted"), "started over"),

@@ -4,17 +4,73 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
-from service.jobs.jobstore import JobStore
-from service.jobs.record import JobState, new_job
+from service.jobs.jobstore import JobStore, Lease
+from service.jobs.record import JobRecord, JobState, new_job
 from service.running.scheduler import Scheduler
+from service.running.work import Tools
 from service.settings import Settings
 from tests.e2e.bench import LocalDriver
 
 pytestmark = pytest.mark.valkey
+
+
+class Patient:
+    """A runner that ends when it is told to, whatever becomes of its lease."""
+
+    all: ClassVar[list[Patient]] = []
+
+    def __init__(self, record: JobRecord, lease: Lease, _: Tools) -> None:
+        self.lease, self.lost, self.may_end = lease, threading.Event(), threading.Event()
+        self.all.append(self)
+
+    def run(self) -> None:
+        self.may_end.wait(60)
+
+
+def test_a_job_that_is_taken_again_before_its_last_runner_has_ended_keeps_its_lease(
+    valkey_url: str, valkey_namespace: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("service.running.scheduler.JobRunner", Patient)
+    monkeypatch.setattr(Patient, "all", [])
+    settings = Settings(
+        redis_url=valkey_url, namespace=valkey_namespace, poll_seconds=0.02, lease_seconds=2.0
+    )
+    recipe = {"merge_method": "linear", "models": [{"model": str(tmp_path / "missing")}]}
+    with JobStore(valkey_url, valkey_namespace) as jobs:
+        job = jobs.create(new_job(recipe, f"file://{tmp_path}/out", {}, time.time()))
+        scheduler = Scheduler(settings, jobs, LocalDriver())  # type: ignore[arg-type]
+        thread = threading.Thread(target=scheduler.run)
+        thread.start()
+        try:
+            until(lambda: len(Patient.all) == 1, "the job was not taken")
+            jobs.release(Patient.all[0].lease)  # as if it had run out
+            until(lambda: len(Patient.all) == 2, "it was not taken again")
+            first, second = Patient.all
+            assert (first.lease.job, first.lease.token) != (second.lease.job, second.lease.token)
+            first.may_end.set()
+            time.sleep(2 * settings.lease_seconds)  # the lease would be over, if nobody renewed it
+            assert len(Patient.all) == 2
+            assert not second.lost.is_set()
+            jobs.renew(second.lease)
+            assert jobs.status(job).owner == scheduler.owner
+        finally:
+            scheduler.stop()
+            for runner in Patient.all:
+                runner.may_end.set()
+            thread.join()
+
+
+def until(condition: Callable[[], bool], what: str) -> None:
+    deadline = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.01)
 
 
 def test_the_end_of_a_job_lets_the_next_begin_at_once(
