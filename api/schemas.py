@@ -314,6 +314,12 @@ class MethodInfo(_Model):
     """How often it reads a tensor that is split, at most, under its defaults."""
     whole_bytes_per_element: int
     """Workspace bytes for each element where its defaults keep a tensor whole; 0 where they do not."""
+    workspace_bytes: int
+    """Workspace of a task, in bytes, beside its output (`part_bytes` at most, unless a tensor is kept whole), as much of
+    each input, and what `whole_bytes_per_element` says; with `workspace_bytes_per_input` for each input. All of it and
+    the worker's baseline is the peak that a plan's price tells."""
+    workspace_bytes_per_input: int
+    """And for each input, in bytes."""
     statistic: str | None
     """The key under which each model's entry names a checkpoint beside it: `fisher` or `gram`; null is none."""
 

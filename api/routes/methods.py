@@ -6,6 +6,7 @@ from fastapi import APIRouter
 
 from api.routing import readable
 from api.schemas import MethodInfo
+from service.planning.price import WORKSPACE_BYTES, WORKSPACE_BYTES_PER_INPUT
 from workers.methods import METHODS
 from workers.methods.base import Method
 
@@ -33,5 +34,7 @@ def _info(method: Method) -> MethodInfo:
         profiles={name: dict(values) for name, values in method.profiles.items()},
         most_reads=1 + passes,
         whole_bytes_per_element=whole,
+        workspace_bytes=WORKSPACE_BYTES,
+        workspace_bytes_per_input=WORKSPACE_BYTES_PER_INPUT,
         statistic=None if method.statistic is None else method.statistic.name,
     )

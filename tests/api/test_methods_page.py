@@ -110,3 +110,6 @@ def test_the_page_says_what_the_schema_says() -> None:
     text = PAGE.read_text()
     for expected in (methods(), meanings(), switches()):
         assert expected in text, f"docs/methods.md has to hold:\n\n{expected}\n"
+    for method in METHODS:
+        own, per_input = (method[key] >> 20 for key in ("workspace_bytes", "workspace_bytes_per_input"))
+        assert f"a workspace of {own} MiB and {per_input} MiB for each input" in text
