@@ -315,9 +315,9 @@ class MethodInfo(_Model):
     whole_bytes_per_element: int
     """Workspace bytes for each element where its defaults keep a tensor whole; 0 where they do not."""
     workspace_bytes: int
-    """Workspace of a task, in bytes, beside its output (`part_bytes` at most, unless a tensor is kept whole), as much of
-    each input, and what `whole_bytes_per_element` says; with `workspace_bytes_per_input` for each input. All of it and
-    the worker's baseline is the peak that a plan's price tells."""
+    """Workspace of a task, in bytes, beside its output (`part_bytes` at most, unless a tensor is kept whole), as much
+    of each input, and what `whole_bytes_per_element` says. With `workspace_bytes_per_input` for each input, and the
+    worker's baseline, that is the peak which a plan's price tells."""
     workspace_bytes_per_input: int
     """And for each input, in bytes."""
     statistic: str | None

@@ -57,7 +57,9 @@ Both run the same YAML with `dtype: float32`; ours adds `profile: mergekit`. Eve
 10⁻⁶ · (\\|θ_base\\| + Σ\\|wτ\\|) for methods on task vectors, 10⁻⁶ · Σ\\|wθ\\| for averages and
 10⁻⁶ · (\\|θ₁\\| + \\|θ₂\\|) for SLERP: about sixteen float32 roundings of what is summed. *Worst* is the
 largest error in units of that bound. *Undefined* elements are left out: their magnitude in some task vector
-equals the trim's threshold, as others' do, and which of the equals make up exactly k is nobody's promise.
+equals the trim's threshold, as others' do, and which of the equals make up exactly k is nobody's promise. Both write
+shards of 100 kB, and what is beside them has to agree, too: every field of config.json that both have (but for the
+dtype, which ours has as it was written), and the tensors and the total size in the index.
 
 | recipe | elements | undefined | same bits | beyond the bound | worst |
 |---|---:|---:|---:|---:|---:|
