@@ -133,6 +133,35 @@ modules:
 dtype: float32
 """
 
+STAGES = """
+# As for mergekit-multi: the second uses the first by its name
+name: first-merge
+merge_method: linear
+models:
+  - model: acme/chat-v2
+    parameters:
+      weight: 0.6
+  - model: acme/math
+    parameters:
+      weight: 0.4
+dtype: float32
+---
+name: final-merge
+merge_method: slerp
+base_model: first-merge
+models:
+  - model: first-merge
+  - model: acme/code@v0.1
+parameters:
+  t:
+    - filter: self_attn
+      value: [0, 0.5, 0.3, 0.7, 1]
+    - filter: mlp
+      value: [1, 0.5, 0.7, 0.3, 0]
+    - value: 0.5
+dtype: bfloat16
+"""
+
 State = dict[str, torch.Tensor]
 
 
@@ -240,14 +269,23 @@ def _soup(models: Models) -> Arrays:
 
 
 def _gradient_slerp(models: Models) -> Arrays:
-    one, two = models("chat-v2"), models("math")
+    attention, mlp = [0, 0.4, 0.2, 0.8, 1], [1, 0.6, 0.8, 0.2, 0]
+    return _slerp(models("chat-v2"), models("math"), attention, mlp)
 
+
+def _stages(models: Models) -> Arrays:
+    first, other = models("chat-v2"), models("math")
+    mean = {name: 0.6 * first[name] + 0.4 * other[name] for name in first}
+    return _slerp(mean, models("code@v0.1"), [0, 0.5, 0.3, 0.7, 1], [1, 0.5, 0.7, 0.3, 0])
+
+
+def _slerp(one: Arrays, two: Arrays, attention: list[float], mlp: list[float]) -> Arrays:
     def merged(name: str) -> Any:
         t = 0.5
         if "self_attn" in name:
-            t = _gradient([0, 0.4, 0.2, 0.8, 1], name)
+            t = _gradient(attention, name)
         elif "mlp" in name:
-            t = _gradient([1, 0.6, 0.8, 0.2, 0], name)
+            t = _gradient(mlp, name)
         a, b = one[name].ravel(), two[name].ravel()
         cosine = float(a @ b / (np.linalg.norm(a) * np.linalg.norm(b)))
         if abs(cosine) > 0.9995:  # as good as parallel: in a straight line
@@ -316,6 +354,7 @@ RECIPES: dict[str, tuple[str, Callable[[Models], Arrays], int]] = {
     "ties": (TIES, _ties, DEPTH),
     "stacked": (STACKED, _stacked, 12),
     "modules": (MODULES, _modules, 4),
+    "stages": (STAGES, _stages, DEPTH),
 }
 """Each recipe, what it has to give, and how many layers."""
 POSTED = {name: text for name, (text, *_) in RECIPES.items()}
