@@ -122,6 +122,8 @@ class JobRecord(_Frozen):
     """Shards whose upload has been completed, in that order."""
     summary: dict[str, JSONValue] | None = None
     """What a succeeded job reports."""
+    giving_up: dict[str, JSONValue] | None = None
+    """Why it is about to fail, from when its uploads are aborted; see :class:`service.jobs.transitions.GivingUp`."""
     error: dict[str, JSONValue] | None = None
     """Why a failed job failed, as :func:`workers.errors.to_json` puts it."""
     history: tuple[HistoryEntry, ...] = ()

@@ -94,6 +94,17 @@ class Succeeded:
 
 
 @dataclass(frozen=True, slots=True)
+class GivingUp:
+    """The job cannot be done, and its uploads are about to be aborted: who owns it from now on goes on with that.
+
+    Otherwise whoever takes it over in between would find an upload gone, and begin everything again.
+    """
+
+    error: Mapping[str, JSONValue]
+    """Why, as :func:`workers.errors.to_json` puts it."""
+
+
+@dataclass(frozen=True, slots=True)
 class Failed:
     """The job cannot be done; its uploads have been aborted."""
 
@@ -124,6 +135,7 @@ Event = (
     | CommitStarted
     | ShardCompleted
     | Succeeded
+    | GivingUp
     | Failed
     | CancelRequested
     | Cancelled
@@ -138,6 +150,7 @@ TRANSITIONS: Mapping[type[Event], Mapping[JobState, JobState]] = {
     CommitStarted: {_S.RUNNING: _S.COMMITTING},
     ShardCompleted: {_S.RUNNING: _S.RUNNING, _S.COMMITTING: _S.COMMITTING},
     Succeeded: {_S.COMMITTING: _S.SUCCEEDED},
+    GivingUp: {_S.RUNNING: _S.RUNNING, _S.COMMITTING: _S.COMMITTING},
     Failed: {state: _S.FAILED for state in _S if not state.is_terminal},
     CancelRequested: {
         _S.QUEUED: _S.CANCELLED,
@@ -170,7 +183,7 @@ _NO_PLAN: Mapping[str, object] = {
 def advance(record: JobRecord, event: Event, now: float) -> JobRecord:
     """The record after ``event`` at ``now`` (Unix seconds); the same object when the event changes nothing.
 
-    A cancel asked for twice and a shard completed twice change nothing.
+    A cancel asked for twice, a shard completed twice and another reason to give up change nothing.
 
     :raises IllegalTransitionError: the job's state does not allow it.
     """
@@ -234,6 +247,8 @@ def _is_known(record: JobRecord, event: Event) -> bool:
             return record.cancel_requested
         case ShardCompleted(shard):
             return shard in record.completed_shards
+        case GivingUp():
+            return record.giving_up is not None
     return False
 
 
@@ -252,6 +267,8 @@ def _changes(record: JobRecord, event: Event) -> Mapping[str, object]:
             changes = {"completed_shards": (*record.completed_shards, shard)}
         case Succeeded(summary):
             changes = {"summary": dict(summary)}
+        case GivingUp(error):
+            changes = {"giving_up": dict(error)}
         case Failed(error):
             changes = {"error": dict(error)}
         case CancelRequested():
@@ -272,7 +289,7 @@ def _detail(event: Event, attempt: int) -> str:
             detail = reason
         case ShardCompleted(shard):
             detail = shard
-        case Failed(error):
+        case GivingUp(error) | Failed(error):
             detail = str(from_json(dict(error)))
         case Cancelled(left) if left:
             detail = f"its output could not be cleared away yet: {left}"

@@ -23,6 +23,7 @@ from service.jobs.transitions import (
     CommitStarted,
     Event,
     Failed,
+    GivingUp,
     PlanningStarted,
     Restarted,
     ShardCompleted,
@@ -101,7 +102,11 @@ class JobRunner:
 
     def _run(self) -> None:
         try:
-            self._work()
+            if self.record.giving_up is None:
+                self._work()
+            else:  # whoever had it before was at it
+                self.check()
+                self._end(Failed(self.record.giving_up))
         except LeaseLostError as error:
             metrics.LEASE_LOSSES.inc()
             log.warning("lease lost; leaving the job alone", reason=str(error))
@@ -293,6 +298,8 @@ class JobRunner:
         """
         self._is_ending = True
         try:
+            if isinstance(event, Failed) and self.record.uploads:
+                self._apply(GivingUp(event.error))
             left = self._give_up()
             self.record = self.tools.jobs.get(self.record.id)  # cancelled while it was queued, perhaps
             if self.record.state.is_terminal:

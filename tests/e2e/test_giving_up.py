@@ -53,7 +53,11 @@ def test_a_failure_leaves_nothing_behind_wherever_giving_up_is_interrupted(
     for number in range(whole.names.index("record_part"), len(whole.names)):
         job = submit(bench, tmp_path, str(number))
         bench.run_until(job, number)
-        assert bench.run(job).state == JobState.FAILED, whole.names[number]
+        record = bench.run(job)
+        assert record.state == JobState.FAILED, whole.names[number]
+        assert "model.norm.weight" in str(record.error)
+        # Who takes it over in the middle of that goes on with it, and does not begin again.
+        assert "restarted" not in {entry.event for entry in record.history}, whole.names[number]
         assert nothing_at(tmp_path / str(number)), whole.names[number]
 
 

@@ -17,6 +17,7 @@ from service.jobs.transitions import (
     CommitStarted,
     Event,
     Failed,
+    GivingUp,
     Planned,
     PlanningStarted,
     Restarted,
@@ -26,7 +27,7 @@ from service.jobs.transitions import (
     advance,
     event_name,
 )
-from tests.service.job_steps import ALL_COMPLETE, PATHS, PLANNED, SAMPLES, TO_RUNNING, UPLOADS, fresh
+from tests.service.job_steps import ALL_COMPLETE, ERROR, PATHS, PLANNED, SAMPLES, TO_RUNNING, UPLOADS, fresh
 from workers.errors import IllegalTransitionError
 
 pytestmark = pytest.mark.fast
@@ -41,6 +42,7 @@ EXPECTED = {
     "commit_started":   "-         -          committing -           -         -       -",
     "shard_completed":  "-         -          -          committing  -         -       -",
     "succeeded":        "-         -          -          -           -         -       -",
+    "giving_up":        "-         -          running    committing  -         -       -",
     "failed":           "failed    failed     failed     failed      -         -       -",
     "cancel_requested": "cancelled planning   running    -           -         -       cancelled",
     "cancelled":        "-         -          -          -           -         -       -",
@@ -91,6 +93,14 @@ def test_a_cancel_that_comes_too_late_is_told_so_in_words(state: JobState, said:
 
 def test_the_table_above_names_every_event() -> None:
     assert {event_name(event) for event in SAMPLES} == set(EXPECTED)
+
+
+def test_the_first_reason_to_give_up_is_the_one_that_is_told() -> None:
+    record = advance(at(JobState.RUNNING), GivingUp(ERROR), 2000)
+    assert record.giving_up == ERROR
+    assert record.error is None
+    assert advance(record, GivingUp({**ERROR, "detail": "another"}), 2001) is record
+    assert advance(record, Failed(ERROR), 2002).error == ERROR
 
 
 def test_success_needs_every_shard() -> None:
