@@ -15,7 +15,7 @@ from typing import Any
 import redis
 
 from service.jobs.pages import JobStatus
-from service.jobs.record import JobState
+from service.jobs.record import HistoryEntry, JobState
 from tests.chaos import invariants, told
 from tests.chaos.clients import SWAPPED_RECIPE, Case, Clients, delete
 from tests.chaos.disk import Disk, small_disk
@@ -236,7 +236,9 @@ class Run:
         elif was.state == JobState.COMMITTING and any(
             name.endswith(".index.json") for name in self._place.digests(case.output)
         ):
-            outcome.record = was.model_copy(update={"state": JobState.SUCCEEDED})
+            entry = HistoryEntry(at=time.time(), event="succeeded", state=JobState.SUCCEEDED)
+            changes = {"state": JobState.SUCCEEDED, "history": (*was.history, entry)}
+            outcome.record = was.model_copy(update=changes)
             case.is_gone, case.reached[Stage.ENDED] = True, time.monotonic()
         else:
             outcome.blows.clear()
