@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from workers.task import HeaderPiece, Part
 
-MOST_NAMED = 32
+MOST_NAMED = 512
 """As many tensors are named where it may be any of them."""
 
 
