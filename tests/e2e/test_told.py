@@ -57,7 +57,7 @@ def test_a_merge_that_fails_tells_its_webhook(service: RunningService, tmp_path:
         record = new_job(
             {"merge_method": "linear", "models": models}, (tmp_path / "out").as_uri(), options, time.time()
         )
-        service.jobs.transitions.create(record, None, Webhook(receiver.url, ("failed",), SECRET))
+        service.jobs.create(record, None, Webhook(receiver.url, ("failed",), SECRET))
         (got,) = receiver.wait_for(1, 60)
         body = Verifier(SECRET).verify(got.body, got.headers)
     assert (body["type"], body["data"]["job"]) == ("merge.failed", record.id)
