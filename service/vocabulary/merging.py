@@ -179,13 +179,6 @@ def _without_arithmetic(inputs: Inputs, names: Sequence[str]) -> Iterator[str]:
 
 def _not_renumbered(inputs: Inputs, names: Sequence[str]) -> Iterator[str]:
     """What has rows by the old numbers of the tokens, and is not read by the new ones."""
-    for model, checkpoint in inputs.models.items():
-        tensors = [tensor for name in names if (tensor := checkpoint.tensors.get(name)) is not None]
-        if changed := next((tensor.name for tensor in tensors if tensor.changes), None):
-            yield (
-                f"{model}: the adapter changes {changed}, whose rows would be put into another order: merge the "
-                "adapter into its model first"
-            )
     for model, checkpoint in inputs.statistics.items():
         if held := next((name for name in names if name in checkpoint.tensors), None):
             yield (

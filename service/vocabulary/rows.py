@@ -65,7 +65,7 @@ def seen_through(vocabulary: Vocabulary, model: str, tensors: Mapping[str, Store
         ),
         dtypes.pop() if is_exact else "F32",  # a mean is rounded once, with the merge's outcome
     )
-    return replace(stored, shape=shape, gathered=gathered)
+    return replace(stored, shape=shape, gathered=gathered, changes=())  # which the rows have already
 
 
 def _runs(vocabulary: Vocabulary, model: str, counts: Mapping[str, int]) -> Iterator[tuple[int, Takes]]:
