@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tests.servers.service import RunningService
-from workers.store import Stores, join
+from service.cluster.driver import Driver
+from tests.servers.service import RunningService, running_service
+from workers.store import Stores, StoreSettings, join, open_stores
 from workers.store.stores import read_bytes
 
 
@@ -24,6 +25,35 @@ def download(store: Stores, uri: str, directory: Path) -> Path:
     for info in store.list(f"{uri}/", beside=True):
         (directory / info.uri.rpartition("/")[2]).write_bytes(read_bytes(store, info.uri))
     return directory
+
+
+def merged_in_directories(
+    driver: Driver, redis_url: str, models: Path, recipes: Mapping[str, str], root: Path
+) -> dict[str, Path]:
+    """What a service makes of recipes whose models lie below a directory, by their names."""
+    outs = {name: root / name for name in recipes}
+    with running_service(redis_url, driver, model_roots={"": models.as_uri()}) as service:
+        merge_all(service, recipes, {name: str(out) for name, out in outs.items()})
+    return outs
+
+
+def merged_on_s3(
+    driver: Driver,
+    redis_url: str,
+    models: Path,
+    recipes: Mapping[str, str],
+    root: Path,
+    settings: StoreSettings,
+    bucket: str,
+) -> dict[str, Path]:
+    """The same with models and outputs in S3; the outputs are downloaded below ``root``."""
+    store = open_stores(settings)
+    upload(store, models, f"{bucket}/hub")
+    outs = {name: f"{bucket}/out/{name}" for name in recipes}
+    roots = {"": f"{bucket}/hub"}
+    with running_service(redis_url, driver, store=settings, model_roots=roots) as service:
+        merge_all(service, recipes, outs)
+    return {name: download(store, out, root / name) for name, out in outs.items()}
 
 
 def merge_all(

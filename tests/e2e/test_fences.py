@@ -11,8 +11,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ import pytest
 import redis
 
 from service.jobs.record import JobState
+from tests import waiting
 from tests.e2e.bench import JOB_CHANGES, Bench, KilledError, Steps, at_step, raising
 from tests.e2e.overwriting import PREPARATIONS, SHARD_BYTES, content, recipe
 from workers.store import fence
@@ -138,15 +140,7 @@ def scheduler(bench: Bench, steps: dict[str, int], log: Path) -> Iterator[subpro
             process.wait(DEADLINE_S)
 
 
-def until(condition: Callable[[], bool], what: str) -> None:
-    """Wait for something.
-
-    :raises AssertionError: it took too long.
-    """
-    deadline = time.monotonic() + DEADLINE_S
-    while not condition():
-        assert time.monotonic() < deadline, what
-        time.sleep(0.02)
+until = partial(waiting.until, seconds=DEADLINE_S)
 
 
 def is_stopped(process: subprocess.Popen[bytes]) -> bool:

@@ -28,7 +28,7 @@ from tests.checkpoints import (
     read_checkpoint,
     write_checkpoint,
 )
-from tests.e2e.hub import download, merge_all, upload
+from tests.e2e.hub import merge_all, merged_in_directories, merged_on_s3
 from tests.servers.service import running_service
 from tests.tokenizers import bpe, files
 from workers.store import StoreSettings, open_stores
@@ -158,9 +158,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_on_directories(driver: Driver, valkey_url: str, models: Path, tmp_path: Path) -> None:
-    outs = {name: tmp_path / name for name in RECIPES}
-    with running_service(valkey_url, driver, model_roots={"": models.as_uri()}) as service:
-        merge_all(service, POSTED, {name: str(out) for name, out in outs.items()})
+    outs = merged_in_directories(driver, valkey_url, models, POSTED, tmp_path)
     for name, out in outs.items():
         RECIPES[name][1](Hub(models / "acme"), out)
         assert not list(out.rglob("stage-*"))
@@ -191,16 +189,11 @@ def test_on_s3(
     rgw_settings: StoreSettings,
     rgw_bucket: str,
 ) -> None:
-    store = open_stores(rgw_settings)
-    upload(store, models, f"{rgw_bucket}/hub")
-    outs = {name: f"{rgw_bucket}/out/{name}" for name in RECIPES}
-    with running_service(
-        valkey_url, driver, store=rgw_settings, model_roots={"": f"{rgw_bucket}/hub"}
-    ) as service:
-        merge_all(service, POSTED, outs)
+    outs = merged_on_s3(driver, valkey_url, models, POSTED, tmp_path, rgw_settings, rgw_bucket)
     for name, out in outs.items():
-        RECIPES[name][1](Hub(models / "acme"), download(store, out, tmp_path / name))
-    assert not any("/stage-" in info.uri for info in store.list(f"{rgw_bucket}/out/"))
+        RECIPES[name][1](Hub(models / "acme"), out)
+    left = open_stores(rgw_settings).list(f"{rgw_bucket}/out/")
+    assert not any("/stage-" in info.uri for info in left)
 
 
 class Hub:

@@ -26,9 +26,8 @@ from tests.checkpoints import (
     read_checkpoint,
     write_checkpoint,
 )
-from tests.e2e.hub import download, merge_all, upload
-from tests.servers.service import running_service
-from workers.store import StoreSettings, open_stores
+from tests.e2e.hub import merged_in_directories, merged_on_s3
+from workers.store import StoreSettings
 
 pytestmark = [pytest.mark.valkey, pytest.mark.ray]
 
@@ -197,10 +196,7 @@ def _seeing(text: Tensors, vision: Tensors) -> Tensors:
 def test_recipes_run_unchanged_on_directories(
     driver: Driver, valkey_url: str, models: Path, tmp_path: Path
 ) -> None:
-    roots = {"": models.as_uri()}
-    with running_service(valkey_url, driver, model_roots=roots) as service:
-        outs = {name: tmp_path / name for name in RECIPES}
-        merge_all(service, POSTED, {name: str(out) for name, out in outs.items()})
+    outs = merged_in_directories(driver, valkey_url, models, POSTED, tmp_path)
     for name, out in outs.items():
         _check(name, models, read_checkpoint(out), json.loads((out / "config.json").read_text()))
         assert (out / "tokenizer.json").exists() == (name != "modules")
@@ -215,16 +211,9 @@ def test_recipes_run_unchanged_on_s3(
     rgw_settings: StoreSettings,
     rgw_bucket: str,
 ) -> None:
-    store = open_stores(rgw_settings)
-    upload(store, models, f"{rgw_bucket}/hub")
-    outs = {name: f"{rgw_bucket}/out/{name}" for name in RECIPES}
-    with running_service(
-        valkey_url, driver, store=rgw_settings, model_roots={"": f"{rgw_bucket}/hub"}
-    ) as service:
-        merge_all(service, POSTED, outs)
+    outs = merged_on_s3(driver, valkey_url, models, POSTED, tmp_path, rgw_settings, rgw_bucket)
     for name, out in outs.items():
-        here = download(store, out, tmp_path / name)
-        _check(name, models, read_checkpoint(here), json.loads((here / "config.json").read_text()))
+        _check(name, models, read_checkpoint(out), json.loads((out / "config.json").read_text()))
 
 
 def _check(name: str, models: Path, merged: State, config: dict[str, Any]) -> None:

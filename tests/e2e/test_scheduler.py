@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import ClassVar
 
@@ -12,10 +11,11 @@ import pytest
 
 from service.jobs.jobstore import JobStore, Lease
 from service.jobs.record import JobRecord, JobState, new_job
-from service.running.scheduler import Scheduler
+from service.running.scheduler import RENEWALS_PER_LEASE, Scheduler
 from service.running.work import Tools
 from service.settings import Settings
 from tests.e2e.bench import LocalDriver
+from tests.waiting import until
 
 pytestmark = pytest.mark.valkey
 
@@ -53,8 +53,14 @@ def test_a_job_that_is_taken_again_before_its_last_runner_has_ended_keeps_its_le
             until(lambda: len(Patient.all) == 2, "it was not taken again")
             first, second = Patient.all
             assert (first.lease.job, first.lease.token) != (second.lease.job, second.lease.token)
+            renewed: list[Lease] = []
+            renew = jobs.renew
+            monkeypatch.setattr(jobs, "renew", lambda lease: (renew(lease), renewed.append(lease)))
             first.may_end.set()
-            time.sleep(2 * settings.lease_seconds)  # the lease would be over, if nobody renewed it
+            until(lambda: [each for each, _ in scheduler._snapshot()] == [second], "the other one has gone")
+            renewed.clear()
+            # For longer than the lease lasts.
+            until(lambda: renewed == [second.lease] * (RENEWALS_PER_LEASE + 2), "nobody renews its lease")
             assert len(Patient.all) == 2
             assert not second.lost.is_set()
             jobs.renew(second.lease)
@@ -64,13 +70,6 @@ def test_a_job_that_is_taken_again_before_its_last_runner_has_ended_keeps_its_le
             for runner in Patient.all:
                 runner.may_end.set()
             thread.join()
-
-
-def until(condition: Callable[[], bool], what: str) -> None:
-    deadline = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < deadline, what
-        time.sleep(0.01)
 
 
 def test_the_end_of_a_job_lets_the_next_begin_at_once(

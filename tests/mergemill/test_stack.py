@@ -10,8 +10,9 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
+from functools import partial
 from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
@@ -24,6 +25,7 @@ from mergemill import Client
 from mergemill.children import Child
 from mergemill.stack import EmbeddedStack
 from service.cluster import warden
+from tests import waiting
 from tests.checkpoints import write_checkpoint
 from tests.processes import running
 from workers.errors import StackError, UnauthenticatedError
@@ -39,11 +41,7 @@ pytestmark = [
 RECIPE = "merge_method: linear\nmodels:\n  - model: a\n  - model: b\n"
 
 
-def until(condition: Callable[[], bool], what: str, seconds: float = 90) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, what
-        time.sleep(0.05)
+until = partial(waiting.until, seconds=90)
 
 
 def descendants(root: int) -> set[int]:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Callable
 from concurrent.futures import CancelledError, Future, wait
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,6 +15,7 @@ import pytest
 from service.cluster.driver import Capacity, Driver, TaskRequest
 from service.cluster.fleet_process import FleetSettings
 from service.cluster.warden import processes
+from tests.waiting import until
 from workers.errors import FleetError
 from workers.task import JSONValue
 
@@ -25,11 +26,7 @@ def settings(behaviour: str, **changes: object) -> FleetSettings:
     return replace(FleetSettings(address=behaviour, module="tests.service.cluster.fleet_fake"), **changes)  # type: ignore[arg-type]
 
 
-def wait_until(condition: Callable[[], object]) -> None:
-    deadline = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen in time"
-        time.sleep(0.01)
+wait_until = partial(until, seconds=20)
 
 
 def reason(future: Future[JSONValue]) -> str:

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future
 from contextlib import suppress
 from pathlib import Path
@@ -18,6 +18,7 @@ from service.cluster.driver import Driver, TaskRequest
 from service.cluster.fleet_process import FleetSettings
 from service.cluster.warden import processes
 from tests.servers.ray_cluster import ROOT, RayCluster
+from tests.waiting import until
 from workers.errors import AccessDeniedError, FleetError, NonFiniteError, PlanError
 from workers.task import JSONValue
 
@@ -32,13 +33,6 @@ def submit(
 ) -> Future[JSONValue]:
     request = TaskRequest(entry=TASKS + entry, payload=payload, memory_bytes=memory, label=label or entry)
     return driver.submit(request)
-
-
-def wait_until(condition: Callable[[], object], seconds: float = 40.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen in time"
-        time.sleep(0.02)
 
 
 def lines(path: Path) -> list[str]:
@@ -71,7 +65,7 @@ class Held:
     def __init__(self, driver: Driver, notes: Path, gate: Path) -> None:
         self.notes = notes
         self.future = submit(driver, "note_and_wait", {"file": str(notes), "gate": str(gate)}, "held")
-        wait_until(lambda: lines(notes))
+        until(lambda: lines(notes))
 
     @property
     def worker(self) -> int:
@@ -159,7 +153,7 @@ def test_a_killed_worker_is_replaced(driver: Driver, tmp_path: Path, gate: Path)
     held = Held(driver, tmp_path / "notes", gate)
     first = held.worker
     os.kill(first, signal.SIGKILL)
-    wait_until(lambda: len(lines(held.notes)) == 2)
+    until(lambda: len(lines(held.notes)) == 2)
     gate.touch()
     assert held.future.result(60) == held.worker != first
     assert len(lines(held.notes)) == 2
@@ -186,7 +180,7 @@ def test_cancelling_kills_what_runs_and_drops_what_waits(driver: Driver, tmp_pat
     workers = [task.worker for task in held]
     for task in held:
         assert driver.cancel(task.future)
-    wait_until(lambda: not any(Path(f"/proc/{worker}").exists() for worker in workers))
+    until(lambda: not any(Path(f"/proc/{worker}").exists() for worker in workers))
     assert submit(driver, "square", 3).result(60) == 9
     assert not never.exists()
     assert driver.retries == retries
@@ -203,8 +197,8 @@ def test_no_more_is_in_flight_than_two_tasks_a_cpu(driver: Driver, tmp_path: Pat
         seen.add(driver.in_flight)
         return len(lines(notes)) == 2
 
-    wait_until(both_run)
-    wait_until(lambda: driver.in_flight == 4)
+    until(both_run)
+    until(lambda: driver.in_flight == 4)
     gate.touch()
     while not all(future.done() for future in futures):
         seen.add(driver.in_flight)
@@ -226,7 +220,7 @@ def test_memory_goes_back_to_the_system(driver: Driver) -> None:
         assert all(now - big["before"] < 16 << 20 for now in resident)
         return bool(resident)
 
-    wait_until(met_again)  # any of the workers may get a task
+    until(met_again)  # any of the workers may get a task
 
 
 def test_workers_get_one_thread_and_a_frugal_heap(driver: Driver) -> None:
@@ -248,7 +242,7 @@ def test_the_child_and_its_ray_can_die(driver: Driver, tmp_path: Path, gate: Pat
     assert old is not None
     pid = old if victim == "service.cluster.warden" else below(old, victim)
     os.kill(pid, signal.SIGKILL)
-    wait_until(lambda: len(lines(held.notes)) == 2, 60)
+    until(lambda: len(lines(held.notes)) == 2, 60)
     gate.touch()
     assert held.future.result(60) == held.worker
     assert [future.result(60) for future in waiting] == [number * number for number in range(8)]
@@ -270,12 +264,12 @@ def test_nothing_outlives_a_killed_parent(tmp_path: Path, gate: Path) -> None:
         assert parent.stdout is not None
         # Fleets that other tests have left without an owner are told of before it.
         leader = int(next(line for line in parent.stdout if line.strip().isdigit()))
-        wait_until(lambda: lines(notes))
+        until(lambda: lines(notes))
         worker = int(lines(notes)[0].split()[0])
         assert worker in session(leader)
         os.kill(below(leader, "service.cluster.fleet"), signal.SIGKILL)
         parent.kill()
-    wait_until(lambda: not session(leader), 10)
+    until(lambda: not session(leader), 10)
     assert not Path(f"/proc/{worker}").exists()
 
 
@@ -284,17 +278,17 @@ def test_a_task_moves_when_its_node_dies(
 ) -> None:
     monkeypatch.setenv("RAY_ADDRESS", ray_cluster.address)
     with Driver(FleetSettings()) as driver:
-        wait_until(lambda: driver.capacity().nodes == 3)
+        until(lambda: driver.capacity().nodes == 3)
         assert driver.capacity().cpus == 3
         assert driver.capacity().max_node_memory_bytes == 1 << 30
         held = [Held(driver, tmp_path / f"notes-{number}", gate) for number in range(3)]
         victim = next(task for task in held if task.raylet != ray_cluster.raylets[0])
         lost = victim.raylet
         ray_cluster.kill_node(lost)
-        wait_until(lambda: driver.retries == 1)
+        until(lambda: driver.retries == 1)
         gate.touch()
         assert [task.future.result(60) for task in held] == [task.worker for task in held]
         assert victim.raylet in ray_cluster.raylets
         assert sorted(len(lines(task.notes)) for task in held) == [1, 1, 2]
-        wait_until(lambda: driver.capacity().nodes == 2)
+        until(lambda: driver.capacity().nodes == 2)
         assert driver.restarts == 0

@@ -30,7 +30,7 @@ def test_it_is_short_enough_for_rays_sockets(depth: int) -> None:
 
 
 OWNER = """
-import subprocess, sys, time
+import signal, subprocess, sys
 from pathlib import Path
 from service.cluster.fleet_directory import fleet_directory
 with fleet_directory(Path(sys.argv[1])) as made:
@@ -39,7 +39,7 @@ with fleet_directory(Path(sys.argv[1])) as made:
     below = subprocess.Popen(["setsid", "sh", "-c", sleep], stdout=log, stderr=subprocess.PIPE)
     below.stderr.readline()
     print(made, below.pid, flush=True)
-    time.sleep(60)
+    signal.pause()
 """
 """Has a fleet of two processes in a session of their own, which they lead."""
 

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from service.cluster.driver import Driver, TaskRequest
-from tests.service.cluster.test_fleet import below, lines, wait_until
+from tests.service.cluster.test_fleet import below, lines
+from tests.waiting import until
 from workers.errors import AccessDeniedError, FleetError, PlanError
 from workers.task import JSONValue
 
@@ -86,7 +87,7 @@ class Streams:
 
     def worker(self, number: int) -> int:
         """The worker that began a request, when it has."""
-        wait_until(lambda: any(name == f"part-{number}" for name, _, _ in self.notes))
+        until(lambda: any(name == f"part-{number}" for name, _, _ in self.notes))
         return next(pid for name, pid, _ in self.notes if name == f"part-{number}")
 
     def begun(self) -> Counter[int]:
@@ -100,7 +101,7 @@ def streams(driver: Driver, tmp_path: Path) -> Iterator[Streams]:
     yield made
     made.gate.touch()
     (tmp_path / "go").touch()
-    wait_until(lambda: all(future.done() for future in made.futures))
+    until(lambda: all(future.done() for future in made.futures))
 
 
 def names(numbers: range) -> list[JSONValue]:
@@ -148,7 +149,7 @@ def test_what_a_killed_worker_finished_is_not_repeated(streams: Streams) -> None
     streams.begin(_3="wait")
     assert streams.results(range(3)) == names(range(3))
     os.kill(streams.worker(3), signal.SIGKILL)
-    wait_until(lambda: streams.begun()[3] == 2)
+    until(lambda: streams.begun()[3] == 2)
     streams.gate.touch()
     assert streams.results(range(64)) == names(range(64))
     assert streams.begun() == Counter(range(64)) + Counter([3])
@@ -196,7 +197,7 @@ def test_cancelling_all_that_is_left_ends_the_worker(streams: Streams) -> None:
     assert streams.results(range(3)) == names(range(3))
     for future in streams.futures[3:SIZE]:
         assert streams.driver.cancel(future)
-    wait_until(lambda: not Path(f"/proc/{worker}").exists())
+    until(lambda: not Path(f"/proc/{worker}").exists())
     assert streams.results(range(SIZE, 64)) == names(range(SIZE, 64))
     assert streams.begun().keys() == set(range(64)) - set(range(4, SIZE))
     assert streams.driver.retries == retries
@@ -252,7 +253,7 @@ def test_a_stream_survives_rays_driver(streams: Streams) -> None:
     leader = streams.driver.pid
     assert leader is not None
     os.kill(below(leader, "service.cluster.fleet"), signal.SIGKILL)
-    wait_until(lambda: streams.begun()[3] == 2, 60)
+    until(lambda: streams.begun()[3] == 2, 60)
     streams.gate.touch()
     assert streams.results(range(64)) == names(range(64))
     assert streams.begun() == Counter(range(64)) + Counter([3])

@@ -6,15 +6,15 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from service.cluster.warden import kill_session, processes
 from tests.processes import running
+from tests.waiting import until
 
 WARDEN = [sys.executable, "-m", "service.cluster.warden"]
 LITTER = "(setsid sleep 60 & sleep 60 & (sleep 60 &));"
@@ -40,11 +40,7 @@ def alive(pids: set[int]) -> set[int]:
     return pids & {its.pid for its in processes()}
 
 
-def wait_until(condition: Callable[[], object]) -> None:
-    deadline = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen in time"
-        time.sleep(0.01)
+wait_until = partial(until, seconds=20)
 
 
 @pytest.mark.parametrize(("script", "status"), [("exit 0", 0), ("exit 7", 7), ("kill -9 $$", 137)])
@@ -82,10 +78,10 @@ def test_the_death_of_its_parent_ends_all_of_it(tmp_path: Path) -> None:
     (scratch / "sockets").mkdir(parents=True)
     arguments = ["--scratch", str(scratch), "--", "sh", "-c", LITTER + " echo ready; sleep 60"]
     script = (
-        "import os, subprocess, sys, time\n"
+        "import os, signal, subprocess\n"
         f"command = {WARDEN!r} + [str(os.getpid())] + {arguments!r}\n"
         "print(subprocess.Popen(command, start_new_session=True).pid, flush=True)\n"
-        "time.sleep(60)\n"
+        "signal.pause()\n"
     )
     with running([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as parent:
         assert parent.stdout is not None
