@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 
 def until(
-    condition: Callable[[], object], what: str = "it did not happen in time", seconds: float = 40.0
+    condition: Callable[[], object], what: str = "it did not happen in time", *, seconds: float = 40.0
 ) -> None:
     """Wait until a condition holds.
 

@@ -190,7 +190,7 @@ def test_nothing_outlives_up_when_it_is_killed_and_its_jobs_are_there_the_next_t
         with Client(url, api_key=(state / "api-key").read_text()) as client:
             job = client.submit(recipe(models), (tmp_path / "out").as_uri()).id
         process.kill()
-    until(lambda: not alive(below), "processes are left", 15)
+    until(lambda: not alive(below), "processes are left", seconds=15)
     with EmbeddedStack(state, ray_cpus=1) as stack, Client(stack.url, api_key=stack.api_key) as client:
         pids = set(stack.pids.values())
         assert client.wait(job, timeout=120).state == "succeeded"

@@ -242,7 +242,7 @@ def test_the_child_and_its_ray_can_die(driver: Driver, tmp_path: Path, gate: Pat
     assert old is not None
     pid = old if victim == "service.cluster.warden" else below(old, victim)
     os.kill(pid, signal.SIGKILL)
-    until(lambda: len(lines(held.notes)) == 2, 60)
+    until(lambda: len(lines(held.notes)) == 2, seconds=60)
     gate.touch()
     assert held.future.result(60) == held.worker
     assert [future.result(60) for future in waiting] == [number * number for number in range(8)]
@@ -269,7 +269,7 @@ def test_nothing_outlives_a_killed_parent(tmp_path: Path, gate: Path) -> None:
         assert worker in session(leader)
         os.kill(below(leader, "service.cluster.fleet"), signal.SIGKILL)
         parent.kill()
-    until(lambda: not session(leader), 10)
+    until(lambda: not session(leader), seconds=10)
     assert not Path(f"/proc/{worker}").exists()
 
 

@@ -253,7 +253,7 @@ def test_a_stream_survives_rays_driver(streams: Streams) -> None:
     leader = streams.driver.pid
     assert leader is not None
     os.kill(below(leader, "service.cluster.fleet"), signal.SIGKILL)
-    until(lambda: streams.begun()[3] == 2, 60)
+    until(lambda: streams.begun()[3] == 2, seconds=60)
     streams.gate.touch()
     assert streams.results(range(64)) == names(range(64))
     assert streams.begun() == Counter(range(64)) + Counter([3])
